@@ -1,0 +1,265 @@
+//! Owns every background task: its name, what its end means, its restarts and its last error.
+//!
+//! A task is data ([`Task`]): a name, a [`Policy`] and a function that makes its future again after each end. The supervisor
+//! restarts with back-off what should go on, brings the daemon down when a task that must not end has ended, and stops them
+//! in the reverse of the order they were started in. This is the only file that calls `tokio::spawn`.
+#![allow(clippy::disallowed_methods)]
+
+use std::collections::BTreeMap;
+use std::future::Future;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use serde::Serialize;
+use tokio::task::JoinHandle;
+use tokio_util::sync::CancellationToken;
+
+use super::{BoxFuture, Clock, Timestamp};
+
+/// Says to a task that it should stop. Cloneable; cancelled once and for good.
+pub type Stop = CancellationToken;
+
+/// Why a task ended with a failure: a sentence for operators.
+pub type TaskError = Box<dyn std::error::Error + Send + Sync>;
+
+/// What the end of a task means.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Policy {
+    /// Start it again, with back-off from 100 ms to 30 s. What most background work wants.
+    Restart,
+    /// The daemon cannot go on without it: stop the daemon.
+    Fatal,
+}
+
+/// A background task as data. `run` is called again for every restart, so it must find its place by itself.
+pub struct Task {
+    name: &'static str,
+    policy: Policy,
+    run: Box<dyn Fn(Stop) -> BoxFuture<'static, Result<(), TaskError>> + Send + Sync>,
+}
+
+impl Task {
+    /// A task that is restarted when it ends.
+    pub fn restarting<F, Fut>(name: &'static str, run: F) -> Self
+    where
+        F: Fn(Stop) -> Fut + Send + Sync + 'static,
+        Fut: Future<Output = Result<(), TaskError>> + Send + 'static,
+    {
+        Self { name, policy: Policy::Restart, run: Box::new(move |s| Box::pin(run(s))) }
+    }
+
+    /// A task whose end before the stop ends the daemon.
+    pub fn fatal<F, Fut>(name: &'static str, run: F) -> Self
+    where
+        F: Fn(Stop) -> Fut + Send + Sync + 'static,
+        Fut: Future<Output = Result<(), TaskError>> + Send + 'static,
+    {
+        Self { name, policy: Policy::Fatal, run: Box::new(move |s| Box::pin(run(s))) }
+    }
+
+    /// A task that does `work` every `period` until stopped. A failure is noted and the next period tries again.
+    pub fn periodic<F, Fut>(name: &'static str, period: Duration, work: F) -> Self
+    where
+        F: Fn() -> Fut + Send + Sync + 'static,
+        Fut: Future<Output = Result<(), TaskError>> + Send + 'static,
+    {
+        let work = Arc::new(work);
+        Self::restarting(name, move |stop| {
+            let work = Arc::clone(&work);
+            async move {
+                let mut tick = tokio::time::interval(period);
+                tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+                loop {
+                    tokio::select! {
+                        () = stop.cancelled() => return Ok(()),
+                        _ = tick.tick() => work().await?,
+                    }
+                }
+            }
+        })
+    }
+}
+
+/// How a task is doing, for `/readyz` and metrics.
+#[derive(Clone, Debug, Serialize)]
+pub struct Status {
+    /// Whether it runs now.
+    pub running: bool,
+    /// How often it was started again.
+    pub restarts: u64,
+    /// Why it last ended, if it ended badly.
+    pub last_error: Option<String>,
+    /// When that was.
+    pub last_error_at: Option<Timestamp>,
+}
+
+#[derive(Default)]
+struct Inner {
+    tasks: Vec<(&'static str, Stop, JoinHandle<()>)>,
+    status: BTreeMap<&'static str, Status>,
+}
+
+/// The owner of all tasks of one daemon.
+#[derive(Clone)]
+pub struct Supervisor {
+    inner: Arc<Mutex<Inner>>,
+    clock: Clock,
+    failed: Stop,
+}
+
+impl Supervisor {
+    /// With no tasks yet.
+    #[must_use]
+    pub fn new(clock: Clock) -> Self {
+        Self { inner: Arc::default(), clock, failed: Stop::new() }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Inner> {
+        self.inner.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Starts a task; it stops when told, in the reverse of this order.
+    pub fn start(&self, task: Task) {
+        let stop = Stop::new();
+        let name = task.name;
+        self.lock().status.insert(name, Status { running: true, restarts: 0, last_error: None, last_error_at: None });
+        let handle = tokio::spawn(self.clone().supervise(task, stop.clone()));
+        self.lock().tasks.push((name, stop, handle));
+    }
+
+    async fn supervise(self, task: Task, stop: Stop) {
+        let mut pause = Duration::from_millis(100);
+        loop {
+            let began = self.clock.elapsed();
+            // A panic must not take the supervisor along: the attempt is a task of its own.
+            let attempt = tokio::spawn((task.run)(stop.clone()));
+            let ended = match attempt.await {
+                Ok(Ok(())) => None,
+                Ok(Err(e)) => Some(e.to_string()),
+                Err(e) => Some(format!("panicked: {e}")),
+            };
+            if stop.is_cancelled() {
+                self.note(task.name, |s| s.running = false);
+                return;
+            }
+            let why = ended.unwrap_or_else(|| "ended before it was told to".to_owned());
+            tracing::warn!(task = task.name, error = %why, "task {} ended: {why}", task.name);
+            let now = self.clock.now();
+            self.note(task.name, |s| {
+                s.running = task.policy == Policy::Restart;
+                s.restarts += 1;
+                s.last_error = Some(why);
+                s.last_error_at = Some(now);
+            });
+            if task.policy == Policy::Fatal {
+                self.failed.cancel();
+                return;
+            }
+            if self.clock.elapsed().saturating_sub(began) > Duration::from_secs(60) {
+                pause = Duration::from_millis(100);
+            }
+            tokio::select! {
+                () = stop.cancelled() => { self.note(task.name, |s| s.running = false); return; }
+                () = tokio::time::sleep(pause) => {}
+            }
+            pause = (pause * 2).min(Duration::from_secs(30));
+        }
+    }
+
+    fn note(&self, name: &'static str, f: impl FnOnce(&mut Status)) {
+        if let Some(s) = self.lock().status.get_mut(name) {
+            f(s);
+        }
+    }
+
+    /// Cancelled when a task that must not end has ended.
+    #[must_use]
+    pub fn failed(&self) -> Stop {
+        self.failed.clone()
+    }
+
+    /// Every task's status, by name.
+    #[must_use]
+    pub fn status(&self) -> BTreeMap<&'static str, Status> {
+        self.lock().status.clone()
+    }
+
+    /// Stops all tasks, last started first, each within `each`; one that does not end by then is aborted and named.
+    pub async fn stop(&self, each: Duration) {
+        let mut tasks = std::mem::take(&mut self.lock().tasks);
+        while let Some((name, stop, mut handle)) = tasks.pop() {
+            stop.cancel();
+            if tokio::time::timeout(each, &mut handle).await.is_err() {
+                tracing::warn!(task = name, "task {name} did not stop in {each:?} and was aborted");
+                handle.abort();
+            }
+        }
+    }
+}
+
+/// Runs `work` apart from the caller, so that it goes on when the caller is dropped (a client that hangs up).
+pub fn detach<T: Send + 'static>(work: impl Future<Output = T> + Send + 'static) -> JoinHandle<T> {
+    tokio::spawn(work)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::sync::atomic::{AtomicU32, Ordering::SeqCst};
+
+    #[tokio::test]
+    async fn a_failing_task_is_restarted_and_says_why() {
+        let s = Supervisor::new(Clock::system());
+        let n = Arc::new(AtomicU32::new(0));
+        let m = n.clone();
+        s.start(Task::restarting("flaky", move |stop| {
+            let n = m.clone();
+            async move {
+                match n.fetch_add(1, SeqCst) {
+                    0 => Err("no luck".into()),
+                    1 => panic!("worse luck"),
+                    _ => {
+                        stop.cancelled().await;
+                        Ok(())
+                    }
+                }
+            }
+        }));
+        while n.load(SeqCst) < 3 {
+            tokio::time::sleep(Duration::from_millis(50)).await;
+        }
+        let status = s.status()["flaky"].clone();
+        assert_eq!(status.restarts, 2);
+        assert!(status.last_error.unwrap().contains("panicked"));
+        s.stop(Duration::from_secs(1)).await;
+        assert!(!s.status()["flaky"].running);
+    }
+
+    #[tokio::test]
+    async fn a_fatal_end_is_told() {
+        let s = Supervisor::new(Clock::system());
+        s.start(Task::fatal("vital", |_| async { Err("gone".into()) }));
+        s.failed().cancelled().await;
+        assert_eq!(s.status()["vital"].last_error.as_deref(), Some("gone"));
+    }
+
+    #[tokio::test]
+    async fn stops_in_reverse_order() {
+        let s = Supervisor::new(Clock::system());
+        let order = Arc::new(Mutex::new(Vec::new()));
+        for name in ["first", "second", "third"] {
+            let order = order.clone();
+            s.start(Task::restarting(name, move |stop| {
+                let order = order.clone();
+                async move {
+                    stop.cancelled().await;
+                    order.lock().unwrap().push(name);
+                    Ok(())
+                }
+            }));
+        }
+        s.stop(Duration::from_secs(1)).await;
+        assert_eq!(*order.lock().unwrap(), ["third", "second", "first"]);
+    }
+}

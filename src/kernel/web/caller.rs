@@ -1,0 +1,231 @@
+//! Who is asking, for what, and how it is decided: the vocabulary between the layers of a request and the rooms.
+
+use std::net::IpAddr;
+use std::sync::Arc;
+
+use serde::{Deserialize, Serialize};
+use serde_json::{Map, Value};
+use smallvec::SmallVec;
+use uuid::Uuid;
+
+use crate::kernel::{BoxFuture, Refusal};
+
+/// What of a request goes into the record.
+#[derive(Clone, Debug, Default)]
+pub struct RequestInfo {
+    /// Echoed or made; `X-Request-ID`.
+    pub id: String,
+    /// W3C trace id, if the caller sent a `traceparent`.
+    pub trace_id: Option<String>,
+    /// Upper-case method.
+    pub method: String,
+    /// Path without query.
+    pub path: String,
+    /// Who is on the other end of the connection; `None` on a unix socket.
+    pub peer: Option<IpAddr>,
+    /// From the `Idempotency-Key` header of a request that takes one.
+    pub idempotency: Option<Idempotency>,
+    /// From `If-Fencing-Token`: lock name and token.
+    pub fencing: Option<(String, i64)>,
+}
+
+/// An `Idempotency-Key` in its scope.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Idempotency {
+    /// Digest of principal, method, path and key.
+    pub key: [u8; 32],
+    /// Digest of the body.
+    pub fingerprint: [u8; 32],
+}
+
+/// A Cedar entity's name: type and id.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+pub struct EntityName {
+    /// `Sop::Client`, `user`, `Todo::Item`.
+    #[serde(rename = "type")]
+    pub kind: String,
+    /// Any string of 1-512 bytes.
+    pub id: String,
+}
+
+/// One question to the policy: may the caller do `action` to `resource`?
+#[derive(Clone, Debug)]
+pub struct Ask {
+    /// `state:put`: room and verb, the id of a `Sop::Action`.
+    pub action: &'static str,
+    /// Type under `Sop::`: `Key`, `Topic`, `Bundle`, ...
+    pub kind: &'static str,
+    /// The resource's name; of a list, watch or delete by prefix, the prefix.
+    pub name: String,
+    /// What else policies may look at.
+    pub context: Map<String, Value>,
+}
+
+impl Ask {
+    /// A question without context.
+    pub fn new(action: &'static str, kind: &'static str, name: impl Into<String>) -> Self {
+        Self { action, kind, name: name.into(), context: Map::new() }
+    }
+
+    /// Adds to the context.
+    #[must_use]
+    pub fn with(mut self, name: &str, value: impl Into<Value>) -> Self {
+        self.context.insert(name.to_owned(), value.into());
+        self
+    }
+
+    /// As entries name a resource: `key/arp/plan/1`.
+    #[must_use]
+    pub fn resource(&self) -> String {
+        format!("{}/{}", self.kind.to_ascii_lowercase(), self.name)
+    }
+}
+
+/// Digests of what a decision rests on: the policy, the caller's client, its token, the entities that were looked at.
+/// The ledger refuses a permit when one of them has changed after [`Permit::at`] (rule 10 of the ledger).
+pub type Depends = SmallVec<[u64; 8]>;
+
+/// The answer to all asks of a request together.
+#[derive(Clone, Debug)]
+pub struct Permit {
+    /// All of them allowed.
+    pub allowed: bool,
+    /// The index at which authentication and decision hold.
+    pub at: i64,
+    /// What they rest on.
+    pub depends: Depends,
+    /// Goes into the entry: `{id, at, bundle, policies}`. `None` for the daemon's own work.
+    pub decision: Option<Decision>,
+    /// The ask that was denied, by position.
+    pub denied: Option<usize>,
+}
+
+/// What the record keeps of a decision.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Decision {
+    /// Its id, by which it can be found and explained.
+    pub id: Uuid,
+    /// The index it was decided at.
+    pub at: i64,
+    /// Which bundles were active: their ids.
+    pub bundle: Vec<String>,
+    /// The policies that determined it.
+    pub policies: Vec<String>,
+    /// Principal, action and resource as they were asked.
+    pub principal: EntityName,
+    /// `state:put`.
+    pub action: String,
+    /// The resource asked for (the one denied, else the first).
+    pub resource: EntityName,
+}
+
+/// Decides for a caller. The api hands one in with every request; the daemon's own work has none.
+pub trait Authority: Send + Sync {
+    /// Checks that the caller's credential still holds and decides all asks, at the newest index this daemon reflects.
+    ///
+    /// # Errors
+    /// 401 when the credential no longer holds; 503 when nothing can be decided now.
+    fn decide<'a>(&'a self, caller: &'a Caller, asks: &'a [Ask]) -> BoxFuture<'a, Result<Permit, Refusal>>;
+}
+
+/// An authenticated caller of one request, or the daemon itself. Cheap to clone.
+#[derive(Clone)]
+pub struct Caller(Arc<Inner>);
+
+struct Inner {
+    actor: String,
+    principal: EntityName,
+    scopes: Vec<String>,
+    credential: Option<Credential>,
+    request: RequestInfo,
+    authority: Option<Arc<dyn Authority>>,
+}
+
+/// What a caller showed, as far as it matters after it was checked.
+#[derive(Clone, Debug)]
+pub struct Credential {
+    /// The token's `jti`.
+    pub token: String,
+    /// The client it was issued to.
+    pub client: String,
+    /// When it ends, seconds since 1970.
+    pub expires: i64,
+    /// When it was issued, milliseconds since 1970.
+    pub issued: i64,
+}
+
+impl Caller {
+    /// A caller whom `authority` decides for.
+    #[must_use]
+    pub fn new(
+        principal: EntityName,
+        scopes: Vec<String>,
+        credential: Option<Credential>,
+        request: RequestInfo,
+        authority: Arc<dyn Authority>,
+    ) -> Self {
+        let actor = principal.id.clone();
+        Self(Arc::new(Inner { actor, principal, scopes, credential, request, authority: Some(authority) }))
+    }
+
+    /// The daemon itself, for work nobody asked for by a request. It is not subject to policy.
+    #[must_use]
+    pub fn daemon(task: &str) -> Self {
+        let principal = EntityName { kind: "Sop::Daemon".to_owned(), id: task.to_owned() };
+        Self(Arc::new(Inner {
+            actor: format!("daemon:{task}"),
+            principal,
+            scopes: Vec::new(),
+            credential: None,
+            request: RequestInfo::default(),
+            authority: None,
+        }))
+    }
+
+    /// As the record names it: the client's id, or `daemon:<task>`.
+    #[must_use]
+    pub fn actor(&self) -> &str {
+        &self.0.actor
+    }
+
+    /// As policies see it.
+    #[must_use]
+    pub fn principal(&self) -> &EntityName {
+        &self.0.principal
+    }
+
+    /// The scopes of its token.
+    #[must_use]
+    pub fn scopes(&self) -> &[String] {
+        &self.0.scopes
+    }
+
+    /// What it showed.
+    #[must_use]
+    pub fn credential(&self) -> Option<&Credential> {
+        self.0.credential.as_ref()
+    }
+
+    /// The request it came with.
+    #[must_use]
+    pub fn request(&self) -> &RequestInfo {
+        &self.0.request
+    }
+
+    /// Decides `asks`; the daemon itself may always.
+    ///
+    /// # Errors
+    /// As [`Authority::decide`].
+    pub async fn decide(&self, asks: &[Ask]) -> Result<Permit, Refusal> {
+        match &self.0.authority {
+            Some(authority) => authority.decide(self, asks).await,
+            None => Ok(Permit { allowed: true, at: i64::MAX, depends: Depends::new(), decision: None, denied: None }),
+        }
+    }
+}
+
+impl std::fmt::Debug for Caller {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "Caller({})", self.0.actor)
+    }
+}

@@ -1,0 +1,276 @@
+//! What a command says of itself: the entry that commits with its change.
+//!
+//! The **leaf** is `{action, body, outcome, room, time, v}` in canonical JSON (RFC 8785) and is what the tree hashes. The
+//! **details** (actor, resource, reason, request and trace id, decision, what changed) lie beside it; `body` commits to
+//! them with a salt, so that they can be erased with the tree intact.
+
+use serde::{Deserialize, Serialize};
+use serde_json::{Map, Value, json};
+
+use crate::kernel::crypto::{self, Domain, Hash};
+use crate::kernel::web::{Caller, Decision};
+use crate::kernel::{Refusal, Timestamp};
+
+use super::touch::Touch;
+
+/// The largest leaf: a tlog entry bundle gives its length 16 bits.
+pub const LEAF_MAX: usize = 65_535;
+
+/// How what was asked for ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Outcome {
+    /// It was done.
+    Ok,
+    /// It was refused by policy.
+    Denied,
+    /// It was tried and failed.
+    Failed,
+}
+
+impl Outcome {
+    /// As the leaf has it.
+    #[must_use]
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::Ok => "ok",
+            Self::Denied => "denied",
+            Self::Failed => "failed",
+        }
+    }
+}
+
+/// Something that should open an incident: health follows entries that carry one.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Signal {
+    /// `info`, `warning` or `critical`.
+    pub severity: String,
+    /// What makes two of them the same incident.
+    pub fingerprint: String,
+}
+
+/// The audit entry of one command, before it has an index.
+#[derive(Clone, Debug)]
+pub struct Entry {
+    pub(super) action: &'static str,
+    pub(super) outcome: Outcome,
+    pub(super) resource: String,
+    pub(super) reason: Option<String>,
+    pub(super) change: Map<String, Value>,
+    pub(super) signal: Option<Signal>,
+    pub(super) segment: Option<Segment>,
+    pub(super) touched: Vec<Touch>,
+    pub(super) decision: Option<Decision>,
+}
+
+/// The records that an entry stands for: their root (of [`super::segment`]) and number.
+#[derive(Clone, Debug)]
+pub struct Segment {
+    /// Merkle root over the records.
+    pub root: Hash,
+    /// How many.
+    pub count: usize,
+}
+
+impl Entry {
+    /// An entry of `action` (`state:put`: room and verb) on `resource` (`key/arp/plan/1`), outcome ok.
+    pub fn ok(action: &'static str, resource: impl Into<String>) -> Self {
+        Self {
+            action,
+            outcome: Outcome::Ok,
+            resource: resource.into(),
+            reason: None,
+            change: Map::new(),
+            signal: None,
+            segment: None,
+            touched: Vec::new(),
+            decision: None,
+        }
+    }
+
+    /// Another outcome.
+    #[must_use]
+    pub fn outcome(mut self, outcome: Outcome) -> Self {
+        self.outcome = outcome;
+        self
+    }
+
+    /// Why it was done or refused, in words.
+    #[must_use]
+    pub fn reason(mut self, reason: impl Into<String>) -> Self {
+        self.reason = Some(reason.into());
+        self
+    }
+
+    /// Adds to what changed. Strings, booleans, and integers below 2^53; no floats.
+    #[must_use]
+    pub fn change(mut self, name: &str, value: impl Into<Value>) -> Self {
+        self.change.insert(name.to_owned(), value.into());
+        self
+    }
+
+    /// Says which fact it changed, so that every daemon drops what it held of it.
+    #[must_use]
+    pub fn touch(mut self, touch: Touch) -> Self {
+        self.touched.push(touch);
+        self
+    }
+
+    /// Should open an incident.
+    #[must_use]
+    pub fn signal(mut self, severity: &str, fingerprint: impl Into<String>) -> Self {
+        self.signal = Some(Signal { severity: severity.to_owned(), fingerprint: fingerprint.into() });
+        self
+    }
+
+    /// Stands for a segment of records.
+    #[must_use]
+    pub fn segment(mut self, segment: Segment) -> Self {
+        self.segment = Some(segment);
+        self
+    }
+
+    /// Keeps the decision it rests on; the ledger sets it for commands of callers.
+    #[must_use]
+    pub fn decided(mut self, decision: Option<Decision>) -> Self {
+        self.decision = decision;
+        self
+    }
+}
+
+/// An entry with everything that is stored of it.
+#[derive(Clone, Debug)]
+pub struct Sealed {
+    /// The exact bytes of the leaf.
+    pub leaf: Vec<u8>,
+    /// Its hash.
+    pub hash: Hash,
+    /// 32 random bytes.
+    pub salt: [u8; 32],
+    /// The details, canonical JSON.
+    pub details: Vec<u8>,
+    /// Root of the segment, if it stands for one.
+    pub segment: Option<Hash>,
+    /// Encoded touches.
+    pub touched: Vec<u8>,
+}
+
+/// The commitment to an entry's details.
+#[must_use]
+pub fn commitment(salt: &[u8], details: &[u8]) -> Hash {
+    crypto::hash(Domain::Commitment, &[salt, details])
+}
+
+/// The `body` of a leaf: the commitment to its details; of a segment, a digest of its root and that commitment.
+#[must_use]
+pub fn body(commitment: &Hash, segment: Option<&Hash>) -> Hash {
+    match segment {
+        None => *commitment,
+        Some(root) => crypto::hash(Domain::Segment, &[root, commitment]),
+    }
+}
+
+impl Entry {
+    /// Makes the bytes: details, commitment, leaf, hash.
+    ///
+    /// # Errors
+    /// When the operating system has no random bytes.
+    pub fn seal(self, caller: &Caller, time: Timestamp) -> Result<Sealed, Refusal> {
+        let request = caller.request();
+        let mut details = Map::new();
+        details.insert("actor".into(), caller.actor().into());
+        details.insert("resource".into(), self.resource.into());
+        let mut put = |name: &str, value: Option<Value>| {
+            if let Some(v) = value {
+                details.insert(name.to_owned(), v);
+            }
+        };
+        put("reason", self.reason.map(Value::from));
+        put("request_id", (!request.id.is_empty()).then(|| request.id.clone().into()));
+        put("trace_id", request.trace_id.clone().map(Value::from));
+        put("decision", self.decision.and_then(|d| serde_json::to_value(d).ok()));
+        put("signal", self.signal.and_then(|s| serde_json::to_value(s).ok()));
+        put("records", self.segment.as_ref().map(|s| s.count.into()));
+        put("change", (!self.change.is_empty()).then_some(Value::Object(self.change)));
+        let details = canonical(&Value::Object(details));
+        let salt = crypto::random::<32>()?;
+        let segment = self.segment.map(|s| s.root);
+        let body = body(&commitment(&salt, &details), segment.as_ref());
+        let room = self.action.split(':').next().unwrap_or(self.action);
+        let leaf = canonical(&json!({
+            "v": 1, "time": time.to_string(), "room": room, "action": self.action,
+            "outcome": self.outcome.as_str(), "body": crypto::base64(body),
+        }));
+        debug_assert!(leaf.len() <= LEAF_MAX);
+        let hash = crypto::hash(Domain::Leaf, &[&leaf]);
+        Ok(Sealed { leaf, hash, salt, details, segment, touched: Touch::encode(&self.touched) })
+    }
+}
+
+/// RFC 8785 for the values we make: strings, booleans, null, integers below 2^53, ASCII keys. Strings and integers are written
+/// by `serde_json`, which escapes as the RFC wants; keys are sorted here, because a dependency may switch on the feature that
+/// keeps `serde_json`'s maps in the order of insertion.
+#[must_use]
+pub fn canonical(value: &Value) -> Vec<u8> {
+    let mut out = Vec::with_capacity(256);
+    write_canonical(value, &mut out);
+    out
+}
+
+fn write_canonical(value: &Value, out: &mut Vec<u8>) {
+    match value {
+        Value::Object(map) => {
+            let mut members: Vec<_> = map.iter().collect();
+            members.sort_unstable_by_key(|(k, _)| *k);
+            out.push(b'{');
+            for (i, (k, v)) in members.into_iter().enumerate() {
+                if i > 0 {
+                    out.push(b',');
+                }
+                write_scalar(&k, out);
+                out.push(b':');
+                write_canonical(v, out);
+            }
+            out.push(b'}');
+        }
+        Value::Array(items) => {
+            out.push(b'[');
+            for (i, v) in items.iter().enumerate() {
+                if i > 0 {
+                    out.push(b',');
+                }
+                write_canonical(v, out);
+            }
+            out.push(b']');
+        }
+        scalar => write_scalar(&scalar, out),
+    }
+}
+
+fn write_scalar(value: &impl Serialize, out: &mut Vec<u8>) {
+    // Writing to memory cannot fail, and a scalar has no keys that could be wrong.
+    let _ = serde_json::to_writer(out, value);
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_leaf_commits_to_the_details() {
+        let now = Timestamp::from_millis(1_700_000_000_123);
+        let entry = Entry::ok("state:put", "key/a").change("size", 3).reason("a\u{0}\u{1f}\"\\/é");
+        let sealed = entry.seal(&Caller::daemon("test"), now).unwrap();
+        let leaf: Value = serde_json::from_slice(&sealed.leaf).unwrap();
+        assert_eq!(leaf["room"], "state");
+        assert_eq!(leaf["time"], "2023-11-14T22:13:20.123Z");
+        assert_eq!(leaf["body"], crypto::base64(commitment(&sealed.salt, &sealed.details)));
+        assert_eq!(canonical(&leaf), sealed.leaf, "sorted and compact");
+        assert!(sealed.leaf.starts_with(br#"{"action":"state:put","body":""#));
+    }
+
+    #[test]
+    fn maps_are_sorted() {
+        assert_eq!(canonical(&json!({"b": 1, "a": {"d": null, "c": true}})), br#"{"a":{"c":true,"d":null},"b":1}"#);
+    }
+}
