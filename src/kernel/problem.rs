@@ -62,9 +62,9 @@ problems! {
     IDEMPOTENCY_MISMATCH, "idempotency-mismatch", 422, Conflict, None, "This Idempotency-Key was used for another request",
         "An `Idempotency-Key` names one request: the same method, path and body. Use a fresh key for a new request.";
     URI_TOO_LONG, "uri-too-long", 414, Invalid, None, "The URI is too long",
-        "A request target has at most 8 KiB.";
+        "A request target has at most 8 KiB. Put what is long into the body.";
     HEADERS_TOO_LARGE, "headers-too-large", 431, Invalid, None, "The header section is too large",
-        "A header section has at most 64 KiB.";
+        "A header section has at most 64 KiB. Send fewer or shorter headers.";
     RATE_LIMITED, "rate-limited", 429, Exhausted, Some(1), "Too many requests",
         "The caller's rate limit is spent. Wait for `Retry-After` seconds.";
     TIMEOUT, "request-timeout", 408, Unavailable, None, "The request took too long to arrive",

@@ -68,12 +68,20 @@ impl Task {
         Self::restarting(name, move |stop| {
             let work = Arc::clone(&work);
             async move {
+                let mut failing = false;
                 let mut tick = tokio::time::interval(period);
                 tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
                 loop {
                     tokio::select! {
                         () = stop.cancelled() => return Ok(()),
-                        _ = tick.tick() => work().await?,
+                        _ = tick.tick() => match work().await {
+                            Ok(()) => failing = false,
+                            Err(e) if failing => tracing::debug!(task = name, error = %e, "{name} fails still"),
+                            Err(e) => {
+                                failing = true;
+                                tracing::warn!(task = name, error = %e, "{name} failed; it is tried again in {period:?}");
+                            }
+                        },
                     }
                 }
             }

@@ -132,6 +132,7 @@ pub trait Authority: Send + Sync {
 #[derive(Clone)]
 pub struct Caller(Arc<Inner>);
 
+#[derive(Clone)]
 struct Inner {
     actor: String,
     principal: EntityName,
@@ -180,6 +181,12 @@ impl Caller {
             request: RequestInfo::default(),
             authority: None,
         }))
+    }
+
+    /// The same caller, with more known of the request.
+    #[must_use]
+    pub fn with_request(&self, request: RequestInfo) -> Self {
+        Self(Arc::new(Inner { request, ..(*self.0).clone() }))
     }
 
     /// As the record names it: the client's id, or `daemon:<task>`.

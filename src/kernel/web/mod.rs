@@ -1,6 +1,20 @@
 //! The web's vocabulary for handlers: who asks ([`Caller`]), what a body, a query, a page or a precondition looks like, and
-//! how a [`Refusal`](super::Refusal) is answered. Routers and layers are in `api`.
+//! how a [`Refusal`](super::Refusal) is answered.
+//!
+//! **Invariants.** Whatever cannot be read is a 400 that points at the fault; nothing here knows a room.
+//!
+//! **Not here.** Routers and layers: those are in `api`.
+//!
+//! **Why this way.** Handlers are ten lines because what they take apart is taken apart here, once and the same for all.
 
 mod caller;
+pub mod cursor;
+mod extract;
+mod respond;
 
 pub use caller::{Ask, Authority, Caller, Credential, Decision, Depends, EntityName, Idempotency, Permit, RequestInfo};
+pub use extract::{
+    Body, BodyLimit, Json, Name, Preconditions, Query, Tags, faulty, is_json, page_limit, pairs, parse_json,
+    parse_query, read_body,
+};
+pub use respond::{Answer, Listing, SOP_INDEX, problem_document, problem_response};

@@ -1,0 +1,407 @@
+//! What handlers take apart: bodies, queries, names, preconditions. Each says where the fault is and what would be right.
+
+use axum::body::Bytes;
+use axum::extract::{FromRequest, FromRequestParts, Request};
+use axum::http::request::Parts;
+use axum::http::{HeaderMap, Uri, header};
+use serde::de::DeserializeOwned;
+
+use super::caller::Caller;
+use crate::kernel::{Fault, Refusal, ids, problem};
+
+/// The largest body, set by the api on every request.
+#[derive(Clone, Copy, Debug)]
+pub struct BodyLimit(pub usize);
+
+/// The whole body as bytes, within the limit.
+pub struct Body(pub Bytes);
+
+impl<S: Send + Sync> FromRequest<S> for Body {
+    type Rejection = Refusal;
+
+    async fn from_request(request: Request, _: &S) -> Result<Self, Refusal> {
+        let limit = request.extensions().get::<BodyLimit>().map_or(1024 * 1024, |l| l.0);
+        read_body(request, limit).await.map(Self)
+    }
+}
+
+/// Reads a whole body within `limit`.
+///
+/// # Errors
+/// 413 past the limit, 400 when it does not arrive whole.
+pub async fn read_body(request: Request, limit: usize) -> Result<Bytes, Refusal> {
+    let too_large = || Refusal::new(&problem::TOO_LARGE, format!("the body has more than {limit} bytes"));
+    let declared = request.headers().get(header::CONTENT_LENGTH).and_then(|l| l.to_str().ok()?.parse::<u64>().ok());
+    if declared.is_some_and(|l| l > limit as u64) {
+        return Err(too_large());
+    }
+    let limited = http_body_util::Limited::new(request.into_body(), limit);
+    match http_body_util::BodyExt::collect(limited).await {
+        Ok(body) => Ok(body.to_bytes()),
+        Err(e) if e.is::<http_body_util::LengthLimitError>() => Err(too_large()),
+        Err(e) if e.to_string().contains("timeout") || e.to_string().contains("timed out") => {
+            Err(Refusal::new(&problem::TIMEOUT, "the body did not arrive in time"))
+        }
+        Err(_) => Err(Refusal::new(&problem::MALFORMED, "the body did not arrive whole")),
+    }
+}
+
+/// A JSON body.
+pub struct Json<T>(pub T);
+
+impl<S: Send + Sync, T: DeserializeOwned> FromRequest<S> for Json<T> {
+    type Rejection = Refusal;
+
+    async fn from_request(request: Request, state: &S) -> Result<Self, Refusal> {
+        if !is_json(request.headers()) {
+            return Err(Refusal::new(
+                &problem::UNSUPPORTED_MEDIA_TYPE,
+                "send the body as Content-Type: application/json",
+            ));
+        }
+        let Body(bytes) = Body::from_request(request, state).await?;
+        parse_json(&bytes).map(Self)
+    }
+}
+
+/// Whether the body is declared as JSON.
+#[must_use]
+pub fn is_json(headers: &HeaderMap) -> bool {
+    let declared = headers.get(header::CONTENT_TYPE).and_then(|t| t.to_str().ok()).unwrap_or_default();
+    let essence = declared.split(';').next().unwrap_or_default().trim().to_ascii_lowercase();
+    essence == "application/json" || (essence.starts_with("application/") && essence.ends_with("+json"))
+}
+
+/// Reads JSON into `T`; a fault carries its JSON Pointer.
+///
+/// # Errors
+/// 400.
+pub fn parse_json<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, Refusal> {
+    if let Err(e) = std::str::from_utf8(bytes) {
+        return Err(Refusal::malformed("", format!("the body is not UTF-8 (first bad byte at {})", e.valid_up_to())));
+    }
+    let mut reader = serde_json::Deserializer::from_slice(bytes);
+    match serde_path_to_error::deserialize(&mut reader) {
+        Ok(value) => {
+            reader.end().map(|()| value).map_err(|e| Refusal::malformed("", format!("after the JSON document: {e}")))
+        }
+        Err(e) => {
+            let mut at = pointer(e.path());
+            let cause = e.inner();
+            let text = cause.to_string();
+            if let Some(field) = text.strip_prefix("unknown field `").and_then(|t| t.split('`').next()) {
+                let member = format!("/{}", field.replace('~', "~0").replace('/', "~1"));
+                if !at.ends_with(&member) {
+                    at.push_str(&member);
+                }
+            }
+            let what = if cause.is_data() { text } else { format!("the body is not JSON: {text}") };
+            Err(Refusal::malformed(at, what))
+        }
+    }
+}
+
+fn pointer(path: &serde_path_to_error::Path) -> String {
+    use serde_path_to_error::Segment;
+    let mut out = String::new();
+    for segment in path {
+        match segment {
+            Segment::Seq { index } => out.push_str(&format!("/{index}")),
+            Segment::Map { key } => out.push_str(&format!("/{}", key.replace('~', "~0").replace('/', "~1"))),
+            Segment::Enum { .. } | Segment::Unknown => {}
+        }
+    }
+    out
+}
+
+/// A query string.
+pub struct Query<T>(pub T);
+
+impl<S: Send + Sync, T: DeserializeOwned> FromRequestParts<S> for Query<T> {
+    type Rejection = Refusal;
+
+    async fn from_request_parts(parts: &mut Parts, _: &S) -> Result<Self, Refusal> {
+        parse_query(&parts.uri).map(Self)
+    }
+}
+
+/// Parameters every read takes; a handler's own query need not name them.
+const EVERYWHERE: &[&str] = &["min_index", "consistency"];
+
+/// Reads a query into `T`. Unknown and repeated parameters are faults.
+///
+/// # Errors
+/// 400 naming the parameter.
+pub fn parse_query<T: DeserializeOwned>(uri: &Uri) -> Result<T, Refusal> {
+    let mut map = serde_json::Map::new();
+    for (name, value) in pairs(uri.query().unwrap_or_default())? {
+        if EVERYWHERE.contains(&name.as_str()) {
+            continue;
+        }
+        // Numbers and booleans are read from their text; a field that wants a string gets its text back.
+        if map.insert(name.clone(), serde_json::Value::String(value)).is_some() {
+            return Err(Refusal::malformed(format!("?{name}"), format!("the parameter {name} is given twice")));
+        }
+    }
+    serde_path_to_error::deserialize(QueryMap(map)).map_err(|e: serde_path_to_error::Error<serde_json::Error>| {
+        let at = e.path().to_string();
+        let text = e.inner().to_string();
+        let name = text.strip_prefix("unknown field `").and_then(|t| t.split('`').next()).unwrap_or(&at);
+        Refusal::malformed(format!("?{name}"), format!("the parameter {name}: {text}"))
+    })
+}
+
+/// The pairs of a query string, percent-decoded, `+` for a space.
+///
+/// # Errors
+/// 400 when they are not UTF-8.
+pub fn pairs(query: &str) -> Result<Vec<(String, String)>, Refusal> {
+    let decode = |text: &str| {
+        let spaced = text.replace('+', " ");
+        let decoded = percent_encoding::percent_decode_str(&spaced).decode_utf8().map(|d| d.into_owned());
+        decoded.map_err(|_| Refusal::malformed("?", "a parameter is not UTF-8"))
+    };
+    let parts = query.split('&').filter(|p| !p.is_empty());
+    parts.map(|p| p.split_once('=').unwrap_or((p, ""))).map(|(n, v)| Ok((decode(n)?, decode(v)?))).collect()
+}
+
+/// A map of strings whose values also read as numbers and booleans.
+struct QueryMap(serde_json::Map<String, serde_json::Value>);
+
+impl<'de> serde::Deserializer<'de> for QueryMap {
+    type Error = serde_json::Error;
+
+    fn deserialize_any<V: serde::de::Visitor<'de>>(self, visitor: V) -> Result<V::Value, Self::Error> {
+        let pairs = self.0.into_iter().map(|(k, v)| (k, Text(v.as_str().unwrap_or_default().to_owned())));
+        visitor.visit_map(serde::de::value::MapDeserializer::new(pairs))
+    }
+
+    serde::forward_to_deserialize_any! {
+        bool i8 i16 i32 i64 i128 u8 u16 u32 u64 u128 f32 f64 char str string bytes byte_buf option unit unit_struct
+        newtype_struct seq tuple tuple_struct map struct enum identifier ignored_any
+    }
+}
+
+struct Text(String);
+
+impl serde::de::IntoDeserializer<'_, serde_json::Error> for Text {
+    type Deserializer = Self;
+    fn into_deserializer(self) -> Self {
+        self
+    }
+}
+
+macro_rules! parsed {
+    ($($method:ident $visit:ident $kind:ty, $wanted:literal;)*) => {$(
+        fn $method<V: serde::de::Visitor<'de>>(self, visitor: V) -> Result<V::Value, Self::Error> {
+            match self.0.parse::<$kind>() {
+                Ok(value) => visitor.$visit(value),
+                Err(_) => Err(serde::de::Error::custom(format!("{:?} is not {}", self.0, $wanted))),
+            }
+        }
+    )*};
+}
+
+impl<'de> serde::Deserializer<'de> for Text {
+    type Error = serde_json::Error;
+
+    fn deserialize_any<V: serde::de::Visitor<'de>>(self, visitor: V) -> Result<V::Value, Self::Error> {
+        visitor.visit_string(self.0)
+    }
+
+    fn deserialize_option<V: serde::de::Visitor<'de>>(self, visitor: V) -> Result<V::Value, Self::Error> {
+        visitor.visit_some(self)
+    }
+
+    fn deserialize_enum<V: serde::de::Visitor<'de>>(
+        self,
+        _: &'static str,
+        _: &'static [&'static str],
+        visitor: V,
+    ) -> Result<V::Value, Self::Error> {
+        visitor.visit_enum(serde::de::IntoDeserializer::<Self::Error>::into_deserializer(self.0))
+    }
+
+    parsed! {
+        deserialize_bool visit_bool bool, "true or false";
+        deserialize_i64 visit_i64 i64, "a whole number";
+        deserialize_i32 visit_i32 i32, "a whole number";
+        deserialize_u64 visit_u64 u64, "a whole number";
+        deserialize_u32 visit_u32 u32, "a whole number";
+        deserialize_u16 visit_u16 u16, "a whole number";
+        deserialize_f64 visit_f64 f64, "a number";
+    }
+
+    serde::forward_to_deserialize_any! {
+        i8 i16 i128 u8 u128 f32 char str string bytes byte_buf unit unit_struct
+        newtype_struct seq tuple tuple_struct map struct identifier ignored_any
+    }
+}
+
+/// The rest of a path as a name: a key, a topic, a file.
+pub struct Name(pub String);
+
+impl<S: Send + Sync> FromRequestParts<S> for Name {
+    type Rejection = Refusal;
+
+    async fn from_request_parts(parts: &mut Parts, state: &S) -> Result<Self, Refusal> {
+        let axum::extract::Path(name) = axum::extract::Path::<String>::from_request_parts(parts, state)
+            .await
+            .map_err(|_| Refusal::malformed("", "the name in the path is not UTF-8"))?;
+        match ids::name_fault(&name) {
+            None => Ok(Self(name)),
+            Some(fault) => Err(Refusal::malformed("", fault)),
+        }
+    }
+}
+
+impl<S: Send + Sync> FromRequestParts<S> for Caller {
+    type Rejection = Refusal;
+
+    async fn from_request_parts(parts: &mut Parts, _: &S) -> Result<Self, Refusal> {
+        let missing = || {
+            Refusal::new(&problem::UNAUTHENTICATED, "this needs a bearer token")
+                .with_header("www-authenticate", "Bearer")
+        };
+        parts.extensions.get::<Self>().cloned().ok_or_else(missing)
+    }
+}
+
+/// `If-Match` and `If-None-Match` (RFC 9110): tags without quotes and weakness marks, or `*`.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Preconditions {
+    /// `If-Match`.
+    pub if_match: Option<Tags>,
+    /// `If-None-Match`.
+    pub if_none_match: Option<Tags>,
+}
+
+/// Entity tags of a precondition.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Tags {
+    /// `*`.
+    Any,
+    /// These.
+    These(Vec<String>),
+}
+
+impl<S: Send + Sync> FromRequestParts<S> for Preconditions {
+    type Rejection = Refusal;
+
+    async fn from_request_parts(parts: &mut Parts, _: &S) -> Result<Self, Refusal> {
+        Ok(Self { if_match: tags(&parts.headers, "If-Match")?, if_none_match: tags(&parts.headers, "If-None-Match")? })
+    }
+}
+
+fn tags(headers: &HeaderMap, name: &str) -> Result<Option<Tags>, Refusal> {
+    let malformed = || Refusal::malformed("", format!("{name} is `*` or a list of entity tags in double quotes"));
+    let mut all = Vec::new();
+    for value in headers.get_all(name) {
+        let value = value.to_str().map_err(|_| malformed())?.trim();
+        if value == "*" {
+            return Ok(Some(Tags::Any));
+        }
+        for tag in value.split(',').map(str::trim).filter(|t| !t.is_empty()) {
+            let tag = tag.strip_prefix("W/").unwrap_or(tag);
+            let bare = tag.strip_prefix('"').and_then(|t| t.strip_suffix('"'));
+            all.push(bare.ok_or_else(malformed)?.to_owned());
+        }
+    }
+    if all.is_empty() && headers.contains_key(name) {
+        return Err(malformed());
+    }
+    Ok((!all.is_empty()).then_some(Tags::These(all)))
+}
+
+/// `limit` of a list, 1-1000.
+///
+/// # Errors
+/// 400 out of range.
+pub fn page_limit(limit: Option<i64>) -> Result<usize, Refusal> {
+    match limit {
+        None => Ok(100),
+        Some(n @ 1..=1000) => Ok(usize::try_from(n).unwrap_or(1000)),
+        Some(_) => Err(Refusal::malformed("?limit", "limit is from 1 to 1000")),
+    }
+}
+
+/// Faults of a list of fields, as one refusal.
+#[must_use]
+pub fn faulty(faults: Vec<Fault>) -> Option<Refusal> {
+    let first = faults.first()?.detail.clone();
+    Some(Refusal::new(&problem::MALFORMED, first).with_faults(faults))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde::Deserialize;
+
+    #[derive(Debug, Deserialize, PartialEq)]
+    #[serde(deny_unknown_fields)]
+    struct Inner {
+        n: u32,
+    }
+    #[derive(Debug, Deserialize, PartialEq)]
+    #[serde(deny_unknown_fields)]
+    struct Outer {
+        items: Vec<Inner>,
+        #[serde(default)]
+        flag: Option<bool>,
+    }
+
+    fn fault(body: &str) -> (u16, String) {
+        let r = parse_json::<Outer>(body.as_bytes()).unwrap_err();
+        (r.problem().status, r.errors()[0].pointer.clone())
+    }
+
+    #[test]
+    fn faults_of_a_body_are_pointed_at() {
+        assert_eq!(fault(r#"{"items":[{"n":1},{"n":"x"}]}"#), (400, "/items/1/n".into()));
+        assert_eq!(fault(r#"{"items":[{"n":1,"m":2}]}"#), (400, "/items/0/m".into()));
+        assert_eq!(fault(r#"{"items":[],"fl/ag":1}"#), (400, "/fl~1ag".into()));
+        assert_eq!(fault("{").1, "");
+        assert_eq!(fault("").1, "");
+        assert_eq!(fault(r#"{"items":[]} x"#).1, "");
+        assert_eq!(fault(&"[".repeat(200)).0, 400);
+        assert_eq!(parse_json::<Outer>(b"\xff").unwrap_err().problem().status, 400);
+        assert!(parse_json::<Outer>(br#"{"items":[{"n":1}],"flag":true}"#).is_ok());
+    }
+
+    #[derive(Debug, Deserialize, PartialEq)]
+    #[serde(deny_unknown_fields)]
+    struct Q {
+        #[serde(default)]
+        at: Option<i64>,
+        #[serde(default)]
+        prefix: Option<String>,
+        #[serde(default)]
+        keys_only: Option<bool>,
+    }
+
+    #[test]
+    fn queries() {
+        let q = |s: &str| parse_query::<Q>(&format!("/x?{s}").parse().unwrap());
+        assert_eq!(
+            q("at=3&prefix=a%2Fb+c&keys_only=true&min_index=4").unwrap(),
+            Q { at: Some(3), prefix: Some("a/b c".into()), keys_only: Some(true) }
+        );
+        assert_eq!(q("prefix=12").unwrap().prefix.as_deref(), Some("12"));
+        for (bad, name) in [("at=x", "?at"), ("att=1", "?att"), ("at=1&at=2", "?at"), ("keys_only=maybe", "?keys_only")]
+        {
+            let r = q(bad).unwrap_err();
+            assert_eq!((r.problem().status, r.errors()[0].pointer.as_str()), (400, name));
+        }
+        assert_eq!(q("prefix=%ff").unwrap_err().problem().status, 400);
+    }
+
+    #[test]
+    fn entity_tags() {
+        let tags_of = |v: &str| tags(&HeaderMap::from_iter([(header::IF_MATCH, v.parse().unwrap())]), "If-Match");
+        assert_eq!(tags_of("*").unwrap(), Some(Tags::Any));
+        assert_eq!(tags_of(r#""1", W/"2""#).unwrap(), Some(Tags::These(vec!["1".into(), "2".into()])));
+        assert_eq!(tags_of("1").unwrap_err().problem().status, 400);
+        assert_eq!(tags_of("").unwrap_err().problem().status, 400);
+        assert_eq!(tags(&HeaderMap::new(), "If-Match").unwrap(), None);
+    }
+}
