@@ -1,0 +1,228 @@
+//! PostgreSQL: the private cluster or a given one, connections, migrations, and whether there is room on the disk.
+//!
+//! **Invariants.** A database newer than this binary is never touched. The private cluster listens on a unix socket only and is
+//! never run as root. A data folder has one daemon.
+//!
+//! **Not here.** Any statement on a room's tables: those are in each room's `store.rs`.
+//!
+//! **Why this way.** With nothing configured the daemon runs PostgreSQL itself, so that starting it is one command; with a URL
+//! it takes what operators already run and trust.
+
+mod cluster;
+mod guard;
+mod hosts;
+mod lock;
+mod migrate;
+
+use std::path::Path;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+
+use sqlx::postgres::{PgConnectOptions, PgListener, PgPoolOptions};
+use sqlx::{Connection as _, PgConnection, PgPool};
+
+use crate::config::Config;
+use crate::kernel::supervisor::{Supervisor, Task};
+use crate::kernel::{Clock, Refusal, crypto};
+
+pub use lock::DataLock;
+pub use migrate::Pending;
+
+use cluster::Cluster;
+use hosts::Hosts;
+
+/// The name of the database in the private cluster.
+const DATABASE: &str = "sop";
+
+/// The database as the house uses it. Cheap to clone.
+#[derive(Clone)]
+pub struct Store(Arc<Inner>);
+
+struct Inner {
+    hosts: Hosts,
+    cluster: Option<Arc<Cluster>>,
+    reader: PgPool,
+    daemon: String,
+    full: Arc<AtomicBool>,
+    lock_wait: Duration,
+}
+
+impl Store {
+    /// Opens the database: starts or adopts the private cluster, or finds the writable host of the given URL. The schema is
+    /// not looked at; see [`Store::migrate`].
+    ///
+    /// # Errors
+    /// With a sentence for the operator.
+    pub async fn open(config: &Config) -> Result<Self, String> {
+        let daemon = crypto::random::<4>().map(|b| b.iter().map(|b| format!("{b:02x}")).collect::<String>());
+        let daemon = daemon.map_err(|e| e.to_string())?;
+        let (hosts, cluster) = match &config.database.url {
+            Some(url) => (Hosts::parse(url)?, None),
+            None => {
+                let cluster = Arc::new(Cluster::new(config)?);
+                cluster.start().await?;
+                cluster.make_database(DATABASE).await?;
+                (Hosts::one(cluster.options().database(DATABASE)), Some(cluster))
+            }
+        };
+        let options = hosts.writable().await.map_err(|e| format!("no writable PostgreSQL can be reached: {e}"))?;
+        let reader = PgPoolOptions::new()
+            .max_connections(config.database.readers)
+            .acquire_timeout(config.database.acquire_timeout.get())
+            .connect_lazy_with(session(options, &daemon, "reader", Some(config.database.statement_timeout.get())));
+        let full = Arc::new(AtomicBool::new(false));
+        let lock_wait = config.ledger.lock_wait.get();
+        Ok(Self(Arc::new(Inner { hosts, cluster, reader, daemon, full, lock_wait })))
+    }
+
+    /// This daemon's id: random, new at each start.
+    #[must_use]
+    pub fn daemon(&self) -> &str {
+        &self.0.daemon
+    }
+
+    /// Connections for reading.
+    #[must_use]
+    pub fn reader(&self) -> &PgPool {
+        &self.0.reader
+    }
+
+    /// A connection of one's own to the writable host.
+    ///
+    /// # Errors
+    /// When there is none.
+    pub async fn dedicated(&self, purpose: &str) -> Result<PgConnection, sqlx::Error> {
+        let options = self.writable(purpose).await?;
+        tokio::time::timeout(CONNECT, PgConnection::connect_with(&options)).await.map_err(|_| timed_out())?
+    }
+
+    /// A connection that listens to a channel.
+    ///
+    /// # Errors
+    /// When there is none.
+    pub async fn listener(&self, channel: &str) -> Result<PgListener, sqlx::Error> {
+        let options = self.writable("listener").await?;
+        let pool = PgPoolOptions::new().max_connections(1).acquire_timeout(CONNECT).connect_lazy_with(options);
+        let mut listener = PgListener::connect_with(&pool).await?;
+        // A listener that reconnects by itself loses notifications in silence: its owner must hear of it and look anew.
+        listener.eager_reconnect(false);
+        listener.listen(channel).await?;
+        Ok(listener)
+    }
+
+    async fn writable(&self, purpose: &str) -> Result<PgConnectOptions, sqlx::Error> {
+        let options = self.0.hosts.writable().await?;
+        let idle = self.0.lock_wait.as_millis().to_string();
+        Ok(session(options, &self.0.daemon, purpose, None).options([("idle_in_transaction_session_timeout", idle)]))
+    }
+
+    /// What a database error means to a caller.
+    #[must_use]
+    pub fn refusal(&self, e: sqlx::Error) -> Refusal {
+        match e {
+            sqlx::Error::Io(_)
+            | sqlx::Error::PoolTimedOut
+            | sqlx::Error::PoolClosed
+            | sqlx::Error::Protocol(_)
+            | sqlx::Error::Tls(_)
+            | sqlx::Error::WorkerCrashed => {
+                tracing::warn!(error = %e, "the database cannot be reached");
+                Refusal::unavailable("the database cannot be reached; nothing was changed")
+            }
+            sqlx::Error::Database(db) if db.code().is_some_and(|c| c.starts_with("57") || c.starts_with("08")) => {
+                tracing::warn!(error = %db, "the database broke off");
+                Refusal::unavailable("the database broke off; nothing was changed")
+            }
+            e => Refusal::internal(e),
+        }
+    }
+
+    /// Whether writes are refused because the disk is nearly full.
+    #[must_use]
+    pub fn storage_full(&self) -> bool {
+        self.0.full.load(Ordering::Acquire)
+    }
+
+    /// Brings the schema up to this binary.
+    ///
+    /// # Errors
+    /// When the database is newer than this binary, or a migration fails.
+    pub async fn migrate(&self) -> Result<(), String> {
+        let mut conn = self.dedicated("migrate").await.map_err(|e| e.to_string())?;
+        migrate::run(&mut conn).await
+    }
+
+    /// What [`migrate`](Self::migrate) would do.
+    ///
+    /// # Errors
+    /// When the database is newer than this binary or cannot be read.
+    pub async fn pending(&self) -> Result<Vec<Pending>, String> {
+        let mut conn = self.dedicated("check").await.map_err(|e| e.to_string())?;
+        migrate::pending(&mut conn).await
+    }
+
+    /// The age of the oldest snapshot any session holds, in seconds, and whether the database answers at all.
+    ///
+    /// # Errors
+    /// When it does not.
+    pub async fn health(&self) -> Result<f64, sqlx::Error> {
+        sqlx::query_scalar(
+            "SELECT coalesce(max(extract(epoch FROM clock_timestamp() - xact_start)), 0)::float8
+             FROM pg_stat_activity WHERE backend_xmin IS NOT NULL AND pid <> pg_backend_pid()",
+        )
+        .fetch_one(&self.0.reader)
+        .await
+    }
+
+    /// Starts what watches over the private cluster and its disk.
+    pub fn start_tasks(&self, config: &Config, tasks: &Supervisor, clock: &Clock) {
+        if let Some(cluster) = self.0.cluster.clone() {
+            tasks.start(Task::periodic("store/cluster", Duration::from_millis(200), move || {
+                let cluster = cluster.clone();
+                async move { cluster.revive().await.map_err(Into::into) }
+            }));
+            guard::start(config, tasks, clock, self.0.full.clone());
+        }
+    }
+
+    /// Closes connections and stops the private cluster, if there is one.
+    pub async fn stop(&self) {
+        let _ = tokio::time::timeout(Duration::from_secs(2), self.0.reader.close()).await;
+        if let Some(cluster) = &self.0.cluster {
+            cluster.stop().await;
+        }
+    }
+}
+
+/// How long a new connection may take.
+const CONNECT: Duration = Duration::from_secs(3);
+
+fn timed_out() -> sqlx::Error {
+    sqlx::Error::Io(std::io::Error::new(std::io::ErrorKind::TimedOut, "connecting took too long"))
+}
+
+/// The settings every session of ours has.
+fn session(options: PgConnectOptions, daemon: &str, purpose: &str, statement: Option<Duration>) -> PgConnectOptions {
+    let options = options.application_name(&format!("sop/{daemon}/{purpose}")).options([
+        ("jit", "off"),
+        ("plan_cache_mode", "force_generic_plan"),
+        ("default_transaction_isolation", "read committed"),
+        ("tcp_keepalives_idle", "5"),
+        ("tcp_keepalives_interval", "2"),
+        ("tcp_keepalives_count", "3"),
+        ("tcp_user_timeout", "10000"),
+    ]);
+    match statement {
+        Some(limit) => options.options([("statement_timeout", limit.as_millis().to_string())]),
+        None => options,
+    }
+}
+
+/// Takes the data folder for this process.
+///
+/// # Errors
+/// When another daemon has it; the message says which.
+pub fn take_folder(dir: &Path) -> Result<DataLock, String> {
+    lock::take(dir)
+}

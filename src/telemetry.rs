@@ -1,0 +1,75 @@
+//! What the daemon says of itself while it runs: log lines on stderr, and the registry of its metrics.
+
+use std::io::IsTerminal as _;
+
+use tracing_subscriber::EnvFilter;
+use tracing_subscriber::layer::SubscriberExt as _;
+use tracing_subscriber::util::SubscriberInitExt as _;
+
+use crate::config::{LogFormat, Telemetry};
+
+/// Starts logging to stderr. A second call changes nothing.
+///
+/// # Errors
+/// When the filter cannot be read.
+pub fn start(settings: &Telemetry) -> Result<(), String> {
+    let filter = EnvFilter::try_new(&settings.filter).map_err(|e| format!("telemetry.filter: {e}"))?;
+    let json = match settings.format {
+        LogFormat::Json => true,
+        LogFormat::Text => false,
+        LogFormat::Auto => !std::io::stderr().is_terminal(),
+    };
+    let registry = tracing_subscriber::registry().with(filter);
+    let started = if json {
+        let layer =
+            tracing_subscriber::fmt::layer().json().flatten_event(true).with_current_span(true).with_span_list(false);
+        registry.with(layer.with_writer(std::io::stderr)).try_init()
+    } else {
+        registry.with(tracing_subscriber::fmt::layer().with_target(false).with_writer(std::io::stderr)).try_init()
+    };
+    if started.is_err() {
+        tracing::debug!("logging was started before");
+    }
+    Ok(())
+}
+
+/// The registry of one daemon, with what the operating system says of the process.
+///
+/// # Errors
+/// When a metric cannot be registered.
+pub fn registry() -> Result<prometheus::Registry, prometheus::Error> {
+    let registry = prometheus::Registry::new();
+    registry.register(Box::new(ProcessMetrics::new()?))?;
+    Ok(registry)
+}
+
+/// Resident memory and open files, read when asked.
+struct ProcessMetrics {
+    memory: prometheus::IntGauge,
+    files: prometheus::IntGauge,
+}
+
+impl ProcessMetrics {
+    fn new() -> Result<Self, prometheus::Error> {
+        Ok(Self {
+            memory: prometheus::IntGauge::new("process_resident_memory_bytes", "Resident memory size in bytes")?,
+            files: prometheus::IntGauge::new("process_open_fds", "Number of open file descriptors")?,
+        })
+    }
+}
+
+impl prometheus::core::Collector for ProcessMetrics {
+    fn desc(&self) -> Vec<&prometheus::core::Desc> {
+        [self.memory.desc(), self.files.desc()].concat()
+    }
+
+    fn collect(&self) -> Vec<prometheus::proto::MetricFamily> {
+        let statm = std::fs::read_to_string("/proc/self/statm").unwrap_or_default();
+        let pages: i64 = statm.split(' ').nth(1).and_then(|p| p.parse().ok()).unwrap_or(0);
+        let page = i64::try_from(rustix::param::page_size()).unwrap_or(4096);
+        self.memory.set(pages * page);
+        let files = std::fs::read_dir("/proc/self/fd").map_or(0, Iterator::count);
+        self.files.set(i64::try_from(files).unwrap_or(i64::MAX));
+        [self.memory.collect(), self.files.collect()].concat()
+    }
+}
