@@ -10,8 +10,419 @@
 //! **Why this way.** One writer a daemon takes whatever queued while the last commit was on its way and commits it as one
 //! batch under the head row's lock: a transaction for each request was 27 times slower, and a leader to elect is a leader to lose.
 
+mod claims;
+mod command;
 pub mod entry;
+mod facts;
+mod fence;
+mod follower;
+mod job;
+pub mod merkle;
+mod metrics;
+mod store;
 pub mod touch;
+mod writer;
 
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicI64, Ordering};
+use std::time::Duration;
+
+use tokio::sync::{Mutex, mpsc, oneshot, watch};
+
+use crate::kernel::crypto::MasterKey;
+use crate::kernel::supervisor::{Supervisor, Task};
+use crate::kernel::web::{Ask, Caller, Permit};
+use crate::kernel::{Clock, Refusal, problem};
+use crate::store::Store;
+
+pub use claims::Claim;
+pub use command::{Command, Committed, Failure, Record, Tx};
 pub use entry::{Entry, Outcome, Sealed, Segment, Signal};
+pub use facts::{AUTHZ, authz_fact};
+pub use follower::Projection;
 pub use touch::{Touch, Touched, What};
+
+use follower::{Follower, News};
+use job::{Heard, Job, Ticket};
+use metrics::Metrics;
+
+/// How often a command is decided again because permission changed in between, before the caller is asked to come back.
+const DECIDE_AGAIN: u32 = 16;
+
+/// What the ledger is made from.
+pub struct Parts {
+    /// The database.
+    pub store: Store,
+    /// The clock.
+    pub clock: Clock,
+    /// Seals stored outcomes.
+    pub master: Arc<MasterKey>,
+    /// Where its metrics go.
+    pub registry: prometheus::Registry,
+    /// Commands that may wait; more are refused.
+    pub queue: usize,
+    /// Commands in a turn at most.
+    pub batch: usize,
+    /// How long another session may keep the head before it is ended.
+    pub lock_wait: Duration,
+    /// How long a caller waits for its commit.
+    pub write_timeout: Duration,
+    /// What this daemon keeps in memory.
+    pub projections: Vec<Arc<dyn Projection>>,
+}
+
+/// The ledger as the rooms see it. Cheap to clone.
+#[derive(Clone)]
+pub struct Ledger {
+    shared: Arc<Shared>,
+    checks: mpsc::Sender<fence::Asked>,
+    at: watch::Receiver<i64>,
+}
+
+/// What the ledger's tasks share.
+struct Shared {
+    store: Store,
+    clock: Clock,
+    master: Arc<MasterKey>,
+    batch: usize,
+    lock_wait: Duration,
+    write_timeout: Duration,
+    metrics: Metrics,
+    queue: mpsc::Sender<Box<dyn Job>>,
+    news: mpsc::Sender<News>,
+    /// The newest index this daemon knows to be committed.
+    head: AtomicI64,
+    behind: AtomicBool,
+}
+
+impl Shared {
+    /// Tells the follower. If it is too far behind to listen it reads for itself.
+    fn news(&self, news: News) {
+        let _ = self.news.try_send(news);
+    }
+
+    fn set_behind(&self) {
+        if !self.behind.swap(true, Ordering::AcqRel) {
+            tracing::error!("the record went backwards or elsewhere: nothing is written until `sop audit resume`");
+        }
+    }
+
+    fn record_detached(&self, caller: Caller, entry: Entry) {
+        let permit = Permit { allowed: true, at: i64::MAX, depends: Default::default(), decision: None, denied: None };
+        let (job, _) = Ticket::new(Record(Some(entry)), caller, permit, false);
+        let _ = self.queue.try_send(job);
+    }
+}
+
+impl Ledger {
+    /// Opens the ledger: makes the head of an empty log, reads the projections, starts writer, follower and head check, and
+    /// writes leaf 0 if there is none.
+    ///
+    /// # Errors
+    /// When the database cannot be read, or a metric is registered twice.
+    pub async fn start(parts: Parts, tasks: &Supervisor) -> Result<Self, Refusal> {
+        let metrics = Metrics::new(&parts.registry).map_err(Refusal::internal)?;
+        let (queue, jobs) = mpsc::channel(parts.queue);
+        let (news, heard) = mpsc::channel(1024);
+        let (checks, asked) = mpsc::channel(16_384);
+        let (at_tx, at) = watch::channel(-1);
+        let shared = Arc::new(Shared {
+            store: parts.store,
+            clock: parts.clock,
+            master: parts.master,
+            batch: parts.batch,
+            lock_wait: parts.lock_wait,
+            write_timeout: parts.write_timeout,
+            metrics,
+            queue,
+            news,
+            head: AtomicI64::new(-1),
+            behind: AtomicBool::new(false),
+        });
+        shared.prepare().await.map_err(|e| shared.store.refusal(e))?;
+        let mut follower = Follower::new(shared.clone(), parts.projections, heard, at_tx);
+        follower.load().await.map_err(|e| shared.store.refusal(e))?;
+        start_tasks(tasks, &shared, follower, jobs, asked);
+        let ledger = Self { shared, checks, at };
+        if ledger.index() < 0 {
+            ledger.begin().await?;
+        }
+        Ok(ledger)
+    }
+
+    async fn begin(&self) -> Result<(), Refusal> {
+        match self.write(&Caller::daemon("ledger"), &[], Begin).await {
+            // Another daemon began the log at the same moment.
+            Err(r) if r.problem() == &problem::CONFLICT => Ok(()),
+            other => other.map(|_| ()),
+        }
+    }
+
+    /// Writes: decides `asks` for the caller, runs the command, commits it with its entry, and answers with its index.
+    /// A denial is an entry too. When something that the decision rests on changed before the commit, it is decided again.
+    ///
+    /// # Errors
+    /// What the layers and the command refuse; 503 when the database is away or the queue is full.
+    pub async fn write<C: Command>(
+        &self,
+        caller: &Caller,
+        asks: &[Ask],
+        command: C,
+    ) -> Result<Committed<C::Out>, Refusal> {
+        let mut command = command;
+        for _ in 0..DECIDE_AGAIN {
+            let permit = caller.decide(asks).await?;
+            if !permit.allowed {
+                match self.deny(caller, asks, permit).await? {
+                    Some(refusal) => return Err(refusal),
+                    None => continue,
+                }
+            }
+            match self.submit(command, caller, permit, true).await? {
+                Heard::Committed(c) => return Ok(c),
+                Heard::Refused(r) => return Err(r),
+                Heard::Stale { command: back, since } => {
+                    command = back;
+                    self.shared.metrics.stale.inc();
+                    self.reach(since, self.shared.write_timeout).await?;
+                }
+            }
+        }
+        Err(Refusal::unavailable("what the caller may do changed faster than it could be decided; nothing was changed"))
+    }
+
+    /// Decides `asks` for a read. A denial is recorded before it is answered.
+    ///
+    /// # Errors
+    /// 403 when denied, 401 when the credential no longer holds.
+    pub async fn permit(&self, caller: &Caller, asks: &[Ask]) -> Result<Permit, Refusal> {
+        for _ in 0..DECIDE_AGAIN {
+            let permit = caller.decide(asks).await?;
+            if permit.allowed {
+                return Ok(permit);
+            }
+            if let Some(refusal) = self.deny(caller, asks, permit).await? {
+                return Err(refusal);
+            }
+        }
+        Err(Refusal::unavailable("what the caller may do changed faster than it could be decided"))
+    }
+
+    /// Records a denial; `None` if it went stale and must be decided again.
+    async fn deny(&self, caller: &Caller, asks: &[Ask], permit: Permit) -> Result<Option<Refusal>, Refusal> {
+        let ask = permit.denied.and_then(|i| asks.get(i)).or(asks.first());
+        let Some(ask) = ask else { return Err(Refusal::internal("a denial of nothing")) };
+        let id = permit.decision.as_ref().map(|d| d.id.to_string()).unwrap_or_default();
+        let detail = format!("{} on {} is not allowed for {}", ask.action, ask.resource(), caller.actor());
+        let entry = Entry::ok(ask.action, ask.resource()).outcome(Outcome::Denied).reason(detail.clone());
+        match self.submit(Record(Some(entry)), caller, permit, false).await? {
+            Heard::Committed(c) => {
+                Ok(Some(Refusal::new(&problem::DENIED, detail).with("decision", id).recorded_at(c.index)))
+            }
+            Heard::Refused(r) => Err(r),
+            Heard::Stale { since, .. } => {
+                self.reach(since, self.shared.write_timeout).await?;
+                Ok(None)
+            }
+        }
+    }
+
+    async fn submit<C: Command>(
+        &self,
+        command: C,
+        caller: &Caller,
+        permit: Permit,
+        keyed: bool,
+    ) -> Result<Heard<C>, Refusal> {
+        let (job, heard) = Ticket::new(command, caller.clone(), permit, keyed);
+        match self.shared.queue.try_send(job) {
+            Ok(()) => {}
+            Err(mpsc::error::TrySendError::Full(_)) => {
+                self.shared.metrics.refused_full.inc();
+                return Err(Refusal::new(&problem::OVERLOADED, "the queue of changes is full; nothing was changed"));
+            }
+            Err(mpsc::error::TrySendError::Closed(_)) => {
+                return Err(Refusal::unavailable("the daemon is stopping; nothing was changed"));
+            }
+        }
+        match tokio::time::timeout(self.shared.write_timeout, heard).await {
+            Ok(Ok(heard)) => Ok(heard),
+            Ok(Err(_)) => Err(Refusal::unavailable(
+                "the daemon stopped before it could answer; whether the change was made is not known",
+            )),
+            Err(_) => Err(Refusal::unavailable(
+                "the database did not answer in time; whether the change was made is not known: ask again with the same Idempotency-Key, or read",
+            )),
+        }
+    }
+
+    /// Records something that changes no rows. Not subject to policy: whoever calls has decided.
+    ///
+    /// # Errors
+    /// As [`write`](Self::write).
+    pub async fn record(&self, caller: &Caller, permit: Permit, entry: Entry) -> Result<Committed<()>, Refusal> {
+        let mut permit = permit;
+        // The decision was made; what is recorded is that it was used.
+        permit.at = i64::MAX;
+        match self.submit(Record(Some(entry)), caller, permit, false).await? {
+            Heard::Committed(c) => Ok(c),
+            Heard::Refused(r) => Err(r),
+            Heard::Stale { .. } => Err(Refusal::internal("a record went stale")),
+        }
+    }
+
+    /// The newest index that was committed before this call, on any daemon; this daemon's projections reflect it on return.
+    ///
+    /// # Errors
+    /// 503 when the head cannot be read, 504 when this daemon does not catch up in time.
+    pub async fn fence(&self) -> Result<i64, Refusal> {
+        let (tx, rx) = oneshot::channel();
+        let full = |_| Refusal::new(&problem::OVERLOADED, "too many reads wait for the head of the ledger");
+        self.checks.try_send(tx).map_err(full)?;
+        let gone = |_| Refusal::unavailable("the daemon is stopping");
+        let index = rx.await.map_err(gone)??;
+        self.reach(index, self.shared.write_timeout).await?;
+        Ok(index)
+    }
+
+    /// Waits until this daemon's projections reflect `index`.
+    ///
+    /// # Errors
+    /// 504 when they do not within that time.
+    pub async fn reach(&self, index: i64, within: Duration) -> Result<(), Refusal> {
+        if *self.at.borrow() >= index {
+            return Ok(());
+        }
+        let mut at = self.at.clone();
+        match tokio::time::timeout(within, at.wait_for(|i| *i >= index)).await {
+            Ok(Ok(_)) => Ok(()),
+            Ok(Err(_)) => Err(Refusal::unavailable("the daemon is stopping")),
+            Err(_) => Err(Refusal::new(
+                &problem::BEHIND,
+                format!("index {index} was not reached in time; this daemon reflects {}", self.index()),
+            )),
+        }
+    }
+
+    /// The newest index this daemon's projections reflect.
+    #[must_use]
+    pub fn index(&self) -> i64 {
+        *self.at.borrow()
+    }
+
+    /// Tells of each new index, once the projections reflect it.
+    #[must_use]
+    pub fn watch_index(&self) -> watch::Receiver<i64> {
+        self.at.clone()
+    }
+
+    /// Why the ledger does not write now, if it does not.
+    #[must_use]
+    pub fn stopped(&self) -> Option<&'static str> {
+        self.shared.behind.load(Ordering::Acquire).then_some("record-behind")
+    }
+
+    /// How many commands wait.
+    #[must_use]
+    pub fn queued(&self) -> usize {
+        self.shared.queue.max_capacity() - self.shared.queue.capacity()
+    }
+
+    /// A fact about this database that is set once: what it is, after `value` was offered.
+    ///
+    /// # Errors
+    /// 503 when the database is away.
+    pub async fn settle(&self, name: &str, value: &[u8]) -> Result<Vec<u8>, Refusal> {
+        let refusal = |e| self.shared.store.refusal(e);
+        let mut conn = self.shared.store.reader().acquire().await.map_err(refusal)?;
+        store::settle_setting(&mut conn, name, value).await.map_err(refusal)
+    }
+}
+
+impl Shared {
+    /// Makes an empty log's head, checks the master key, and sees to it that the next indexes have a partition.
+    async fn prepare(&self) -> Result<(), sqlx::Error> {
+        let mut conn = self.store.dedicated("start").await?;
+        store::make_head(&mut conn, &writer::empty_root()).await?;
+        self.room(&mut conn).await
+    }
+
+    /// Adds a partition when the head is within half of one of the end.
+    async fn room(&self, conn: &mut sqlx::PgConnection) -> Result<(), sqlx::Error> {
+        let head = store::head_index(conn).await?;
+        let end = store::partition_end(conn).await?;
+        if end - head < store::PARTITION / 2 {
+            store::add_partition(conn, end).await?;
+        }
+        Ok(())
+    }
+
+    /// Holds the clock to the wall's, with the database's as the witness of a step (rule 17).
+    async fn discipline(&self) -> Result<(), sqlx::Error> {
+        let read = async {
+            let mut conn = self.store.reader().acquire().await?;
+            store::database_time(&mut conn).await
+        };
+        let database = read.await;
+        self.clock.discipline(database.as_ref().ok().copied());
+        database.map(|_| ())
+    }
+
+    /// What is done once a minute: drop old outcomes, keep room for new entries.
+    async fn tidy(&self) -> Result<(), sqlx::Error> {
+        let mut conn = self.store.dedicated("tidy").await?;
+        self.room(&mut conn).await?;
+        while store::drop_outcomes(&mut conn, job::outcome_horizon(self.clock.now())).await? == 1000 {}
+        Ok(())
+    }
+}
+
+/// The first leaf: the log's own beginning.
+struct Begin;
+
+impl Command for Begin {
+    type Out = ();
+
+    async fn apply(&mut self, tx: &mut Tx<'_>) -> Result<((), Entry), Failure> {
+        if tx.index() != 0 {
+            return Err(Refusal::new(&problem::CONFLICT, "the log has begun").into());
+        }
+        Ok(((), Entry::ok("ledger:begin", "log/0").change("version", 1)))
+    }
+}
+
+fn start_tasks(
+    tasks: &Supervisor,
+    shared: &Arc<Shared>,
+    follower: Follower,
+    jobs: mpsc::Receiver<Box<dyn Job>>,
+    asked: mpsc::Receiver<fence::Asked>,
+) {
+    // Each task is one value behind a lock, so that a restart goes on with what the last attempt knew.
+    let follower = Arc::new(Mutex::new(follower));
+    tasks.start(Task::restarting("ledger/follower", move |stop| {
+        let follower = follower.clone();
+        async move { follower.lock().await.run(stop).await }
+    }));
+    let asked = Arc::new(Mutex::new(asked));
+    let s = shared.clone();
+    tasks.start(Task::restarting("ledger/fence", move |stop| {
+        let (asked, s) = (asked.clone(), s.clone());
+        async move { fence::run(s, &mut *asked.lock().await, stop).await }
+    }));
+    let s = shared.clone();
+    tasks.start(Task::periodic("ledger/tidy", Duration::from_secs(60), move || {
+        let s = s.clone();
+        async move { s.tidy().await.map_err(Into::into) }
+    }));
+    let s = shared.clone();
+    tasks.start(Task::periodic("ledger/clock", Duration::from_secs(1), move || {
+        let s = s.clone();
+        async move { s.discipline().await.map_err(Into::into) }
+    }));
+    let writer = Arc::new(Mutex::new(writer::Writer::new(shared.clone(), jobs)));
+    tasks.start(Task::restarting("ledger/writer", move |stop| {
+        let writer = writer.clone();
+        async move { writer.lock().await.run(stop).await }
+    }));
+}

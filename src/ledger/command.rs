@@ -1,0 +1,113 @@
+//! What a room hands to the ledger: a command that changes rows and says what it changed, in one transaction.
+
+use std::future::Future;
+
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+use sqlx::PgConnection;
+
+use crate::kernel::{Refusal, Timestamp};
+
+use super::Entry;
+
+/// A change of one room. It decides on rows it reads under the head's lock, writes them, and yields the entry of it.
+///
+/// It refuses **before its first write**, and it can be run again from the start: when a neighbour in its batch fails, or a
+/// connection breaks, the transaction is rolled back and the command runs anew.
+pub trait Command: Send + 'static {
+    /// What the caller is told. It is stored, sealed, if the request has an `Idempotency-Key`.
+    type Out: Serialize + DeserializeOwned + Send + 'static;
+
+    /// Makes the change.
+    fn apply<'a>(
+        &'a mut self,
+        tx: &'a mut Tx<'_>,
+    ) -> impl Future<Output = Result<(Self::Out, Entry), Failure>> + Send + 'a;
+}
+
+/// Why a command did not happen.
+#[derive(Debug)]
+pub enum Failure {
+    /// It was refused; its neighbours in the batch go on.
+    Refused(Refusal),
+    /// The database failed; the batch is rolled back and tried again.
+    Database(sqlx::Error),
+}
+
+impl From<Refusal> for Failure {
+    fn from(r: Refusal) -> Self {
+        Self::Refused(r)
+    }
+}
+
+impl From<sqlx::Error> for Failure {
+    fn from(e: sqlx::Error) -> Self {
+        Self::Database(e)
+    }
+}
+
+/// The transaction of a turn, as one command sees it.
+pub struct Tx<'c> {
+    conn: &'c mut PgConnection,
+    index: i64,
+    now: Timestamp,
+    wrote: bool,
+}
+
+impl<'c> Tx<'c> {
+    pub(super) fn new(conn: &'c mut PgConnection, index: i64, now: Timestamp) -> Self {
+        Self { conn, index, now, wrote: false }
+    }
+
+    /// The index this command's entry gets if it is not refused.
+    #[must_use]
+    pub fn index(&self) -> i64 {
+        self.index
+    }
+
+    /// The time of its entry: the daemon's clock, never earlier than the entry before.
+    #[must_use]
+    pub fn now(&self) -> Timestamp {
+        self.now
+    }
+
+    /// For reading.
+    pub fn read(&mut self) -> &mut PgConnection {
+        self.conn
+    }
+
+    /// For writing. From here on the command may not refuse.
+    pub fn write(&mut self) -> &mut PgConnection {
+        self.wrote = true;
+        self.conn
+    }
+
+    pub(super) fn wrote(&self) -> bool {
+        self.wrote
+    }
+}
+
+/// A command that committed.
+#[derive(Clone, Debug)]
+pub struct Committed<T> {
+    /// Its entry's index.
+    pub index: i64,
+    /// Its entry's time.
+    pub time: Timestamp,
+    /// What the caller is told.
+    pub value: T,
+    /// Whether this is the stored outcome of an earlier request with the same `Idempotency-Key`.
+    pub replayed: bool,
+}
+
+/// A command that changes no rows: the entry is the change (a denial, a use, a read of the record).
+pub struct Record(pub Option<Entry>);
+
+impl Command for Record {
+    type Out = ();
+
+    async fn apply(&mut self, _: &mut Tx<'_>) -> Result<((), Entry), Failure> {
+        let entry = self.0.clone().ok_or_else(|| Refusal::internal("a record without an entry"))?;
+        Ok(((), entry))
+    }
+}

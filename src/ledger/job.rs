@@ -1,0 +1,189 @@
+//! A command on its way through the writer: what the caller may, what came of it, whom to tell.
+
+use serde::{Deserialize, Serialize};
+use serde_json::value::RawValue;
+use tokio::sync::oneshot;
+
+use crate::kernel::crypto::MasterKey;
+use crate::kernel::problem;
+use crate::kernel::web::{Caller, Permit};
+use crate::kernel::{BoxFuture, Refusal, Timestamp};
+
+use super::command::{Command, Committed, Failure, Tx};
+use super::entry::Sealed;
+use super::store;
+
+/// What the writer does with a job, whatever its command.
+pub(super) trait Job: Send {
+    /// What was decided for it, and at which index.
+    fn permit(&self) -> &Permit;
+    /// Runs it. `Ok(None)` took no index: it was refused, or its outcome was stored before.
+    fn run<'a>(
+        &'a mut self,
+        tx: &'a mut Tx<'_>,
+        master: &'a MasterKey,
+    ) -> BoxFuture<'a, Result<Option<Sealed>, Failure>>;
+    /// Forgets what a run came to, because it was rolled back.
+    fn reset(&mut self);
+    /// Refuses it, whatever a run came to.
+    fn refuse(&mut self, refusal: Refusal);
+    /// Marks it as decided on something that changed since.
+    fn stale(&mut self, since: i64);
+    /// Tells the caller.
+    fn settle(self: Box<Self>);
+}
+
+/// What the caller hears.
+pub(super) enum Heard<C: Command> {
+    /// It committed, or was stored as committed.
+    Committed(Committed<C::Out>),
+    /// It was refused.
+    Refused(Refusal),
+    /// Permission was decided before `since`, where something it rests on changed. Decide again; here is the command.
+    Stale { command: C, since: i64 },
+}
+
+/// The outcome kept under an `Idempotency-Key`.
+#[derive(Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+enum Stored {
+    Ok(Box<RawValue>),
+    Refused(Refusal),
+}
+
+enum State<T> {
+    Waiting,
+    Done(Committed<T>),
+    Refused(Refusal),
+    Stale(i64),
+}
+
+/// A command with its caller.
+pub(super) struct Ticket<C: Command> {
+    command: C,
+    caller: Caller,
+    permit: Permit,
+    keyed: bool,
+    state: State<C::Out>,
+    reply: oneshot::Sender<Heard<C>>,
+}
+
+impl<C: Command> Ticket<C> {
+    /// `keyed` says whether the request's `Idempotency-Key` is about this command (not about a denial of it).
+    pub fn new(command: C, caller: Caller, permit: Permit, keyed: bool) -> (Box<Self>, oneshot::Receiver<Heard<C>>) {
+        let (reply, heard) = oneshot::channel();
+        (Box::new(Self { command, caller, permit, keyed, state: State::Waiting, reply }), heard)
+    }
+
+    async fn execute(&mut self, tx: &mut Tx<'_>, master: &MasterKey) -> Result<Option<Sealed>, Failure> {
+        let key = self.caller.request().idempotency.clone().filter(|_| self.keyed);
+        if let Some(key) = &key
+            && let Some(stored) = store::outcome(tx.read(), &key.key).await?
+        {
+            self.state = if stored.fingerprint == key.fingerprint {
+                self.replay(stored, master)
+            } else {
+                State::Refused(Refusal::new(
+                    &problem::IDEMPOTENCY_MISMATCH,
+                    "this Idempotency-Key was used with another body; use a fresh key for a new request",
+                ))
+            };
+            return Ok(None);
+        }
+        match self.command.apply(tx).await {
+            Ok((value, entry)) => {
+                let (index, time) = (tx.index(), tx.now());
+                let sealed = entry.decided(self.permit.decision.clone()).seal(&self.caller, time)?;
+                if let Some(key) = &key {
+                    let raw = serde_json::value::to_raw_value(&value).map_err(Refusal::internal)?;
+                    let outcome = seal_outcome(master, &Stored::Ok(raw))?;
+                    store::keep_outcome(tx.write(), key, Some(index), &outcome, time).await?;
+                }
+                self.state = State::Done(Committed { index, time, value, replayed: false });
+                Ok(Some(sealed))
+            }
+            Err(Failure::Refused(refusal)) if !tx.wrote() => {
+                if let Some(key) = &key
+                    && storable(&refusal)
+                {
+                    let outcome = seal_outcome(master, &Stored::Refused(refusal.clone()))?;
+                    let time = tx.now();
+                    store::keep_outcome(tx.write(), key, None, &outcome, time).await?;
+                }
+                self.state = State::Refused(refusal);
+                Ok(None)
+            }
+            Err(failure) => Err(failure),
+        }
+    }
+
+    fn replay(&self, stored: store::Outcome, master: &MasterKey) -> State<C::Out> {
+        let opened =
+            master.open(OUTCOME, &stored.sealed).and_then(|plain| serde_json::from_slice::<Stored>(&plain).ok());
+        match opened {
+            Some(Stored::Refused(refusal)) => State::Refused(refusal),
+            Some(Stored::Ok(raw)) => match serde_json::from_str(raw.get()) {
+                Ok(value) => {
+                    let index = stored.index.unwrap_or(-1);
+                    State::Done(Committed { index, time: stored.time, value, replayed: true })
+                }
+                Err(e) => State::Refused(Refusal::internal(e)),
+            },
+            None => State::Refused(Refusal::internal("a stored outcome does not open under this master key")),
+        }
+    }
+}
+
+const OUTCOME: &str = "ledger/outcome";
+
+fn seal_outcome(master: &MasterKey, outcome: &Stored) -> Result<Vec<u8>, Refusal> {
+    let plain = serde_json::to_vec(outcome).map_err(Refusal::internal)?;
+    master.seal(OUTCOME, &plain)
+}
+
+/// A refusal of the command itself is its outcome; one of the layers around it, or a failure of ours, is not (rule 19).
+fn storable(refusal: &Refusal) -> bool {
+    !matches!(refusal.problem().status, 401 | 403 | 429 | 500..)
+}
+
+impl<C: Command> Job for Ticket<C> {
+    fn permit(&self) -> &Permit {
+        &self.permit
+    }
+
+    fn run<'a>(
+        &'a mut self,
+        tx: &'a mut Tx<'_>,
+        master: &'a MasterKey,
+    ) -> BoxFuture<'a, Result<Option<Sealed>, Failure>> {
+        Box::pin(self.execute(tx, master))
+    }
+
+    fn reset(&mut self) {
+        self.state = State::Waiting;
+    }
+
+    fn refuse(&mut self, refusal: Refusal) {
+        self.state = State::Refused(refusal);
+    }
+
+    fn stale(&mut self, since: i64) {
+        self.state = State::Stale(since);
+    }
+
+    fn settle(self: Box<Self>) {
+        let heard = match self.state {
+            State::Done(committed) => Heard::Committed(committed),
+            State::Refused(refusal) => Heard::Refused(refusal),
+            State::Stale(since) => Heard::Stale { command: self.command, since },
+            State::Waiting => Heard::Refused(Refusal::internal("a job was settled before it ran")),
+        };
+        // A caller that hung up does not hear; what was committed stands.
+        let _ = self.reply.send(heard);
+    }
+}
+
+/// The time of the newest outcome that may be dropped: a day old.
+pub(super) fn outcome_horizon(now: Timestamp) -> Timestamp {
+    Timestamp::from_millis(now.millis() - 86_400_000)
+}

@@ -1,0 +1,60 @@
+//! What the ledger counts.
+
+use prometheus::{Histogram, HistogramOpts, IntCounter, IntGauge, Registry};
+
+/// The ledger's metrics, `sop_ledger_*`.
+pub(super) struct Metrics {
+    pub entries: IntCounter,
+    pub batch: Histogram,
+    pub lock: Histogram,
+    pub fences: IntCounter,
+    pub caught_up: IntCounter,
+    pub unknown: IntCounter,
+    pub broken: IntCounter,
+    pub away: IntCounter,
+    pub singled: IntCounter,
+    pub ended: IntCounter,
+    pub refused_full: IntCounter,
+    pub stale: IntCounter,
+    pub followed: IntGauge,
+}
+
+impl Metrics {
+    pub fn new(registry: &Registry) -> Result<Self, prometheus::Error> {
+        let counter = |name: &str, help: &str| -> Result<IntCounter, prometheus::Error> {
+            let c = IntCounter::new(name, help)?;
+            registry.register(Box::new(c.clone()))?;
+            Ok(c)
+        };
+        let histogram = |name: &str, help: &str, buckets: Vec<f64>| -> Result<Histogram, prometheus::Error> {
+            let h = Histogram::with_opts(HistogramOpts::new(name, help).buckets(buckets))?;
+            registry.register(Box::new(h.clone()))?;
+            Ok(h)
+        };
+        let followed = IntGauge::new("sop_ledger_followed_index", "Newest index this daemon's projections reflect")?;
+        registry.register(Box::new(followed.clone()))?;
+        Ok(Self {
+            entries: counter("sop_ledger_entries_total", "Entries this daemon committed")?,
+            batch: histogram(
+                "sop_ledger_batch_commands",
+                "Commands in a turn of the writer",
+                prometheus::exponential_buckets(1.0, 2.0, 11)?,
+            )?,
+            lock: histogram(
+                "sop_ledger_lock_seconds",
+                "Wait for the lock of the head",
+                prometheus::exponential_buckets(0.000_1, 3.0, 10)?,
+            )?,
+            fences: counter("sop_ledger_head_checks_total", "Head checks for linearizable reads")?,
+            caught_up: counter("sop_ledger_foreign_entries_total", "Entries of other daemons read by the writer")?,
+            unknown: counter("sop_ledger_unknown_commits_total", "Commits whose fate had to be found out")?,
+            broken: counter("sop_ledger_broken_turns_total", "Turns broken off by a lost connection")?,
+            away: counter("sop_ledger_away_total", "Times the database could not be reached for writing")?,
+            singled: counter("sop_ledger_singled_batches_total", "Batches run again one command at a time")?,
+            ended: counter("sop_ledger_ended_sessions_total", "Sessions ended because they kept the head too long")?,
+            refused_full: counter("sop_ledger_overloaded_total", "Commands refused because the queue was full")?,
+            stale: counter("sop_ledger_stale_permits_total", "Commands decided again because permission had changed")?,
+            followed,
+        })
+    }
+}

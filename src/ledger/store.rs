@@ -1,0 +1,361 @@
+//! The ledger's SQL.
+
+use sqlx::{PgConnection, Row as _};
+use time::OffsetDateTime;
+use uuid::Uuid;
+
+use crate::kernel::Timestamp;
+use crate::kernel::crypto::Hash;
+use crate::kernel::web::Idempotency;
+
+use super::entry::Sealed;
+use super::touch::Touched;
+
+/// The head row, and the database's clock when it was read.
+#[derive(Clone, Debug)]
+pub(super) struct Head {
+    pub index: i64,
+    pub root: Hash,
+    pub frontier: Vec<u8>,
+    pub time: Timestamp,
+    pub database_time: Timestamp,
+}
+
+/// Starts the transaction of a turn and takes the fence. The locking statement reads nothing but the row it locks: a
+/// statement that waited for the lock would show the new head beside old rows of other tables (rule 2). Sent as one simple
+/// query; each statement of it has a snapshot of its own.
+const LOCK: &str = "BEGIN ISOLATION LEVEL READ COMMITTED;
+    SELECT index, root, frontier, (extract(epoch FROM time) * 1000)::int8 AS time,
+           (extract(epoch FROM clock_timestamp()) * 1000)::int8 AS database_time
+    FROM ledger.head WHERE id = 1 FOR UPDATE";
+
+pub(super) async fn lock_head(conn: &mut PgConnection) -> Result<Option<Head>, sqlx::Error> {
+    let rows = sqlx::raw_sql(LOCK).fetch_all(conn).await?;
+    rows.last().map(head).transpose()
+}
+
+fn head(row: &sqlx::postgres::PgRow) -> Result<Head, sqlx::Error> {
+    Ok(Head {
+        index: row.try_get("index")?,
+        root: hash(row.try_get("root")?)?,
+        frontier: row.try_get("frontier")?,
+        time: Timestamp::from_millis(row.try_get("time")?),
+        database_time: Timestamp::from_millis(row.try_get("database_time")?),
+    })
+}
+
+fn hash(bytes: Vec<u8>) -> Result<Hash, sqlx::Error> {
+    bytes.try_into().map_err(|_| sqlx::Error::Decode("a hash in the ledger does not have 32 bytes".into()))
+}
+
+pub(super) async fn head_index(conn: &mut PgConnection) -> Result<i64, sqlx::Error> {
+    sqlx::query_scalar("SELECT index FROM ledger.head WHERE id = 1").fetch_one(conn).await
+}
+
+/// Makes the head of an empty log; a head that is there stays as it is.
+pub(super) async fn make_head(conn: &mut PgConnection, root: &Hash) -> Result<(), sqlx::Error> {
+    sqlx::query(
+        "INSERT INTO ledger.head (id, index, root, frontier, time, batch)
+         VALUES (1, -1, $1, '', 'epoch', '00000000-0000-0000-0000-000000000000') ON CONFLICT (id) DO NOTHING",
+    )
+    .bind(root.as_slice())
+    .execute(conn)
+    .await?;
+    Ok(())
+}
+
+/// What a batch leaves in the ledger.
+pub(super) struct Batch<'a> {
+    pub id: Uuid,
+    pub before: i64,
+    pub root: Hash,
+    pub frontier: Vec<u8>,
+    pub time: Timestamp,
+    pub entries: &'a [Sealed],
+}
+
+/// Advances the head from `before` to `before + k` **where it still is `before`**, and inserts the entries. Every part reads
+/// from the head's update, so that a head that has moved leaves nothing at all behind. The notification is a column.
+const ADVANCE: &str = "
+    WITH head AS (
+        UPDATE ledger.head SET index = $1, root = $2, frontier = $3, time = $4, batch = $5
+        WHERE id = 1 AND index = $6 RETURNING index
+    ), entries AS (
+        INSERT INTO ledger.entries (index, leaf, hash, batch, touched)
+        SELECT e.index, e.leaf, e.hash, $5, e.touched
+        FROM head, unnest($7::int8[], $8::bytea[], $9::bytea[], $10::bytea[]) AS e (index, leaf, hash, touched)
+    ), details AS (
+        INSERT INTO ledger.details (index, salt, details, segment)
+        SELECT d.index, d.salt, d.details, d.segment
+        FROM head, unnest($7::int8[], $11::bytea[], $12::bytea[], $13::bytea[]) AS d (index, salt, details, segment)
+    )
+    SELECT pg_notify('sop_ledger', head.index::text) IS NOT NULL FROM head";
+
+/// Writes a batch; `false` if the head was not where it was expected, and then nothing was written.
+pub(super) async fn advance(conn: &mut PgConnection, batch: &Batch<'_>) -> Result<bool, sqlx::Error> {
+    let k = i64::try_from(batch.entries.len()).unwrap_or(0);
+    let indexes: Vec<i64> = (batch.before + 1..=batch.before + k).collect();
+    let leaves: Vec<&[u8]> = batch.entries.iter().map(|e| e.leaf.as_slice()).collect();
+    let hashes: Vec<&[u8]> = batch.entries.iter().map(|e| e.hash.as_slice()).collect();
+    let touched: Vec<&[u8]> = batch.entries.iter().map(|e| e.touched.as_slice()).collect();
+    let salts: Vec<&[u8]> = batch.entries.iter().map(|e| e.salt.as_slice()).collect();
+    let details: Vec<&[u8]> = batch.entries.iter().map(|e| e.details.as_slice()).collect();
+    let segments: Vec<Option<&[u8]>> = batch.entries.iter().map(|e| e.segment.as_ref().map(|h| h.as_slice())).collect();
+    let advanced = sqlx::query(ADVANCE)
+        .bind(batch.before + k)
+        .bind(batch.root.as_slice())
+        .bind(&batch.frontier)
+        .bind(batch.time.to_offset())
+        .bind(batch.id)
+        .bind(batch.before)
+        .bind(indexes)
+        .bind(leaves)
+        .bind(hashes)
+        .bind(touched)
+        .bind(salts)
+        .bind(details)
+        .bind(segments)
+        .fetch_optional(conn)
+        .await?;
+    Ok(advanced.is_some())
+}
+
+pub(super) async fn commit(conn: &mut PgConnection) -> Result<(), sqlx::Error> {
+    sqlx::raw_sql("COMMIT").execute(conn).await.map(|_| ())
+}
+
+pub(super) async fn rollback(conn: &mut PgConnection) -> Result<(), sqlx::Error> {
+    sqlx::raw_sql("ROLLBACK").execute(conn).await.map(|_| ())
+}
+
+/// Whether a batch of that id stands after `before`. Only meaningful while the head is locked.
+pub(super) async fn batch_stands(conn: &mut PgConnection, before: i64, id: Uuid) -> Result<bool, sqlx::Error> {
+    sqlx::query_scalar("SELECT EXISTS (SELECT FROM ledger.entries WHERE index > $1 AND batch = $2)")
+        .bind(before)
+        .bind(id)
+        .fetch_one(conn)
+        .await
+}
+
+/// An entry as another daemon needs it to catch up.
+pub(super) struct Advance {
+    pub index: i64,
+    pub hash: Hash,
+    pub touched: Vec<Touched>,
+}
+
+/// Entries after `after` up to `to`, at most `limit`, in order.
+pub(super) async fn entries_after(
+    conn: &mut PgConnection,
+    after: i64,
+    to: i64,
+    limit: i64,
+) -> Result<Vec<Advance>, sqlx::Error> {
+    let rows = sqlx::query(
+        "SELECT index, hash, touched FROM ledger.entries WHERE index > $1 AND index <= $2 ORDER BY index LIMIT $3",
+    )
+    .bind(after)
+    .bind(to)
+    .bind(limit)
+    .fetch_all(conn)
+    .await?;
+    rows.iter()
+        .map(|row| {
+            let touched: Vec<u8> = row.try_get("touched")?;
+            let touched = Touched::decode(&touched)
+                .ok_or_else(|| sqlx::Error::Decode("the column `touched` of an entry cannot be read".into()))?;
+            Ok(Advance { index: row.try_get("index")?, hash: hash(row.try_get("hash")?)?, touched })
+        })
+        .collect()
+}
+
+/// A stored outcome.
+pub(super) struct Outcome {
+    pub fingerprint: [u8; 32],
+    pub index: Option<i64>,
+    pub sealed: Vec<u8>,
+    pub time: Timestamp,
+}
+
+pub(super) async fn outcome(conn: &mut PgConnection, key: &[u8; 32]) -> Result<Option<Outcome>, sqlx::Error> {
+    let row = sqlx::query("SELECT fingerprint, index, sealed, time FROM ledger.outcomes WHERE key = $1")
+        .bind(key.as_slice())
+        .fetch_optional(conn)
+        .await?;
+    row.map(|row| {
+        Ok(Outcome {
+            fingerprint: hash(row.try_get("fingerprint")?)?,
+            index: row.try_get("index")?,
+            sealed: row.try_get("sealed")?,
+            time: Timestamp::from_offset(row.try_get("time")?),
+        })
+    })
+    .transpose()
+}
+
+pub(super) async fn keep_outcome(
+    conn: &mut PgConnection,
+    key: &Idempotency,
+    index: Option<i64>,
+    sealed: &[u8],
+    time: Timestamp,
+) -> Result<(), sqlx::Error> {
+    sqlx::query("INSERT INTO ledger.outcomes (key, fingerprint, index, sealed, time) VALUES ($1, $2, $3, $4, $5)")
+        .bind(key.key.as_slice())
+        .bind(key.fingerprint.as_slice())
+        .bind(index)
+        .bind(sealed)
+        .bind(time.to_offset())
+        .execute(conn)
+        .await?;
+    Ok(())
+}
+
+/// Drops outcomes older than `before`, at most a thousand at a time.
+pub(super) async fn drop_outcomes(conn: &mut PgConnection, before: Timestamp) -> Result<u64, sqlx::Error> {
+    let done = sqlx::query(
+        "DELETE FROM ledger.outcomes WHERE key IN (SELECT key FROM ledger.outcomes WHERE time < $1 LIMIT 1000)",
+    )
+    .bind(before.to_offset())
+    .execute(conn)
+    .await?;
+    Ok(done.rows_affected())
+}
+
+pub(super) async fn backend_pid(conn: &mut PgConnection) -> Result<i32, sqlx::Error> {
+    sqlx::query_scalar("SELECT pg_backend_pid()").fetch_one(conn).await
+}
+
+/// Ends the daemons' sessions that keep `waiting` from its lock; answers who they were. Sessions of others are left alone.
+pub(super) async fn end_blockers(conn: &mut PgConnection, waiting: i32) -> Result<Vec<String>, sqlx::Error> {
+    sqlx::query_scalar(
+        "SELECT application_name FROM pg_stat_activity
+         WHERE pid = ANY (pg_blocking_pids($1)) AND application_name LIKE 'sop/%' AND pg_terminate_backend(pid)",
+    )
+    .bind(waiting)
+    .fetch_all(conn)
+    .await
+}
+
+/// The end of the newest partition: indexes from here on have no place yet.
+pub(super) async fn partition_end(conn: &mut PgConnection) -> Result<i64, sqlx::Error> {
+    let ends: Vec<String> = sqlx::query_scalar(
+        "SELECT pg_get_expr(c.relpartbound, c.oid) FROM pg_inherits i JOIN pg_class c ON c.oid = i.inhrelid
+         WHERE i.inhparent = 'ledger.entries'::regclass",
+    )
+    .fetch_all(conn)
+    .await?;
+    let end = |bound: &String| bound.rsplit('\'').nth(1).and_then(|n| n.parse::<i64>().ok());
+    Ok(ends.iter().filter_map(end).max().unwrap_or(0))
+}
+
+/// Indexes in one partition: a whole number of tiles at every level that matters.
+pub(super) const PARTITION: i64 = 8_388_608;
+
+/// Makes the partition that begins at `from`. Made apart and then attached, which does not lock readers out.
+pub(super) async fn add_partition(conn: &mut PgConnection, from: i64) -> Result<(), sqlx::Error> {
+    let to = from + PARTITION;
+    let mut sql = String::from("BEGIN;");
+    for table in ["entries", "details"] {
+        sql.push_str(&format!(
+            "CREATE TABLE IF NOT EXISTS ledger.{table}_{from} (LIKE ledger.{table} INCLUDING ALL);
+             ALTER TABLE ledger.{table} ATTACH PARTITION ledger.{table}_{from} FOR VALUES FROM ({from}) TO ({to});"
+        ));
+    }
+    sql.push_str("COMMIT");
+    let done = sqlx::raw_sql(sqlx::AssertSqlSafe(sql)).execute(&mut *conn).await;
+    if done.is_err() {
+        // Another daemon was quicker; the transaction must not stay open.
+        rollback(conn).await?;
+    }
+    Ok(())
+}
+
+/// Sets a setting if nobody did before, and answers what it is.
+pub(super) async fn settle_setting(conn: &mut PgConnection, name: &str, value: &[u8]) -> Result<Vec<u8>, sqlx::Error> {
+    sqlx::query("INSERT INTO ledger.settings (name, value) VALUES ($1, $2) ON CONFLICT (name) DO NOTHING")
+        .bind(name)
+        .bind(value)
+        .execute(&mut *conn)
+        .await?;
+    sqlx::query_scalar("SELECT value FROM ledger.settings WHERE name = $1").bind(name).fetch_one(conn).await
+}
+
+/// The database's clock.
+pub(super) async fn database_time(conn: &mut PgConnection) -> Result<Timestamp, sqlx::Error> {
+    let t: OffsetDateTime = sqlx::query_scalar("SELECT clock_timestamp()").fetch_one(conn).await?;
+    Ok(Timestamp::from_offset(t))
+}
+
+/// A claim as it stands.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct ClaimRow {
+    pub holder: String,
+    pub token: i64,
+    pub beats: i64,
+    pub ttl_ms: i64,
+}
+
+pub(super) async fn claim(conn: &mut PgConnection, name: &str) -> Result<Option<ClaimRow>, sqlx::Error> {
+    let row = sqlx::query("SELECT holder, token, beats, ttl_ms FROM ledger.claims WHERE name = $1")
+        .bind(name)
+        .fetch_optional(conn)
+        .await?;
+    row.map(|r| {
+        Ok(ClaimRow {
+            holder: r.try_get("holder")?,
+            token: r.try_get("token")?,
+            beats: r.try_get("beats")?,
+            ttl_ms: r.try_get("ttl_ms")?,
+        })
+    })
+    .transpose()
+}
+
+/// Renews; `false` if it is no longer that holder's.
+pub(super) async fn beat(
+    conn: &mut PgConnection,
+    name: &str,
+    holder: &str,
+    token: i64,
+    now: Timestamp,
+) -> Result<bool, sqlx::Error> {
+    let done = sqlx::query(
+        "UPDATE ledger.claims SET beats = beats + 1, time = $4 WHERE name = $1 AND holder = $2 AND token = $3",
+    )
+    .bind(name)
+    .bind(holder)
+    .bind(token)
+    .bind(now.to_offset())
+    .execute(conn)
+    .await?;
+    Ok(done.rows_affected() == 1)
+}
+
+pub(super) async fn take_claim(
+    conn: &mut PgConnection,
+    name: &str,
+    holder: &str,
+    token: i64,
+    ttl: std::time::Duration,
+    now: Timestamp,
+) -> Result<(), sqlx::Error> {
+    sqlx::query(
+        "INSERT INTO ledger.claims (name, holder, token, beats, ttl_ms, time) VALUES ($1, $2, $3, 0, $4, $5)
+         ON CONFLICT (name) DO UPDATE SET holder = excluded.holder, token = excluded.token, beats = 0,
+             ttl_ms = excluded.ttl_ms, time = excluded.time",
+    )
+    .bind(name)
+    .bind(holder)
+    .bind(token)
+    .bind(i64::try_from(ttl.as_millis()).unwrap_or(i64::MAX))
+    .bind(now.to_offset())
+    .execute(conn)
+    .await?;
+    Ok(())
+}
+
+pub(super) async fn drop_claim(conn: &mut PgConnection, name: &str) -> Result<(), sqlx::Error> {
+    sqlx::query("DELETE FROM ledger.claims WHERE name = $1").bind(name).execute(conn).await?;
+    Ok(())
+}
