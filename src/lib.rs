@@ -3,5 +3,12 @@
 //! The house, floor by floor (a module imports only from what is below it): `config`, `telemetry` < `kernel` < `store` <
 //! `ledger` < `audit` < `governance` < `token`, `state` < `nexus` < `health` < `api` < `boot`, `cli`.
 
+pub mod api;
+pub mod boot;
+pub mod cli;
+pub mod config;
 pub mod kernel;
 pub mod ledger;
+pub mod state;
+pub mod store;
+pub mod telemetry;

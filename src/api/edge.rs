@@ -1,0 +1,279 @@
+//! The layers around every request, in the order they act.
+
+use std::net::IpAddr;
+use std::num::NonZeroU32;
+use std::panic::AssertUnwindSafe;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::Duration;
+
+use axum::Router;
+use axum::extract::{MatchedPath, Request, State};
+use axum::http::{HeaderMap, HeaderValue, Method, header};
+use axum::middleware::{self, Next};
+use axum::response::{IntoResponse, Response};
+use futures_util::FutureExt as _;
+use governor::clock::DefaultClock;
+use governor::state::keyed::DashMapStateStore;
+use governor::{Quota, RateLimiter};
+use tracing::Instrument as _;
+
+use crate::kernel::web::{BodyLimit, Caller, Idempotency, RequestInfo, SOP_INDEX, pairs, problem_response, read_body};
+use crate::kernel::{Clock, Refusal, crypto, ids, problem};
+use crate::ledger::Ledger;
+
+use super::metrics::Metrics;
+use super::serve::Peer;
+use super::{Authenticator, Limits, Parts};
+
+const REQUEST_ID: &str = "x-request-id";
+
+/// Whom a rate is counted for: a client, or an address before the client is known.
+#[derive(Clone, PartialEq, Eq, Hash)]
+enum Who {
+    Client(String),
+    Address(Option<IpAddr>),
+}
+
+pub(super) struct Shared {
+    ledger: Ledger,
+    authenticator: Arc<dyn Authenticator>,
+    clock: Clock,
+    limits: Limits,
+    rates: RateLimiter<Who, DashMapStateStore<Who>, DefaultClock>,
+    in_flight: AtomicUsize,
+    metrics: Metrics,
+    public_entries: bool,
+}
+
+impl Shared {
+    pub fn new(parts: &Parts) -> Result<Self, Refusal> {
+        let rate = NonZeroU32::new(parts.limits.rate).unwrap_or(NonZeroU32::MIN);
+        Ok(Self {
+            ledger: parts.ledger.clone(),
+            authenticator: parts.authenticator.clone(),
+            clock: parts.clock.clone(),
+            limits: parts.limits,
+            rates: RateLimiter::dashmap(Quota::per_second(rate)),
+            in_flight: AtomicUsize::new(0),
+            metrics: Metrics::new(&parts.registry).map_err(Refusal::internal)?,
+            public_entries: parts.public_entries,
+        })
+    }
+}
+
+pub(super) fn around(router: Router, shared: Arc<Shared>) -> Router {
+    router
+        .fallback(|| async {
+            Refusal::new(&problem::NOT_FOUND, "there is nothing under this path; /openapi.json lists what there is")
+        })
+        .method_not_allowed_fallback(|method: Method| async move {
+            Refusal::new(&problem::METHOD_NOT_ALLOWED, format!("this path does not take {method}; see Allow"))
+        })
+        .layer(middleware::from_fn_with_state(shared, edge))
+}
+
+/// Counts a request while it is answered.
+struct InFlight<'a>(&'a Shared);
+
+impl<'a> InFlight<'a> {
+    fn enter(shared: &'a Shared) -> Result<Self, Refusal> {
+        let before = shared.in_flight.fetch_add(1, Ordering::Relaxed);
+        shared.metrics.in_flight.inc();
+        let entered = Self(shared);
+        if before >= shared.limits.concurrency {
+            shared.metrics.limited.with_label_values(&["concurrency"]).inc();
+            return Err(Refusal::new(&problem::OVERLOADED, "too many requests are being answered"));
+        }
+        Ok(entered)
+    }
+}
+
+impl Drop for InFlight<'_> {
+    fn drop(&mut self) {
+        self.0.in_flight.fetch_sub(1, Ordering::Relaxed);
+        self.0.metrics.in_flight.dec();
+    }
+}
+
+/// The outermost layer: names the request, lets it through, and sees to what every answer has.
+async fn edge(State(shared): State<Arc<Shared>>, mut request: Request, next: Next) -> Response {
+    let began = shared.clock.elapsed();
+    let method = request.method().clone();
+    let path = request.uri().path().to_owned();
+    let route = request.extensions().get::<MatchedPath>().map_or("unmatched", MatchedPath::as_str).to_owned();
+    let info = RequestInfo {
+        id: request_id(request.headers(), &shared.clock),
+        trace_id: trace_id(request.headers()),
+        method: method.to_string(),
+        path: path.clone(),
+        peer: request.extensions().get::<Peer>().and_then(|p| p.0),
+        idempotency: None,
+        fencing: None,
+    };
+    let id = info.id.clone();
+    request.extensions_mut().insert(BodyLimit(shared.limits.body));
+    let span =
+        tracing::info_span!("request", id = %id, method = %method, route = %route, trace = info.trace_id.as_deref());
+    let inner = inside(&shared, request, next, info).instrument(span.clone());
+    let mut response = match AssertUnwindSafe(inner).catch_unwind().await {
+        Ok(Ok(response)) => response,
+        Ok(Err(refusal)) => refusal.into_response(),
+        Err(panic) => {
+            shared.metrics.panics.inc();
+            let said = panic
+                .downcast_ref::<&str>()
+                .map(ToString::to_string)
+                .or_else(|| panic.downcast_ref::<String>().cloned());
+            Refusal::internal(format!("a handler panicked: {}", said.unwrap_or_default())).into_response()
+        }
+    };
+    if let Some(refusal) = response.extensions_mut().remove::<Refusal>() {
+        let allow = response.headers().get(header::ALLOW).cloned();
+        response = problem_response(&refusal, Some(&path));
+        if let Some(allow) = allow {
+            response.headers_mut().insert(header::ALLOW, allow);
+        }
+    }
+    let headers = response.headers_mut();
+    if let Ok(id) = HeaderValue::try_from(&id) {
+        headers.insert(REQUEST_ID, id);
+    }
+    if !headers.contains_key(&SOP_INDEX) {
+        headers.insert(SOP_INDEX, shared.ledger.index().into());
+    }
+    let took = shared.clock.elapsed().saturating_sub(began);
+    let status = response.status();
+    shared.metrics.timer(&route).observe(took.as_secs_f64());
+    shared.metrics.requests.with_label_values(&[method.as_str(), &route, status.as_str()]).inc();
+    let _in = span.entered();
+    tracing::debug!(status = status.as_u16(), ms = took.as_secs_f64() * 1e3, "{method} {path}");
+    response
+}
+
+/// The layers that can refuse: how much at once, how often, what is newest, who it is.
+async fn inside(shared: &Shared, mut request: Request, next: Next, mut info: RequestInfo) -> Result<Response, Refusal> {
+    let _in_flight = InFlight::enter(shared)?;
+    if request.uri().to_string().len() > 8192 {
+        return Err(Refusal::new(&problem::URI_TOO_LONG, "the request target has more than 8 KiB"));
+    }
+    if !needs_caller(request.uri().path(), shared.public_entries) {
+        shared.check_rate(Who::Address(info.peer))?;
+        return Ok(next.run(request).await);
+    }
+    let query = request.uri().query().map(str::to_owned);
+    let stale = min_index(shared, query.as_deref(), patience(request.headers())?).await?;
+    let reads = matches!(*request.method(), Method::GET | Method::HEAD);
+    if reads && !stale {
+        // What is newest is looked up before the caller is looked at: a token revoked before this request must be known.
+        shared.ledger.fence().await?;
+    }
+    let key = idempotency_key(&request)?;
+    let authorization = request.headers().get(header::AUTHORIZATION).and_then(|a| a.to_str().ok()).map(str::to_owned);
+    let mut caller = shared.identify(authorization.as_deref(), &info, reads).await?;
+    shared.check_rate(Who::Client(caller.actor().to_owned()))?;
+    if let Some(key) = key {
+        let (parts, body) = request.into_parts();
+        let bytes = read_body(Request::from_parts(parts.clone(), body), shared.limits.body).await?;
+        info.idempotency = Some(idempotency(caller.actor(), &info, &key, &bytes));
+        caller = caller.with_request(info);
+        request = Request::from_parts(parts, bytes.into());
+    }
+    request.extensions_mut().insert(caller);
+    Ok(next.run(request).await)
+}
+
+impl Shared {
+    fn check_rate(&self, who: Who) -> Result<(), Refusal> {
+        if self.rates.check_key(&who).is_ok() {
+            return Ok(());
+        }
+        self.metrics.limited.with_label_values(&["rate"]).inc();
+        Err(Refusal::new(&problem::RATE_LIMITED, format!("more than {} requests a second", self.limits.rate)))
+    }
+
+    /// Authenticates; a refusal leaves only after this daemon has seen what is newest (a client may just have been registered).
+    async fn identify(&self, authorization: Option<&str>, info: &RequestInfo, fenced: bool) -> Result<Caller, Refusal> {
+        match self.authenticator.authenticate(authorization, info.clone()).await {
+            Err(_) if !fenced && authorization.is_some() => {
+                self.ledger.fence().await?;
+                self.authenticator.authenticate(authorization, info.clone()).await
+            }
+            done => done,
+        }
+    }
+}
+
+/// Whether only a known caller may come in here.
+fn needs_caller(path: &str, public_entries: bool) -> bool {
+    path.starts_with("/v1/")
+        || path.starts_with("/access/")
+        || (path.starts_with("/log/tile/entries") && !public_entries)
+}
+
+/// Waits for `min_index`; answers whether the read is content with what this daemon knows.
+async fn min_index(shared: &Shared, query: Option<&str>, patience: Duration) -> Result<bool, Refusal> {
+    let Some(query) = query else { return Ok(false) };
+    if !query.contains("min_index") && !query.contains("consistency") {
+        return Ok(false);
+    }
+    let mut stale = false;
+    for (name, value) in pairs(query)? {
+        match name.as_str() {
+            "min_index" => {
+                let index =
+                    value.parse().map_err(|_| Refusal::malformed("?min_index", "min_index is a whole number"))?;
+                shared.ledger.reach(index, patience).await?;
+            }
+            "consistency" if value == "stale" => stale = true,
+            "consistency" if value != "linearizable" => {
+                return Err(Refusal::malformed("?consistency", "consistency is linearizable (the default) or stale"));
+            }
+            _ => {}
+        }
+    }
+    Ok(stale)
+}
+
+/// `Sop-Timeout`, seconds; 5 without it.
+fn patience(headers: &HeaderMap) -> Result<Duration, Refusal> {
+    let Some(value) = headers.get("sop-timeout") else { return Ok(Duration::from_secs(5)) };
+    let seconds = value.to_str().ok().and_then(|v| v.parse::<f64>().ok()).filter(|s| (0.0..=60.0).contains(s));
+    seconds
+        .map(Duration::from_secs_f64)
+        .ok_or_else(|| Refusal::malformed("", "Sop-Timeout is a number of seconds from 0 to 60"))
+}
+
+fn request_id(headers: &HeaderMap, clock: &Clock) -> String {
+    let given = headers.get(REQUEST_ID).and_then(|id| id.to_str().ok());
+    let fits = |id: &&str| (1..=128).contains(&id.len()) && id.bytes().all(|b| (0x20..0x7f).contains(&b));
+    given.filter(fits).map_or_else(|| ids::new_id(clock.now()).to_string(), str::to_owned)
+}
+
+/// The trace id of a W3C `traceparent`.
+fn trace_id(headers: &HeaderMap) -> Option<String> {
+    let parent = headers.get("traceparent")?.to_str().ok()?;
+    let id = parent.split('-').nth(1)?;
+    let fits = id.len() == 32 && id.bytes().all(|b| b.is_ascii_hexdigit()) && id.bytes().any(|b| b != b'0');
+    fits.then(|| id.to_ascii_lowercase())
+}
+
+fn idempotency_key(request: &Request) -> Result<Option<String>, Refusal> {
+    if request.method() != Method::POST || !request.uri().path().starts_with("/v1/") {
+        return Ok(None);
+    }
+    let Some(key) = request.headers().get("idempotency-key") else { return Ok(None) };
+    let fits = |k: &&str| (1..=255).contains(&k.len()) && k.bytes().all(|b| (0x21..0x7f).contains(&b));
+    let key = key.to_str().ok().filter(fits);
+    key.map(|k| Some(k.to_owned()))
+        .ok_or_else(|| Refusal::malformed("", "Idempotency-Key is 1 to 255 visible ASCII characters"))
+}
+
+fn idempotency(actor: &str, info: &RequestInfo, key: &str, body: &[u8]) -> Idempotency {
+    let mut scope = Vec::new();
+    for part in [actor, &info.method, &info.path, key] {
+        scope.extend_from_slice(&(part.len() as u64).to_be_bytes());
+        scope.extend_from_slice(part.as_bytes());
+    }
+    Idempotency { key: crypto::sha256(&scope), fingerprint: crypto::sha256(body) }
+}

@@ -1,0 +1,105 @@
+//! The daemon's front: the router, the layers every request passes, the daemon's own pages, and the accept loops.
+//!
+//! **Invariants.** Every answer has `X-Request-ID` and `Sop-Index`; every refusal under `/v1` is a problem document, whichever
+//! layer made it. A request passes: limits, head check (reads), authentication, then its handler, which decides.
+//!
+//! **Not here.** What a route means: each room's `http.rs`. Who a bearer is and what they may: handed in by `boot`.
+//!
+//! **Why this way.** Everything is handed in ([`Parts`]), so the same front serves tests of one layer and the whole daemon.
+
+mod daemon;
+mod edge;
+mod metrics;
+mod serve;
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use axum::Router;
+use utoipa::OpenApi as _;
+use utoipa_axum::router::OpenApiRouter;
+
+use crate::config::Server;
+use crate::kernel::supervisor::Supervisor;
+use crate::kernel::web::{Caller, RequestInfo};
+use crate::kernel::{BoxFuture, Clock, Refusal};
+use crate::ledger::Ledger;
+
+pub use daemon::{Check, Readiness};
+pub use serve::{Bound, Listener};
+
+/// Says who a caller is.
+pub trait Authenticator: Send + Sync {
+    /// Authenticates a request by its `Authorization` header.
+    fn authenticate<'a>(
+        &'a self,
+        authorization: Option<&'a str>,
+        info: RequestInfo,
+    ) -> BoxFuture<'a, Result<Caller, Refusal>>;
+}
+
+/// What the front is made from.
+pub struct Parts {
+    /// For the head check, `min_index` and `Sop-Index`.
+    pub ledger: Ledger,
+    /// Who callers are.
+    pub authenticator: Arc<dyn Authenticator>,
+    /// What must be so for the daemon to be ready.
+    pub readiness: Readiness,
+    /// Tasks, for `/readyz`.
+    pub tasks: Supervisor,
+    /// Metrics.
+    pub registry: prometheus::Registry,
+    /// Ids and durations.
+    pub clock: Clock,
+    /// Limits.
+    pub limits: Limits,
+    /// Whether `/log/tile/entries` needs no token.
+    pub public_entries: bool,
+}
+
+/// Limits of the front.
+#[derive(Clone, Copy, Debug)]
+pub struct Limits {
+    /// Largest body.
+    pub body: usize,
+    /// Requests in flight.
+    pub concurrency: usize,
+    /// Requests a second and client.
+    pub rate: u32,
+    /// A request must arrive whole within this.
+    pub arrival: Duration,
+}
+
+impl Limits {
+    /// From the configuration.
+    #[must_use]
+    pub fn from(server: &Server) -> Self {
+        Self {
+            body: server.body_limit,
+            concurrency: server.concurrency,
+            rate: server.rate,
+            arrival: server.request_timeout.get(),
+        }
+    }
+}
+
+#[derive(utoipa::OpenApi)]
+#[openapi(info(
+    title = "sop",
+    description = "The System Operations Protocol of LOGOS: governance, audit, token, state, nexus and health in one daemon.",
+    license(name = "Apache-2.0", identifier = "Apache-2.0")
+))]
+struct Document;
+
+/// Puts the rooms' routes, the daemon's own and the layers together. The routes feed the OpenAPI document by the same lines.
+///
+/// # Errors
+/// When a metric is registered twice.
+pub fn router(parts: Parts, rooms: OpenApiRouter) -> Result<Router, Refusal> {
+    let shared = Arc::new(edge::Shared::new(&parts)?);
+    let own = daemon::routes(parts.readiness, parts.tasks, parts.registry);
+    let (router, document) = OpenApiRouter::with_openapi(Document::openapi()).merge(rooms).merge(own).split_for_parts();
+    let router = router.merge(daemon::document(&document));
+    Ok(edge::around(router, shared))
+}

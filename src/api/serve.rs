@@ -1,0 +1,161 @@
+//! The accept loops: loopback TCP and unix sockets, one HTTP/1.1 connection a task, drained when the daemon stops.
+
+use std::net::{IpAddr, SocketAddr};
+use std::os::unix::fs::PermissionsExt as _;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use axum::Router;
+use hyper_util::rt::{TokioIo, TokioTimer};
+use tokio::io::{AsyncRead, AsyncWrite};
+use tokio::net::{TcpListener, UnixListener};
+use tokio_util::task::TaskTracker;
+use tower::ServiceExt as _;
+
+use crate::kernel::supervisor::{self, Stop};
+
+/// The other end of a connection; `None` on a unix socket.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Peer(pub Option<IpAddr>);
+
+/// A socket that is bound and not yet served.
+pub enum Listener {
+    /// TCP on loopback.
+    Tcp(TcpListener),
+    /// A unix socket, removed when the daemon stops.
+    Unix(UnixListener, PathBuf),
+}
+
+/// What was bound.
+pub struct Bound {
+    /// The socket.
+    pub listener: Listener,
+    /// `http://127.0.0.1:7070`, `unix:/run/sop.sock`.
+    pub url: String,
+}
+
+impl Bound {
+    /// Binds `ADDR:PORT` (port 0 takes any free one) or `unix:PATH`. Plain HTTP is refused on an address that is not loopback.
+    ///
+    /// # Errors
+    /// With a sentence for the operator.
+    pub async fn bind(listen: &str) -> Result<Self, String> {
+        if let Some(path) = listen.strip_prefix("unix:") {
+            return bind_unix(Path::new(path));
+        }
+        let address: SocketAddr = match listen.parse() {
+            Ok(address) => address,
+            Err(_) => tokio::net::lookup_host(listen)
+                .await
+                .ok()
+                .and_then(|mut found| found.next())
+                .ok_or_else(|| format!("server.listen: {listen:?} is not ADDR:PORT or unix:PATH"))?,
+        };
+        if !address.ip().is_loopback() {
+            return Err(format!(
+                "server.listen: {address} is not a loopback address, and plain HTTP would show every token on the way; listen on 127.0.0.1 or a unix socket behind a TLS proxy"
+            ));
+        }
+        let listener = TcpListener::bind(address).await.map_err(|e| format!("{address} cannot be listened on: {e}"))?;
+        let bound = listener.local_addr().map_err(|e| e.to_string())?;
+        Ok(Self { listener: Listener::Tcp(listener), url: format!("http://{bound}") })
+    }
+}
+
+fn bind_unix(path: &Path) -> Result<Bound, String> {
+    // A socket file that nobody answers on was left by a daemon that was killed.
+    if path.exists() && std::os::unix::net::UnixStream::connect(path).is_err() {
+        let _ = std::fs::remove_file(path);
+    }
+    let listener = UnixListener::bind(path).map_err(|e| format!("{} cannot be listened on: {e}", path.display()))?;
+    let mode = std::fs::Permissions::from_mode(0o660);
+    std::fs::set_permissions(path, mode).map_err(|e| format!("{}: {e}", path.display()))?;
+    Ok(Bound { url: format!("unix:{}", path.display()), listener: Listener::Unix(listener, path.to_owned()) })
+}
+
+/// Limits of a connection.
+#[derive(Clone, Copy)]
+struct Connection {
+    arrival: Duration,
+}
+
+impl Listener {
+    /// Serves until told to stop; then takes no more connections and lets requests in flight finish, for `drain` at most.
+    pub async fn serve(self, router: Router, arrival: Duration, drain: Duration, stop: Stop) {
+        let tracker = TaskTracker::new();
+        let limits = Connection { arrival };
+        match &self {
+            Self::Tcp(listener) => loop {
+                let accepted = tokio::select! { a = listener.accept() => a, () = stop.cancelled() => break };
+                match accepted {
+                    Ok((stream, peer)) => {
+                        // Without this an answer waits for the acknowledgement of the one before it.
+                        let _ = stream.set_nodelay(true);
+                        spawn(&tracker, stream, Peer(Some(peer.ip())), router.clone(), limits, stop.clone());
+                    }
+                    Err(e) => refused(&e).await,
+                }
+            },
+            Self::Unix(listener, _) => loop {
+                let accepted = tokio::select! { a = listener.accept() => a, () = stop.cancelled() => break };
+                match accepted {
+                    Ok((stream, _)) => spawn(&tracker, stream, Peer(None), router.clone(), limits, stop.clone()),
+                    Err(e) => refused(&e).await,
+                }
+            },
+        }
+        tracker.close();
+        if tokio::time::timeout(drain, tracker.wait()).await.is_err() {
+            tracing::warn!(open = tracker.len(), "connections were cut after {drain:?}");
+        }
+        if let Self::Unix(_, path) = &self {
+            let _ = std::fs::remove_file(path);
+        }
+    }
+}
+
+/// Accepting fails when files run out; a pause lets some close.
+async fn refused(e: &std::io::Error) {
+    tracing::warn!(error = %e, "a connection could not be accepted");
+    tokio::time::sleep(Duration::from_millis(50)).await;
+}
+
+fn spawn<S>(tracker: &TaskTracker, stream: S, peer: Peer, router: Router, limits: Connection, stop: Stop)
+where
+    S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
+{
+    let work = connection(stream, peer, router, limits, stop);
+    supervisor::detach(tracker.track_future(work));
+}
+
+async fn connection<S>(stream: S, peer: Peer, router: Router, limits: Connection, stop: Stop)
+where
+    S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
+{
+    let service = hyper::service::service_fn(move |request: hyper::Request<hyper::body::Incoming>| {
+        let router = router.clone();
+        async move {
+            let mut request =
+                request.map(|body| axum::body::Body::new(tower_http::timeout::TimeoutBody::new(limits.arrival, body)));
+            request.extensions_mut().insert(peer);
+            router.oneshot(request).await
+        }
+    });
+    let mut http = hyper::server::conn::http1::Builder::new();
+    http.timer(TokioTimer::new()).header_read_timeout(limits.arrival).max_buf_size(64 * 1024).pipeline_flush(true);
+    let connection = http.serve_connection(TokioIo::new(stream), service);
+    tokio::pin!(connection);
+    tokio::select! {
+        done = &mut connection => ended(done),
+        () = stop.cancelled() => {
+            connection.as_mut().graceful_shutdown();
+            ended(connection.await);
+        }
+    }
+}
+
+fn ended(done: Result<(), hyper::Error>) {
+    if let Err(e) = done {
+        tracing::debug!(error = %e, "a connection ended");
+    }
+}

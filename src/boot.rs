@@ -1,0 +1,246 @@
+//! Configuration becomes a running daemon: what starts in what order, and stops in the reverse.
+
+mod files;
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::signal::unix::{SignalKind, signal};
+
+use crate::api::{self, Authenticator, Bound, Check, Limits, Readiness};
+use crate::config::{Config, Loaded};
+use crate::kernel::crypto::MasterKey;
+use crate::kernel::supervisor::{Supervisor, Task};
+use crate::kernel::web::{Ask, Authority, Caller, Depends, EntityName, Permit, RequestInfo};
+use crate::kernel::{BoxFuture, Clock, Refusal};
+use crate::ledger::{self, Ledger};
+use crate::state::State;
+use crate::store::{self, Store};
+use crate::telemetry;
+
+/// How long one task may take to stop.
+const STOP_EACH: Duration = Duration::from_secs(5);
+/// A session that holds a snapshot longer than this ruins the head row for everyone (rule 15).
+const SNAPSHOT_MOST: f64 = 10.0;
+
+/// Runs the daemon until a signal, or until a task that must not end has ended. `announce` hears the address once all is ready.
+///
+/// # Errors
+/// With a sentence for the operator.
+pub async fn serve(loaded: Loaded, announce: impl FnOnce(&str)) -> Result<(), String> {
+    let config = &loaded.config;
+    telemetry::start(&config.telemetry)?;
+    let mut signals = Signals::new()?;
+    let _folder = store::take_folder(&config.data.dir)?;
+    let bound = Bound::bind(&config.server.listen).await?;
+    let store = Store::open(config).await?;
+    // Whatever goes wrong from here on, the private cluster is stopped.
+    let done = run(config, &store, bound, announce, &mut signals).await;
+    store.stop().await;
+    done
+}
+
+async fn run(
+    config: &Config,
+    store: &Store,
+    bound: Bound,
+    announce: impl FnOnce(&str),
+    signals: &mut Signals,
+) -> Result<(), String> {
+    store.migrate().await?;
+    let clock = Clock::system();
+    let registry = telemetry::registry().map_err(|e| e.to_string())?;
+    let tasks = Supervisor::new(clock.clone());
+    let master = Arc::new(files::master_key(config)?);
+    store.start_tasks(config, &tasks, &clock);
+    let started = rooms(config, store, &clock, &tasks, &registry, &master, bound, announce).await;
+    let done = match started {
+        Ok(drain) => {
+            let failed = tasks.failed();
+            let ended = tokio::select! {
+                () = signals.next() => Ok(()),
+                () = failed.cancelled() => Err("a task that the daemon cannot do without has ended; its log says why".to_owned()),
+            };
+            tracing::info!("stopping");
+            let _ = sd_notify::notify(&[sd_notify::NotifyState::Stopping]);
+            let stop = tasks.stop(drain + STOP_EACH);
+            tokio::select! {
+                () = stop => {}
+                () = signals.next() => tracing::warn!("a second signal: stopping at once"),
+            }
+            ended
+        }
+        Err(e) => {
+            tasks.stop(STOP_EACH).await;
+            Err(e)
+        }
+    };
+    tracing::info!("stopped");
+    done
+}
+
+#[allow(clippy::too_many_arguments)]
+async fn rooms(
+    config: &Config,
+    store: &Store,
+    clock: &Clock,
+    tasks: &Supervisor,
+    registry: &prometheus::Registry,
+    master: &Arc<MasterKey>,
+    bound: Bound,
+    announce: impl FnOnce(&str),
+) -> Result<Duration, String> {
+    let said = |r: Refusal| r.detail().to_owned();
+    let (hub, watching) = State::projection();
+    let ledger = Ledger::start(
+        ledger::Parts {
+            store: store.clone(),
+            clock: clock.clone(),
+            master: master.clone(),
+            registry: registry.clone(),
+            queue: config.ledger.queue,
+            batch: config.ledger.batch,
+            lock_wait: config.ledger.lock_wait.get(),
+            write_timeout: config.ledger.write_timeout.get(),
+            projections: vec![watching],
+        },
+        tasks,
+    )
+    .await
+    .map_err(said)?;
+    if ledger.settle("master-key-check", &master.check_value()).await.map_err(said)? != master.check_value() {
+        return Err("the master key is not the one this database was made with: its keys and stored outcomes would not open; give the right one (secrets.master_key_file, or the credential `master-key`)".to_owned());
+    }
+    let state = State::new(ledger.clone(), store.clone(), hub);
+    let authenticator = Arc::new(Local { authority: Arc::new(Open(ledger.clone())) });
+    let parts = api::Parts {
+        ledger: ledger.clone(),
+        authenticator,
+        readiness: readiness(store, &ledger, clock),
+        tasks: tasks.clone(),
+        registry: registry.clone(),
+        clock: clock.clone(),
+        limits: Limits::from(&config.server),
+        public_entries: config.audit.public_entries,
+    };
+    let routes = crate::state::http::routes(state);
+    let router = api::router(parts, routes).map_err(said)?;
+    files::daemon(&config.data.dir, &bound.url)?;
+    let (arrival, drain) = (config.server.request_timeout.get(), config.server.drain.get());
+    let url = bound.url.clone();
+    let listener = Arc::new(tokio::sync::Mutex::new(Some(bound.listener)));
+    tasks.start(Task::fatal("api", move |stop| {
+        let (listener, router) = (listener.clone(), router.clone());
+        async move {
+            let taken = listener.lock().await.take();
+            let listener = taken.ok_or("the sockets were closed")?;
+            listener.serve(router, arrival, drain, stop).await;
+            Ok(())
+        }
+    }));
+    announce(&url);
+    let _ = sd_notify::notify(&[sd_notify::NotifyState::Ready]);
+    Ok(drain)
+}
+
+fn readiness(store: &Store, ledger: &Ledger, clock: &Clock) -> Readiness {
+    let (s, l, c, full) = (store.clone(), ledger.clone(), clock.clone(), store.clone());
+    Readiness::new(vec![
+        Check {
+            name: "database",
+            look: Box::new(move || {
+                let s = s.clone();
+                Box::pin(async move {
+                    match s.health().await {
+                        Ok(oldest) if oldest > SNAPSHOT_MOST => Ok(format!(
+                            "answers, but a session has held a snapshot for {oldest:.0} s: the head row suffers"
+                        )),
+                        Ok(_) => Ok("answers".to_owned()),
+                        Err(e) => Err(format!("does not answer: {}", s.refusal(e).detail())),
+                    }
+                })
+            }),
+        },
+        Check {
+            name: "ledger",
+            look: Box::new(move || {
+                let (stopped, index, queued) = (l.stopped(), l.index(), l.queued());
+                Box::pin(async move {
+                    match stopped {
+                        Some(why) => Err(format!("{why}: nothing is written until `sop audit resume`")),
+                        None => Ok(format!("at index {index}, {queued} changes wait")),
+                    }
+                })
+            }),
+        },
+        Check {
+            name: "clock",
+            look: Box::new(move || {
+                let alarm = c.alarm();
+                Box::pin(async move {
+                    match alarm {
+                        Some(off) => {
+                            Ok(format!("the wall clock has stepped by {} s and is not believed yet", off.as_secs()))
+                        }
+                        None => Ok("steady".to_owned()),
+                    }
+                })
+            }),
+        },
+        Check {
+            name: "disk",
+            look: Box::new(move || {
+                let is_full = full.storage_full();
+                Box::pin(async move {
+                    if is_full {
+                        Err("nearly full: writes are refused until there is room".to_owned())
+                    } else {
+                        Ok("has room".to_owned())
+                    }
+                })
+            }),
+        },
+    ])
+}
+
+/// SIGTERM and SIGINT.
+struct Signals {
+    term: tokio::signal::unix::Signal,
+    interrupt: tokio::signal::unix::Signal,
+}
+
+impl Signals {
+    fn new() -> Result<Self, String> {
+        let on = |kind| signal(kind).map_err(|e| format!("signals cannot be listened for: {e}"));
+        Ok(Self { term: on(SignalKind::terminate())?, interrupt: on(SignalKind::interrupt())? })
+    }
+
+    async fn next(&mut self) {
+        tokio::select! {
+            _ = self.term.recv() => {}
+            _ = self.interrupt.recv() => {}
+        }
+    }
+}
+
+/// Whoever reaches a loopback address or the unix socket is the local operator, and may.
+struct Local {
+    authority: Arc<Open>,
+}
+
+impl Authenticator for Local {
+    fn authenticate<'a>(&'a self, _: Option<&'a str>, info: RequestInfo) -> BoxFuture<'a, Result<Caller, Refusal>> {
+        let principal = EntityName { kind: "Sop::Client".to_owned(), id: "local".to_owned() };
+        let caller = Caller::new(principal, Vec::new(), None, info, self.authority.clone());
+        Box::pin(async move { Ok(caller) })
+    }
+}
+
+struct Open(Ledger);
+
+impl Authority for Open {
+    fn decide<'a>(&'a self, _: &'a Caller, _: &'a [Ask]) -> BoxFuture<'a, Result<Permit, Refusal>> {
+        let at = self.0.index();
+        Box::pin(async move { Ok(Permit { allowed: true, at, depends: Depends::new(), decision: None, denied: None }) })
+    }
+}

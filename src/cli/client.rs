@@ -1,0 +1,131 @@
+//! How commands reach the daemon: where it is, who we are, and its refusals as sentences.
+
+use std::path::Path;
+
+use anyhow::{Context as _, bail};
+use reqwest::{Method, RequestBuilder, Response};
+use serde::Deserialize;
+use serde_json::Value;
+
+use crate::config;
+
+use super::Global;
+
+/// A connection to the daemon's API with a bearer token.
+pub(crate) struct Client {
+    http: reqwest::Client,
+    url: String,
+    token: Option<String>,
+}
+
+/// `DIR/admin.json`.
+#[derive(Deserialize)]
+struct Admin {
+    url: String,
+    client_id: String,
+    client_secret: String,
+}
+
+/// `DIR/daemon.json`: written at each start, because with port 0 the port may differ.
+#[derive(Deserialize)]
+struct Daemon {
+    url: String,
+}
+
+impl Client {
+    /// Finds the daemon: `SOP_URL` with `SOP_CLIENT_ID` and `SOP_CLIENT_SECRET`, else the data folder.
+    pub async fn find(global: &Global) -> anyhow::Result<Self> {
+        let dir = global.data_dir.clone().unwrap_or_else(|| "./data".into());
+        let admin: Option<Admin> = read(&dir.join("admin.json"))?;
+        let daemon: Option<Daemon> = read(&dir.join("daemon.json"))?;
+        let url = config::environment("SOP_URL")
+            .or(daemon.map(|d| d.url))
+            .or(admin.as_ref().map(|a| a.url.clone()))
+            .with_context(|| {
+                format!(
+                    "no daemon found: set SOP_URL, or --data-dir to the data folder of one (looked in {})",
+                    dir.display()
+                )
+            })?;
+        let credential = match (config::environment("SOP_CLIENT_ID"), config::environment("SOP_CLIENT_SECRET")) {
+            (Some(id), Some(secret)) => Some((id, secret)),
+            _ => admin.map(|a| (a.client_id, a.client_secret)),
+        };
+        let http = reqwest::Client::builder().build()?;
+        let mut client = Self { http, url: url.trim_end_matches('/').to_owned(), token: None };
+        if let Some((id, secret)) = credential {
+            client.token = Some(client.authenticate(&id, &secret).await?);
+        }
+        Ok(client)
+    }
+
+    async fn authenticate(&self, id: &str, secret: &str) -> anyhow::Result<String> {
+        #[derive(Deserialize)]
+        struct Token {
+            access_token: String,
+        }
+        let form = [("grant_type", "client_credentials"), ("client_id", id), ("client_secret", secret)];
+        let answer = self.http.post(format!("{}/oauth2/token", self.url)).form(&form).send().await;
+        let answer = answer.with_context(|| format!("the daemon at {} does not answer", self.url))?;
+        let token: Token = checked(answer).await?.json().await?;
+        Ok(token.access_token)
+    }
+
+    /// The daemon's base URL.
+    pub fn url(&self) -> &str {
+        &self.url
+    }
+
+    /// The bearer token, if there is one.
+    pub fn token(&self) -> Option<&str> {
+        self.token.as_deref()
+    }
+
+    /// A request to a path.
+    pub fn request(&self, method: Method, path: &str) -> RequestBuilder {
+        let request = self.http.request(method, format!("{}{path}", self.url));
+        match &self.token {
+            Some(token) => request.bearer_auth(token),
+            None => request,
+        }
+    }
+
+    /// Sends, and turns a refusal into an error that says what was wrong and what to do.
+    pub async fn send(&self, request: RequestBuilder) -> anyhow::Result<Response> {
+        let answer = request.send().await.with_context(|| format!("the daemon at {} does not answer", self.url))?;
+        checked(answer).await
+    }
+
+    /// Sends and reads JSON.
+    pub async fn json(&self, request: RequestBuilder) -> anyhow::Result<Value> {
+        Ok(self.send(request).await?.json().await?)
+    }
+}
+
+fn read<T: for<'de> Deserialize<'de>>(path: &Path) -> anyhow::Result<Option<T>> {
+    match std::fs::read(path) {
+        Ok(bytes) => {
+            Ok(Some(serde_json::from_slice(&bytes).with_context(|| format!("{} cannot be read", path.display()))?))
+        }
+        Err(e) if e.kind() == std::io::ErrorKind::NotFound => Ok(None),
+        Err(e) => Err(e).with_context(|| format!("{} cannot be read", path.display())),
+    }
+}
+
+async fn checked(answer: Response) -> anyhow::Result<Response> {
+    let status = answer.status();
+    if status.is_success() {
+        return Ok(answer);
+    }
+    let text = answer.text().await.unwrap_or_default();
+    let problem: Value = serde_json::from_str(&text).unwrap_or_default();
+    let detail = problem["detail"].as_str().or(problem["error_description"].as_str()).unwrap_or(text.trim());
+    let mut message = format!("{} ({})", detail, status.as_u16());
+    for fault in problem["errors"].as_array().into_iter().flatten() {
+        let (at, what) = (fault["pointer"].as_str().unwrap_or(""), fault["detail"].as_str().unwrap_or(""));
+        if what != detail {
+            message.push_str(&format!("\n  at {at:?}: {what}"));
+        }
+    }
+    bail!(message)
+}

@@ -1,0 +1,116 @@
+//! The command line: one file a subcommand.
+//!
+//! **Invariants.** Exit 0 is fine, 1 refused or failed, 2 wrong use. Answers go to stdout, everything else to stderr. `--json`
+//! on each command gives one JSON document, or one a line where there are many.
+//!
+//! **Not here.** What a command means: all but `serve`, `check`, `migrate` and `verify` are calls of the HTTP API.
+//!
+//! **Why this way.** An operator's tool that used the database behind the daemon's back would have no place in the record.
+
+mod check;
+mod client;
+mod serve;
+mod state;
+mod status;
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use clap::{Args, CommandFactory as _, Parser, Subcommand};
+
+/// The System Operations Protocol of LOGOS: governance, audit, token, state, nexus and health in one daemon.
+#[derive(Parser)]
+#[command(name = "sop", version, propagate_version = true)]
+struct Cli {
+    #[command(flatten)]
+    global: Global,
+    #[command(subcommand)]
+    command: Command,
+}
+
+/// What every command takes.
+#[derive(Args, Clone)]
+pub(crate) struct Global {
+    /// Print JSON instead of text
+    #[arg(long, global = true)]
+    json: bool,
+    /// Data folder of the daemon; where its address and the admin credential are found
+    #[arg(long, global = true, value_name = "DIR")]
+    data_dir: Option<PathBuf>,
+    /// Configuration file
+    #[arg(long, global = true, value_name = "FILE")]
+    config: Option<PathBuf>,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Run the daemon
+    Serve(serve::ServeArgs),
+    /// Show the effective configuration with the origin of each key, and try every connection
+    Check,
+    /// Bring the database's schema up to this binary, or say what is pending
+    Migrate(check::MigrateArgs),
+    /// Say how the running daemon is
+    Status,
+    /// Read and change keys
+    #[command(subcommand)]
+    State(state::StateCommand),
+    /// Print a completion script for a shell
+    Completions {
+        /// Which shell
+        shell: clap_complete::Shell,
+    },
+}
+
+/// Parses the command line and runs it.
+#[must_use]
+pub fn run() -> ExitCode {
+    let cli = Cli::parse();
+    // One TLS and one signature back-end for the process, chosen before anything can choose another.
+    let _ = rustls::crypto::ring::default_provider().install_default();
+    let runtime = match tokio::runtime::Builder::new_multi_thread().enable_all().build() {
+        Ok(runtime) => runtime,
+        Err(e) => return fail(&e.into()),
+    };
+    let done = runtime.block_on(async {
+        let global = cli.global;
+        match cli.command {
+            Command::Serve(args) => serve::run(&global, args).await,
+            Command::Check => check::run(&global).await,
+            Command::Migrate(args) => check::migrate(&global, args).await,
+            Command::Status => status::run(&global).await,
+            Command::State(command) => state::run(&global, command).await,
+            Command::Completions { shell } => {
+                clap_complete::generate(shell, &mut Cli::command(), "sop", &mut std::io::stdout());
+                Ok(())
+            }
+        }
+    });
+    runtime.shutdown_timeout(std::time::Duration::from_secs(2));
+    match done {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(e) => fail(&e),
+    }
+}
+
+#[allow(clippy::print_stderr)]
+fn fail(e: &anyhow::Error) -> ExitCode {
+    eprintln!("sop: {e:#}");
+    ExitCode::FAILURE
+}
+
+/// Prints an answer on stdout. A closed pipe (`sop ... | head`) is no failure.
+pub(crate) fn say(text: impl std::fmt::Display) {
+    use std::io::Write as _;
+    let _ = writeln!(std::io::stdout(), "{text}");
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_command_line_is_sound() {
+        Cli::command().debug_assert();
+    }
+}

@@ -1,0 +1,125 @@
+//! `sop state`: keys from the command line.
+
+use std::io::{Read as _, Write as _};
+
+use anyhow::Context as _;
+use clap::Subcommand;
+use percent_encoding::{AsciiSet, CONTROLS, utf8_percent_encode};
+use reqwest::Method;
+use serde_json::Value;
+
+use super::client::Client;
+use super::{Global, say};
+
+#[derive(Subcommand)]
+pub(crate) enum StateCommand {
+    /// Print a key's value
+    Get {
+        key: String,
+        /// As of this index
+        #[arg(long)]
+        at: Option<i64>,
+    },
+    /// Put a value under a key
+    Put {
+        key: String,
+        /// The value; `-` or nothing reads it from stdin
+        value: Option<String>,
+        /// Kept with the value
+        #[arg(long, default_value = "application/octet-stream")]
+        content_type: String,
+        /// Only if the key is at this index; 0: only if it is not there
+        #[arg(long)]
+        if_index: Option<i64>,
+    },
+    /// Delete a key
+    Rm {
+        key: String,
+        /// Only if the key is at this index
+        #[arg(long)]
+        if_index: Option<i64>,
+    },
+    /// List the keys under a prefix
+    Ls {
+        #[arg(default_value = "")]
+        prefix: String,
+        /// As of this index
+        #[arg(long)]
+        at: Option<i64>,
+    },
+}
+
+pub(crate) async fn run(global: &Global, command: StateCommand) -> anyhow::Result<()> {
+    let client = Client::find(global).await?;
+    match command {
+        StateCommand::Get { key, at } => get(&client, &key, at).await,
+        StateCommand::Put { key, value, content_type, if_index } => {
+            let bytes = match value.as_deref() {
+                None | Some("-") => {
+                    let mut bytes = Vec::new();
+                    std::io::stdin().read_to_end(&mut bytes).context("stdin cannot be read")?;
+                    bytes
+                }
+                Some(text) => text.as_bytes().to_vec(),
+            };
+            let request = conditional(client.request(Method::PUT, &path(&key)), if_index);
+            let written = client.json(request.header("content-type", content_type).body(bytes)).await?;
+            tell(global, &written, |w| format!("{} at index {}, version {}", key, w["index"], w["version"]));
+            Ok(())
+        }
+        StateCommand::Rm { key, if_index } => {
+            let gone = client.json(conditional(client.request(Method::DELETE, &path(&key)), if_index)).await?;
+            tell(global, &gone, |w| format!("{} deleted at index {}", key, w["index"]));
+            Ok(())
+        }
+        StateCommand::Ls { prefix, at } => list(global, &client, &prefix, at).await,
+    }
+}
+
+async fn get(client: &Client, key: &str, at: Option<i64>) -> anyhow::Result<()> {
+    let mut request = client.request(Method::GET, &path(key));
+    if let Some(at) = at {
+        request = request.query(&[("at", at)]);
+    }
+    let value = client.send(request).await?.bytes().await?;
+    std::io::stdout().write_all(&value)?;
+    Ok(())
+}
+
+async fn list(global: &Global, client: &Client, prefix: &str, at: Option<i64>) -> anyhow::Result<()> {
+    let mut after: Option<String> = None;
+    loop {
+        let mut query =
+            vec![("prefix", prefix.to_owned()), ("keys_only", "true".to_owned()), ("limit", "1000".to_owned())];
+        query.extend(at.map(|at| ("at", at.to_string())));
+        query.extend(after.take().map(|a| ("after", a)));
+        let page = client.json(client.request(Method::GET, "/v1/state/kv").query(&query)).await?;
+        for item in page["items"].as_array().into_iter().flatten() {
+            tell(global, item, |i| {
+                let name = i["key"].as_str().or(i["key_base64"].as_str()).unwrap_or_default();
+                format!("{name}\tindex {}\tversion {}", i["index"], i["version"])
+            });
+        }
+        match page["next"].as_str() {
+            Some(next) => after = Some(next.to_owned()),
+            None => return Ok(()),
+        }
+    }
+}
+
+fn conditional(request: reqwest::RequestBuilder, index: Option<i64>) -> reqwest::RequestBuilder {
+    match index {
+        None => request,
+        Some(0) => request.header("if-none-match", "*"),
+        Some(i) => request.header("if-match", format!("\"{i}\"")),
+    }
+}
+
+fn path(key: &str) -> String {
+    const KEEP: &AsciiSet = &CONTROLS.add(b' ').add(b'?').add(b'#').add(b'%').add(b'"').add(b'<').add(b'>').add(b'\\');
+    format!("/v1/state/kv/{}", utf8_percent_encode(key, KEEP))
+}
+
+fn tell(global: &Global, value: &Value, text: impl Fn(&Value) -> String) {
+    if global.json { say(value) } else { say(text(value)) }
+}

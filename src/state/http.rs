@@ -1,0 +1,275 @@
+//! The room's routes.
+
+use std::convert::Infallible;
+use std::time::Duration;
+
+use axum::extract::State as Room;
+use axum::http::{HeaderMap, HeaderValue, StatusCode, header};
+use axum::response::sse::{Event as Sse, Sse as SseResponse};
+use axum::response::{IntoResponse, Response};
+use futures_util::stream;
+use serde::Deserialize;
+use serde_json::{Map, Value, json};
+use utoipa_axum::router::OpenApiRouter;
+use utoipa_axum::routes;
+
+use crate::kernel::web::{
+    Answer, Body, Caller, Listing, Name, Preconditions, Query, SOP_INDEX, Tags, page_limit, problem_document,
+};
+use crate::kernel::{Refusal, ids, problem};
+
+use super::model::{Change, Condition, Deleted, Item, Written, put_key};
+use super::watch::{Event, Watch};
+use super::{Moment, State, kv};
+
+/// The routes of the room.
+pub fn routes(state: State) -> OpenApiRouter {
+    OpenApiRouter::new()
+        .routes(routes!(list))
+        .routes(routes!(get, head, put, delete))
+        .routes(routes!(watch))
+        .with_state(state)
+}
+
+/// As of which index.
+#[derive(Deserialize, utoipa::IntoParams)]
+#[serde(deny_unknown_fields)]
+#[into_params(parameter_in = Query)]
+struct At {
+    /// Read the state as of this index
+    #[serde(default)]
+    at: Option<i64>,
+}
+
+/// Put a value: the body, any bytes, under a key
+#[utoipa::path(put, path = "/v1/state/kv/{*key}", tag = "state", params(("key" = String, Path, description = "The key, a name")),
+    request_body(content = Vec<u8>, content_type = "*/*"),
+    responses((status = 200, body = Written), (status = 412, description = "The condition does not hold")))]
+async fn put(
+    Room(state): Room<State>,
+    caller: Caller,
+    Name(key): Name,
+    conditions: Preconditions,
+    headers: HeaderMap,
+    Body(value): Body,
+) -> Result<Answer<Written>, Refusal> {
+    let content_type = content_type(&headers)?;
+    let condition = condition(conditions)?;
+    let done = state.put(&caller, kv::Put { key, value: value.to_vec(), content_type, condition }).await?;
+    let tag = done.value.index;
+    Ok(Answer::ok(done.value).at(done.index).tagged(tag))
+}
+
+/// Read a key's value
+#[utoipa::path(get, path = "/v1/state/kv/{*key}", tag = "state", params(("key" = String, Path, description = "The key, a name"), At),
+    responses((status = 200, description = "The value, with the Content-Type it was put with", content_type = "*/*", body = Vec<u8>),
+              (status = 404, description = "There is no such key"), (status = 410, description = "That part of history was compacted")))]
+async fn get(
+    Room(state): Room<State>,
+    caller: Caller,
+    Name(key): Name,
+    Query(q): Query<At>,
+    headers: HeaderMap,
+) -> Result<Response, Refusal> {
+    let (index, item) = state.get(&caller, &key, Moment { at: q.at }).await?;
+    Ok(value_response(index, item, &headers))
+}
+
+/// Ask about a key without its value
+#[utoipa::path(head, path = "/v1/state/kv/{*key}", tag = "state", params(("key" = String, Path, description = "The key, a name"), At),
+    responses((status = 200), (status = 404, description = "There is no such key")))]
+async fn head(
+    Room(state): Room<State>,
+    caller: Caller,
+    Name(key): Name,
+    Query(q): Query<At>,
+    headers: HeaderMap,
+) -> Result<Response, Refusal> {
+    let (index, item) = state.get(&caller, &key, Moment { at: q.at }).await?;
+    // The server leaves the body out of the answer to a HEAD and keeps its length.
+    Ok(value_response(index, item, &headers))
+}
+
+fn value_response(index: i64, item: Item, headers: &HeaderMap) -> Response {
+    let tag = format!("\"{}\"", item.index);
+    let known = headers.get(header::IF_NONE_MATCH).and_then(|v| v.to_str().ok()).is_some_and(|v| v == tag || v == "*");
+    let mut response = if known {
+        StatusCode::NOT_MODIFIED.into_response()
+    } else {
+        let mut response = item.value.into_response();
+        let kept =
+            HeaderValue::try_from(item.content_type).unwrap_or(HeaderValue::from_static("application/octet-stream"));
+        response.headers_mut().insert(header::CONTENT_TYPE, kept);
+        response
+    };
+    let out = response.headers_mut();
+    out.insert(SOP_INDEX, index.into());
+    if let Ok(tag) = HeaderValue::try_from(tag) {
+        out.insert(header::ETAG, tag);
+    }
+    out.insert("sop-created-index", item.created_index.into());
+    out.insert("sop-version", item.version.into());
+    response
+}
+
+/// Delete a key
+#[utoipa::path(delete, path = "/v1/state/kv/{*key}", tag = "state", params(("key" = String, Path, description = "The key, a name")),
+    responses((status = 200, body = Deleted), (status = 404, description = "There is no such key"), (status = 412, description = "The condition does not hold")))]
+async fn delete(
+    Room(state): Room<State>,
+    caller: Caller,
+    Name(key): Name,
+    conditions: Preconditions,
+) -> Result<Answer<Deleted>, Refusal> {
+    let done = state.delete(&caller, key, condition(conditions)?).await?;
+    Ok(Answer::ok(done.value).at(done.index))
+}
+
+#[derive(Deserialize, utoipa::IntoParams)]
+#[serde(deny_unknown_fields)]
+#[into_params(parameter_in = Query)]
+struct ListQuery {
+    /// Keys that begin so; all without it
+    #[serde(default)]
+    prefix: String,
+    /// Leave the values out
+    #[serde(default)]
+    keys_only: bool,
+    /// As of this index
+    #[serde(default)]
+    at: Option<i64>,
+    /// 1-1000, default 100
+    #[serde(default)]
+    limit: Option<i64>,
+    /// `next` of the page before
+    #[serde(default)]
+    after: Option<String>,
+}
+
+/// List keys; all pages are of the first one's moment
+#[utoipa::path(get, path = "/v1/state/kv", tag = "state", params(ListQuery), responses((status = 200, body = Listing<Object>)))]
+async fn list(
+    Room(state): Room<State>,
+    caller: Caller,
+    Query(q): Query<ListQuery>,
+) -> Result<Answer<Listing<Map<String, Value>>>, Refusal> {
+    let prefix = valid_prefix(q.prefix)?;
+    let page = state.list(&caller, &prefix, Moment { at: q.at }, page_limit(q.limit)?, q.after.as_deref()).await?;
+    let items = page.items.iter().map(|i| i.to_json(!q.keys_only)).collect();
+    Ok(Answer::ok(Listing { items, next: page.next }).at(page.index))
+}
+
+#[derive(Deserialize, utoipa::IntoParams)]
+#[serde(deny_unknown_fields)]
+#[into_params(parameter_in = Query)]
+struct WatchQuery {
+    /// Keys that begin so; all without it
+    #[serde(default)]
+    prefix: String,
+    /// Changes after this index; without it, from now on
+    #[serde(default)]
+    after: Option<i64>,
+}
+
+/// Watch keys as server-sent events; `Last-Event-ID` counts as `after`
+#[utoipa::path(get, path = "/v1/state/watch", tag = "state", params(WatchQuery),
+    responses((status = 200, description = "`put`, `delete` and `bookmark` events", content_type = "text/event-stream", body = String),
+              (status = 410, description = "What comes after that index was compacted")))]
+async fn watch(
+    Room(state): Room<State>,
+    caller: Caller,
+    Query(q): Query<WatchQuery>,
+    headers: HeaderMap,
+) -> Result<Response, Refusal> {
+    let prefix = valid_prefix(q.prefix)?;
+    let last = headers.get("last-event-id").and_then(|v| v.to_str().ok()?.parse().ok());
+    let watch = state.watch(&caller, prefix, last.or(q.after), wait(&headers)).await?;
+    let events = stream::unfold(
+        (watch, Vec::new().into_iter()),
+        |(mut watch, mut queued): (Watch, std::vec::IntoIter<Sse>)| async move {
+            loop {
+                if let Some(event) = queued.next() {
+                    return Some((Ok::<_, Infallible>(event), (watch, queued)));
+                }
+                queued = sse(watch.next().await?).into_iter();
+            }
+        },
+    );
+    Ok(SseResponse::new(events).into_response())
+}
+
+/// The events of one index; only the last carries the id, so that nobody resumes between them.
+fn sse(event: Event) -> Vec<Sse> {
+    match event {
+        Event::Changes(changes) => {
+            let last = changes.len().saturating_sub(1);
+            changes
+                .iter()
+                .enumerate()
+                .map(|(i, change)| {
+                    let event = Sse::default()
+                        .event(if change.deleted { "delete" } else { "put" })
+                        .data(shown(change).to_string());
+                    if i == last { event.id(change.item.index.to_string()) } else { event }
+                })
+                .collect()
+        }
+        Event::Bookmark(index) => {
+            vec![Sse::default().event("bookmark").id(index.to_string()).data(json!({"index": index}).to_string())]
+        }
+        Event::End(refusal) => vec![Sse::default().event("error").data(problem_document(&refusal, None).to_string())],
+    }
+}
+
+fn shown(change: &Change) -> Value {
+    if !change.deleted {
+        return Value::Object(change.item.to_json(true));
+    }
+    let mut m = Map::new();
+    put_key(&mut m, &change.item.key);
+    m.insert("index".into(), change.item.index.into());
+    m.insert("previous_index".into(), change.previous.into());
+    Value::Object(m)
+}
+
+fn wait(headers: &HeaderMap) -> Duration {
+    let seconds = headers.get("sop-timeout").and_then(|v| v.to_str().ok()?.parse::<f64>().ok());
+    Duration::try_from_secs_f64(seconds.unwrap_or(5.0).clamp(0.0, 60.0)).unwrap_or(Duration::from_secs(5))
+}
+
+fn content_type(headers: &HeaderMap) -> Result<String, Refusal> {
+    match headers.get(header::CONTENT_TYPE) {
+        None => Ok("application/octet-stream".to_owned()),
+        Some(value) => match value.to_str() {
+            Ok(text) if text.len() <= 256 => Ok(text.to_owned()),
+            _ => Err(Refusal::new(&problem::MALFORMED, "Content-Type is at most 256 visible ASCII characters")),
+        },
+    }
+}
+
+/// A prefix is the beginning of a name: it may end anywhere.
+fn valid_prefix(prefix: String) -> Result<String, Refusal> {
+    let padded = format!("{prefix}x");
+    if prefix.is_empty()
+        || ids::name_fault(&padded).is_none()
+        || ids::name_fault(prefix.trim_end_matches('/')).is_none()
+    {
+        return Ok(prefix);
+    }
+    Err(Refusal::malformed("?prefix", ids::name_fault(&padded).unwrap_or("a prefix is the beginning of a name")))
+}
+
+fn condition(p: Preconditions) -> Result<Condition, Refusal> {
+    let indexes = |tags: Vec<String>| -> Vec<i64> {
+        // A tag that is no index was never given out, so it matches nothing.
+        tags.iter().filter_map(|t| t.parse().ok()).collect()
+    };
+    match (p.if_match, p.if_none_match) {
+        (None, None) => Ok(Condition::None),
+        (Some(Tags::Any), None) => Ok(Condition::Exists),
+        (Some(Tags::These(tags)), None) => Ok(Condition::IndexIn(indexes(tags))),
+        (None, Some(Tags::Any)) => Ok(Condition::Absent),
+        (None, Some(Tags::These(tags))) => Ok(Condition::IndexNotIn(indexes(tags))),
+        (Some(_), Some(_)) => Err(Refusal::malformed("", "send If-Match or If-None-Match, not both")),
+    }
+}
