@@ -7,6 +7,7 @@
 //!
 //! **Why this way.** A mock of PostgreSQL would agree with us. The faults that matter are between two of its answers.
 
+pub mod client;
 pub mod daemon;
 pub mod postgres;
 pub mod proxy;
