@@ -24,6 +24,7 @@ const FLOORS: [(&str, u8); 15] = [
 ];
 
 type Source = (String, String);
+type Check = fn(&[Source]) -> Vec<String>;
 
 fn floor(name: &str) -> Option<u8> {
     FLOORS.iter().find(|(floor, _)| *floor == name).map(|(_, height)| *height)
@@ -192,8 +193,7 @@ fn read(dir: &Path, root: &Path, into: &mut Vec<Source>) {
     }
 }
 
-const CHECKS: [fn(&[Source]) -> Vec<String>; 9] =
-    [floors, sql, spawn, clock, environment, shape, stubs, openings, furniture];
+const CHECKS: [Check; 9] = [floors, sql, spawn, clock, environment, shape, stubs, openings, furniture];
 
 #[test]
 fn the_house_is_in_order() {
@@ -210,7 +210,7 @@ fn the_house_is_in_order() {
 #[test]
 fn every_check_bites() {
     let long = format!("fn f() {{\n{}}}\n", "    x();\n".repeat(70));
-    let samples: [(fn(&[Source]) -> Vec<String>, &str, &str); 12] = [
+    let samples: [(Check, &str, &str); 12] = [
         (floors, "src/kernel/a.rs", "use crate::ledger::Entry;\n"),
         (floors, "src/token/a.rs", "use crate::state::kv;\n"),
         (sql, "src/state/mod.rs", "let q = \"SELECT 1\";\n"),

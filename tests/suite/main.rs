@@ -6,6 +6,7 @@
     clippy::print_stderr,
     clippy::disallowed_methods,
     clippy::large_futures,
+    clippy::zombie_processes,
     dead_code,
     unreachable_pub
 )]
