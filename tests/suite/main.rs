@@ -1,1 +1,16 @@
+//! One binary for everything that needs a real PostgreSQL or a real daemon: a module a room, so that linking stays cheap.
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    clippy::print_stderr,
+    clippy::disallowed_methods,
+    clippy::large_futures,
+    clippy::zombie_processes,
+    dead_code,
+    unreachable_pub
+)]
 
+mod support;
+
+mod proxy;

@@ -1,0 +1,59 @@
+# The two commands: `make run` and `make test`.
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+DATA ?= ./data
+CARGO ?= cargo
+
+.PHONY: help run test lint fmt bench demo postgres clean
+
+help: ## Show what there is
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+run: postgres ## Build and serve on a private PostgreSQL in ./data
+	$(CARGO) run --release --locked -- serve --data-dir $(DATA)
+
+test: postgres lint ## Everything: format, lints, all tests (they start PostgreSQL themselves)
+	$(CARGO) test --locked --all-targets
+
+lint: ## rustfmt and clippy, warnings denied
+	$(CARGO) fmt --check
+	$(CARGO) clippy --locked --all-targets -- -D warnings
+
+fmt: ## Format the source
+	$(CARGO) fmt
+
+bench: postgres ## Measure, beside etcd if it is installed
+	$(CARGO) build --release --locked
+	./target/release/sop bench state-put --clients 1,8,32,128 --seconds 10 --peer etcd
+
+demo: postgres ## A day of LOGOS against a real daemon
+	$(CARGO) run --release --locked -- demo
+
+clean: ## Remove what was built; ./data stays
+	$(CARGO) clean
+
+# PostgreSQL's server binaries, 14 or later. Debian's package would create and start a cluster of the system; it is told not to.
+postgres:
+	@for bin in /usr/lib/postgresql/*/bin "$$(dirname "$$(command -v postgres || echo /none/x)")"; do \
+	    if [ -x "$$bin/initdb" ] && [ -x "$$bin/postgres" ]; then \
+	        version=$$("$$bin/postgres" --version | sed -E 's/^[^0-9]*([0-9]+).*/\1/'); \
+	        if [ "$$version" -ge 14 ]; then exit 0; fi; \
+	    fi; \
+	done; \
+	sudo=; \
+	if [ "$$(id -u)" != 0 ]; then \
+	    if sudo -n true 2>/dev/null; then sudo="sudo -n"; else sudo=none; fi; \
+	fi; \
+	if [ "$$sudo" = none ] || ! command -v apt-get >/dev/null; then \
+	    echo "sop needs the PostgreSQL server, 14 or later. On Debian type:  sudo apt-get install postgresql" >&2; \
+	    exit 1; \
+	fi; \
+	conf=/etc/postgresql-common/createcluster.conf; \
+	if [ ! -e $$conf ]; then \
+	    $$sudo mkdir -p /etc/postgresql-common; \
+	    echo "create_main_cluster = false" | $$sudo tee $$conf >/dev/null; \
+	fi; \
+	$$sudo apt-get update -q; \
+	$$sudo env DEBIAN_FRONTEND=noninteractive apt-get install -y -q --no-install-recommends \
+	    -o Dpkg::Options::=--force-confold postgresql

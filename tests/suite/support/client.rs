@@ -1,0 +1,49 @@
+//! A client with the first administrator's rights.
+
+use reqwest::{Client as Http, Method, Response};
+use tokio::sync::OnceCell;
+
+use super::daemon::Daemon;
+
+/// Speaks to one daemon; its bearer token is fetched once.
+pub struct Client {
+    http: Http,
+    url: String,
+    admin: Option<(String, String)>,
+    token: OnceCell<Option<String>>,
+}
+
+impl Client {
+    /// As the administrator of `admin.json`, or as nobody where there is none.
+    pub fn of(daemon: &Daemon) -> Self {
+        let _ = rustls::crypto::ring::default_provider().install_default();
+        let http = Http::builder().no_proxy().timeout(std::time::Duration::from_secs(10)).build().expect("a client");
+        Self { http, url: daemon.url.clone(), admin: daemon.admin(), token: OnceCell::new() }
+    }
+
+    async fn fetch(&self) -> Result<Option<String>, reqwest::Error> {
+        let Some((id, secret)) = &self.admin else { return Ok(None) };
+        let form = [("grant_type", "client_credentials")];
+        let request = self.http.post(format!("{}/oauth2/token", self.url)).basic_auth(id, Some(secret)).form(&form);
+        let answer: serde_json::Value = request.send().await?.error_for_status()?.json().await?;
+        Ok(answer["access_token"].as_str().map(str::to_owned))
+    }
+
+    /// Any request; a failed token request is a failed request.
+    pub async fn send(&self, method: Method, path: &str, body: Vec<u8>) -> Result<Response, reqwest::Error> {
+        let token = self.token.get_or_try_init(|| self.fetch()).await?;
+        let mut request = self.http.request(method, format!("{}{path}", self.url)).body(body);
+        if let Some(token) = token {
+            request = request.bearer_auth(token);
+        }
+        request.send().await
+    }
+
+    /// Puts a key; the index it got.
+    pub async fn put(&self, key: &str, value: &str) -> Result<i64, String> {
+        let answer = self.send(Method::PUT, &format!("/v1/state/kv/{key}"), value.into()).await;
+        let answer = answer.and_then(Response::error_for_status).map_err(|error| error.to_string())?;
+        let json: serde_json::Value = answer.json().await.map_err(|error| error.to_string())?;
+        json["index"].as_i64().ok_or_else(|| format!("no index in {json}"))
+    }
+}

@@ -1,0 +1,144 @@
+//! The real daemon as a child process.
+
+use std::os::unix::process::ExitStatusExt;
+use std::path::PathBuf;
+use std::process::{ExitStatus, Stdio};
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use rustix::process::{Pid, Signal, kill_process};
+use tokio::io::{AsyncBufReadExt, AsyncReadExt, BufReader};
+use tokio::process::{Child, Command};
+
+use super::reaper;
+
+/// How to start one; kept, so that it can be started again on the same folder and database.
+#[derive(Clone)]
+pub struct Launch {
+    pub dir: PathBuf,
+    url: String,
+    env: Vec<(String, String)>,
+}
+
+impl Launch {
+    /// In a new data folder, on the database at this URL (of `Database::url` or `url_via`).
+    pub fn on(url: String) -> Self {
+        Self { dir: reaper::folder("d"), url, env: Vec::new() }
+    }
+
+    /// With a configuration key: `SOP__TOKEN__TTL`.
+    pub fn env(mut self, key: &str, value: &str) -> Self {
+        self.env.push((key.into(), value.into()));
+        self
+    }
+
+    /// Starts it and waits (30 s) for the line that says where it listens.
+    pub async fn start(self) -> Daemon {
+        let mut child = Command::new(env!("CARGO_BIN_EXE_sop"))
+            .args(["serve", "--listen", "127.0.0.1:0", "--data-dir"])
+            .arg(&self.dir)
+            .env("SOP__DATABASE__URL", &self.url)
+            .envs(self.env.clone())
+            .stdin(Stdio::null())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .kill_on_drop(true)
+            .spawn()
+            .expect("sop runs");
+        let pid = child.id().expect("it has just started");
+        reaper::up(pid);
+        let log = Arc::new(Mutex::new(String::new()));
+        let (mut stderr, kept) = (child.stderr.take().expect("piped"), log.clone());
+        tokio::spawn(async move {
+            let mut chunk = [0; 4096];
+            while let Ok(n @ 1..) = stderr.read(&mut chunk).await {
+                kept.lock().expect("lock").push_str(&String::from_utf8_lossy(&chunk[..n]));
+            }
+        });
+        let mut lines = BufReader::new(child.stdout.take().expect("piped")).lines();
+        let listening = async {
+            while let Ok(Some(line)) = lines.next_line().await {
+                if let Some(url) = line.strip_prefix("listening ") {
+                    return Some(url.to_owned());
+                }
+            }
+            None
+        };
+        let url = tokio::time::timeout(Duration::from_secs(30), listening).await.ok().flatten();
+        let url = url.unwrap_or_else(|| panic!("the daemon does not listen:\n{}", log.lock().expect("lock")));
+        tokio::spawn(async move { while let Ok(Some(_)) = lines.next_line().await {} });
+        Daemon { launch: self, child, pid, url, log }
+    }
+}
+
+/// A running daemon; killed when dropped, and its log shown if the test failed.
+pub struct Daemon {
+    pub launch: Launch,
+    child: Child,
+    pid: u32,
+    pub url: String,
+    log: Arc<Mutex<String>>,
+}
+
+impl Daemon {
+    fn signal(&self, signal: Signal) {
+        let pid = i32::try_from(self.pid).ok().and_then(Pid::from_raw).expect("a pid");
+        kill_process(pid, signal).expect("it runs");
+    }
+
+    /// SIGSTOP.
+    pub fn freeze(&self) {
+        self.signal(Signal::STOP);
+    }
+
+    /// SIGCONT.
+    pub fn thaw(&self) {
+        self.signal(Signal::CONT);
+    }
+
+    /// SIGKILL, and waits until it is gone.
+    pub async fn kill(&mut self) {
+        self.child.kill().await.expect("it ran");
+    }
+
+    /// SIGTERM; how it ended.
+    pub async fn terminate(&mut self, within: Duration) -> ExitStatus {
+        self.signal(Signal::TERM);
+        let ended = tokio::time::timeout(within, self.child.wait()).await;
+        ended.unwrap_or_else(|_| panic!("still there {within:?} after SIGTERM")).expect("its status")
+    }
+
+    /// Kills it if it runs and starts it on the same folder and database.
+    pub async fn restart(mut self) -> Self {
+        if self.child.try_wait().expect("its status").is_none() {
+            self.kill().await;
+        }
+        self.launch.clone().start().await
+    }
+
+    /// What it said on stderr so far.
+    pub fn log(&self) -> String {
+        self.log.lock().expect("lock").clone()
+    }
+
+    /// The first administrator's `(client_id, client_secret)`, if this daemon's folder has it.
+    pub fn admin(&self) -> Option<(String, String)> {
+        let text = std::fs::read(self.launch.dir.join("admin.json")).ok()?;
+        let json: serde_json::Value = serde_json::from_slice(&text).ok()?;
+        Some((json["client_id"].as_str()?.to_owned(), json["client_secret"].as_str()?.to_owned()))
+    }
+}
+
+impl Drop for Daemon {
+    fn drop(&mut self) {
+        reaper::down(self.pid);
+        if std::thread::panicking() {
+            eprintln!("--- the daemon at {} said:\n{}", self.url, self.log());
+        }
+    }
+}
+
+/// Whether a process was ended by SIGKILL.
+pub fn was_killed(status: ExitStatus) -> bool {
+    status.signal() == Some(9)
+}

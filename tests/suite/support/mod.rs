@@ -1,0 +1,31 @@
+//! What the tests stand on.
+//!
+//! **Invariants.** One cluster a run, one database a test; nothing that a run started outlives it, however it ends. A fault
+//! that a test armed says whether it happened.
+//!
+//! **Not here.** What any room promises: that is in the room's own module.
+//!
+//! **Why this way.** A mock of PostgreSQL would agree with us. The faults that matter are between two of its answers.
+
+pub mod client;
+pub mod daemon;
+pub mod postgres;
+pub mod proxy;
+pub mod reaper;
+pub mod wire;
+
+use std::future::Future;
+use std::time::{Duration, Instant};
+
+/// Waits until `what` holds, looking every 10 ms; says what it waited for when it gives up.
+pub async fn until<F, Fut>(what: &str, within: Duration, mut holds: F)
+where
+    F: FnMut() -> Fut,
+    Fut: Future<Output = bool>,
+{
+    let start = Instant::now();
+    while !holds().await {
+        assert!(start.elapsed() < within, "waited {within:?} in vain for: {what}");
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
+}
