@@ -1,0 +1,188 @@
+//! The room's routes: the record under `/v1/audit`, the transparency log under `/log`.
+
+use std::time::Duration;
+
+use axum::extract::{Path as UrlPath, State as Room};
+use axum::http::{HeaderMap, header};
+use axum::response::{IntoResponse, Response};
+use serde::{Deserialize, Serialize};
+use serde_json::{Map, Value};
+use utoipa_axum::router::OpenApiRouter;
+use utoipa_axum::routes;
+
+use crate::kernel::web::{Answer, Caller, Query, cursor, page_limit};
+use crate::kernel::{Refusal, Timestamp};
+
+use super::Audit;
+use super::model::Filter;
+use super::tiles::Path;
+
+/// The routes of the room.
+pub fn routes(audit: Audit) -> OpenApiRouter {
+    OpenApiRouter::new()
+        .routes(routes!(list))
+        .routes(routes!(entry))
+        .routes(routes!(receipt))
+        .routes(routes!(checkpoint))
+        .routes(routes!(key))
+        .routes(routes!(tile))
+        .with_state(audit)
+}
+
+#[derive(Deserialize, utoipa::IntoParams)]
+#[serde(deny_unknown_fields)]
+#[into_params(parameter_in = Query)]
+struct ListQuery {
+    /// Who did it
+    #[serde(default)]
+    actor: Option<String>,
+    /// `state`, `token`, ...
+    #[serde(default)]
+    room: Option<String>,
+    /// `state:put`
+    #[serde(default)]
+    action: Option<String>,
+    /// Beginning of the resource: `key/arp/`
+    #[serde(default)]
+    resource: Option<String>,
+    /// `ok`, `denied` or `failed`
+    #[serde(default)]
+    outcome: Option<String>,
+    /// The request it came with
+    #[serde(default)]
+    request_id: Option<String>,
+    /// Not before (RFC 3339)
+    #[serde(default)]
+    since: Option<String>,
+    /// Before (RFC 3339)
+    #[serde(default)]
+    until: Option<String>,
+    /// `desc` (the default, newest first) or `asc`
+    #[serde(default)]
+    order: Option<String>,
+    /// 1-1000, default 100
+    #[serde(default)]
+    limit: Option<i64>,
+    /// `next` of the page before
+    #[serde(default)]
+    after: Option<String>,
+}
+
+#[derive(Serialize, Deserialize)]
+struct Cursor {
+    upto: i64,
+    last: i64,
+}
+
+#[derive(Serialize, utoipa::ToSchema)]
+struct Entries {
+    items: Vec<Map<String, Value>>,
+    next: Option<String>,
+    indexed_to: i64,
+}
+
+/// List entries; all pages are of the first one's moment
+#[utoipa::path(get, path = "/v1/audit/entries", tag = "audit", params(ListQuery), responses((status = 200, body = Entries)))]
+async fn list(
+    Room(audit): Room<Audit>,
+    caller: Caller,
+    Query(q): Query<ListQuery>,
+) -> Result<Answer<Entries>, Refusal> {
+    let limit = page_limit(q.limit)?;
+    let time = |name: &str, text: Option<String>| match text {
+        None => Ok(None),
+        Some(t) => Timestamp::parse(&t)
+            .map(Some)
+            .ok_or_else(|| Refusal::malformed(format!("?{name}"), format!("{name} is an RFC 3339 time"))),
+    };
+    let ascending = match q.order.as_deref() {
+        None | Some("desc") => false,
+        Some("asc") => true,
+        Some(_) => return Err(Refusal::malformed("?order", "order is asc or desc")),
+    };
+    let from: Option<Cursor> = q.after.as_deref().map(cursor::decode).transpose()?;
+    let filter = Filter {
+        actor: q.actor,
+        room: q.room,
+        action: q.action,
+        resource: q.resource,
+        outcome: q.outcome,
+        request_id: q.request_id,
+        since: time("since", q.since)?,
+        until: time("until", q.until)?,
+        ascending,
+    };
+    let (upto, mut entries) =
+        audit.list(&caller, &filter, from.as_ref().map(|c| c.upto), from.map(|c| c.last), limit).await?;
+    let more = entries.len() > limit;
+    entries.truncate(limit);
+    let next = entries.last().filter(|_| more).map(|e| cursor::encode(&Cursor { upto, last: e.index }));
+    let indexed_to = audit.indexed_to();
+    let items = entries.iter().map(|e| e.shown(indexed_to)).collect();
+    Ok(Answer::ok(Entries { items, next, indexed_to }).at(upto))
+}
+
+/// One entry
+#[utoipa::path(get, path = "/v1/audit/entries/{index}", tag = "audit", params(("index" = i64, Path, description = "Its index")),
+    responses((status = 200, body = Object), (status = 404, description = "Beyond the head")))]
+async fn entry(
+    Room(audit): Room<Audit>,
+    caller: Caller,
+    UrlPath(index): UrlPath<String>,
+) -> Result<Answer<Map<String, Value>>, Refusal> {
+    let index = whole(&index)?;
+    let found = audit.entry(&caller, index).await?;
+    Ok(Answer::ok(found.shown(audit.indexed_to())))
+}
+
+/// The receipt of an entry (C2SP tlog-proof); its extra line carries the leaf
+#[utoipa::path(get, path = "/v1/audit/entries/{index}/receipt", tag = "audit", params(("index" = i64, Path, description = "Its index")),
+    responses((status = 200, content_type = "text/plain", body = String), (status = 404, description = "Beyond the head"),
+              (status = 503, description = "No checkpoint covers it yet")))]
+async fn receipt(
+    Room(audit): Room<Audit>,
+    caller: Caller,
+    UrlPath(index): UrlPath<String>,
+    headers: HeaderMap,
+) -> Result<Response, Refusal> {
+    let wait = headers.get("sop-timeout").and_then(|v| v.to_str().ok()?.parse::<f64>().ok()).unwrap_or(5.0);
+    let wait = Duration::try_from_secs_f64(wait.clamp(0.0, 60.0)).unwrap_or(Duration::from_secs(5));
+    let proof = audit.receipt(&caller, whole(&index)?, wait).await?;
+    Ok(([(header::CONTENT_TYPE, "text/plain; charset=utf-8")], proof.text()).into_response())
+}
+
+/// The newest signed checkpoint (C2SP tlog-checkpoint)
+#[utoipa::path(get, path = "/log/checkpoint", tag = "log", responses((status = 200, content_type = "text/plain", body = String)))]
+async fn checkpoint(Room(audit): Room<Audit>) -> Result<Response, Refusal> {
+    let headers = [(header::CONTENT_TYPE, "text/plain; charset=utf-8"), (header::CACHE_CONTROL, "no-cache")];
+    Ok((headers, audit.checkpoint().await?).into_response())
+}
+
+/// The log's verifier key
+#[utoipa::path(get, path = "/log/key", tag = "log", responses((status = 200, content_type = "text/plain", body = String)))]
+async fn key(Room(audit): Room<Audit>) -> Response {
+    ([(header::CONTENT_TYPE, "text/plain; charset=utf-8")], format!("{}\n", audit.key())).into_response()
+}
+
+/// A tile of hashes, or with `entries` for a level an entry bundle (C2SP tlog-tiles)
+#[utoipa::path(get, path = "/log/tile/{*path}", tag = "log", params(("path" = String, Path, description = "`<L>/<N>[.p/<W>]` or `entries/<N>[.p/<W>]`")),
+    responses((status = 200, content_type = "application/octet-stream", body = Vec<u8>), (status = 404)))]
+async fn tile(
+    Room(audit): Room<Audit>,
+    caller: Option<axum::Extension<Caller>>,
+    UrlPath(path): UrlPath<String>,
+) -> Result<Response, Refusal> {
+    let bytes = match Path::parse(&path).ok_or_else(|| Refusal::not_found("such tile"))? {
+        Path::Hashes(tile) => audit.tile(tile).await?,
+        Path::Entries(tile) => audit.bundle(caller.as_ref().map(|c| &c.0), tile).await?,
+    };
+    let headers = [
+        (header::CONTENT_TYPE, "application/octet-stream"),
+        (header::CACHE_CONTROL, "public, max-age=31536000, immutable"),
+    ];
+    Ok((headers, bytes).into_response())
+}
+
+fn whole(text: &str) -> Result<i64, Refusal> {
+    text.parse().map_err(|_| Refusal::malformed("", "an index is a whole number"))
+}

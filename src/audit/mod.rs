@@ -1,0 +1,359 @@
+//! The record that proves itself: entries, receipts, tiles, checkpoints.
+//!
+//! **Invariants.** A checkpoint is signed only over a root that the head had; it never shrinks. What was published can be
+//! derived again from the leaves, byte for byte. Reading the record is recorded before it is answered.
+//!
+//! **Not here.** How an entry commits (`ledger`), who may read (`governance`).
+//!
+//! **Why this way.** Tiles are derived after the commit and not in it: the head's root already binds every leaf, so publishing
+//! can be late, repeated or done by another daemon without weakening anything.
+
+pub mod http;
+pub mod model;
+pub mod note;
+pub mod proof;
+mod publisher;
+mod search;
+mod store;
+pub mod tiles;
+mod tree;
+pub mod verify;
+
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Duration;
+
+use prometheus::{IntCounter, IntGauge, Registry};
+use sqlx::PgConnection;
+use tokio::sync::watch;
+
+use crate::config;
+use crate::kernel::crypto::{self, MasterKey, SigningKey};
+use crate::kernel::supervisor::Supervisor;
+use crate::kernel::web::{Ask, Caller};
+use crate::kernel::{Clock, Refusal, problem};
+use crate::ledger::{Entry, Ledger, merkle};
+use crate::store::Store;
+
+use model::{Filter, Stored};
+use note::{Checkpoint, VerifierKey};
+use proof::Proof;
+use tiles::{Tile, WIDTH};
+
+/// Seals the log's key.
+const PURPOSE: &str = "audit/log-key";
+
+/// The room. Cheap to clone.
+#[derive(Clone)]
+pub struct Audit {
+    ledger: Ledger,
+    store: Store,
+    key: VerifierKey,
+    indexed: watch::Receiver<i64>,
+}
+
+/// What the room counts.
+#[derive(Clone)]
+struct Metrics {
+    published: IntGauge,
+    mismatches: IntCounter,
+    indexed: IntGauge,
+}
+
+impl Metrics {
+    fn new(registry: &Registry) -> Result<Self, prometheus::Error> {
+        let m = Self {
+            published: IntGauge::new("sop_audit_checkpoint_size", "Size of the newest checkpoint this daemon signed")?,
+            mismatches: IntCounter::new(
+                "sop_audit_root_mismatches_total",
+                "Times the entries did not give the head's root",
+            )?,
+            indexed: IntGauge::new("sop_audit_indexed_to", "Newest index that can be searched")?,
+        };
+        registry.register(Box::new(m.published.clone()))?;
+        registry.register(Box::new(m.mismatches.clone()))?;
+        registry.register(Box::new(m.indexed.clone()))?;
+        Ok(m)
+    }
+}
+
+/// Before anything is written: the tree must agree with the head, and with what was published, in the database and beside it.
+///
+/// # Errors
+/// With what disagrees; the daemon must not write on such a database.
+pub async fn check_at_start(store: &Store, data: &Path) -> Result<(), String> {
+    let failed = |e: sqlx::Error| format!("the record cannot be checked: {e}");
+    let mut conn = store.dedicated("check").await.map_err(failed)?;
+    let Some((index, head_root)) = store::head(&mut conn).await.map_err(failed)? else { return Ok(()) };
+    let head_size = u64::try_from(index + 1).unwrap_or(0);
+    let published = store::checkpoint(&mut conn).await.map_err(failed)?;
+    let key = store::log_key(&mut conn).await.map_err(failed)?;
+    if let Some(p) = &published {
+        agree(&mut conn, p.size, &p.root, head_size, "the last published checkpoint").await?;
+    }
+    if let Some((name, public, _)) = key
+        && let Ok(note) = std::fs::read_to_string(data.join("checkpoint"))
+    {
+        let kept = Checkpoint::open(&note, &VerifierKey { name, public })
+            .map_err(|e| format!("the checkpoint in the data folder cannot be used: {e}; if this is another database, use another data folder"))?;
+        agree(&mut conn, kept.size, &kept.root, head_size, "the checkpoint kept in the data folder").await?;
+    }
+    // The leaves since the last checkpoint are few; with the tiles before them they must give the head's root.
+    let size = published.map_or(0, |p| p.size);
+    let mut nodes = Vec::new();
+    for subtree in merkle::subtrees(0, size) {
+        nodes.push(tree::node(&mut conn, subtree).await.map_err(failed)?);
+    }
+    let mut frontier = merkle::Frontier::from_nodes(nodes, size).ok_or("the tiles do not give a frontier")?;
+    while frontier.size() < head_size {
+        let from = frontier.size();
+        let hashes = store::hashes(&mut conn, from, head_size.min(from + 8192)).await.map_err(failed)?;
+        if hashes.is_empty() {
+            return Err(format!(
+                "entry {from} is missing although the head is at {index}: the database was changed from outside"
+            ));
+        }
+        hashes.into_iter().for_each(|h| frontier.push(h));
+    }
+    if frontier.root() != head_root {
+        return Err(format!(
+            "the entries 0 to {index} do not give the head's root: the database was changed from outside; `sop verify` names the entry"
+        ));
+    }
+    Ok(())
+}
+
+async fn agree(conn: &mut PgConnection, size: u64, root: &crypto::Hash, head: u64, what: &str) -> Result<(), String> {
+    if size > head {
+        return Err(format!(
+            "record-behind: {what} has {size} entries, the database has {head}: it lost entries (a failover, a restored backup). Writing would fork the log; bring the missing entries back"
+        ));
+    }
+    let computed = tree::root(conn, size).await.map_err(|e| format!("the record cannot be checked: {e}"))?;
+    if computed != *root {
+        return Err(format!(
+            "the first {size} entries do not give the root of {what}: the database was changed from outside; `sop verify` names the entry"
+        ));
+    }
+    Ok(())
+}
+
+/// What the room is made from.
+pub struct Parts<'a> {
+    /// The ledger.
+    pub ledger: Ledger,
+    /// The database.
+    pub store: Store,
+    /// The clock.
+    pub clock: Clock,
+    /// Seals the log's key.
+    pub master: &'a MasterKey,
+    /// The configuration.
+    pub config: &'a config::Config,
+    /// Where its metrics go.
+    pub registry: &'a Registry,
+}
+
+impl Audit {
+    /// Opens the room: finds or makes the log's key, and starts the publisher and the search.
+    ///
+    /// # Errors
+    /// When the database is away, or the key does not open.
+    pub async fn start(parts: Parts<'_>, tasks: &Supervisor) -> Result<Self, Refusal> {
+        let Parts { ledger, store, clock, master, config, registry } = parts;
+        let metrics = Metrics::new(registry).map_err(Refusal::internal)?;
+        let (origin, key) = signing_key(&store, master, &clock, config.audit.origin.as_deref()).await?;
+        let verifier = VerifierKey { name: origin.clone(), public: key.public() };
+        let file = config.data.dir.join("checkpoint");
+        let publisher = publisher::Publisher {
+            store: store.clone(),
+            clock,
+            key: Arc::new(key),
+            origin,
+            file,
+            metrics: metrics.clone(),
+            place: None,
+        };
+        publisher::start(publisher, &ledger, config.audit.publish_interval.get(), tasks);
+        let indexed = search::start(&store, &ledger, metrics, tasks);
+        Ok(Self { ledger, store, key: verifier, indexed })
+    }
+
+    /// The key that checks this log.
+    #[must_use]
+    pub fn key(&self) -> &VerifierKey {
+        &self.key
+    }
+
+    async fn connection(&self) -> Result<sqlx::pool::PoolConnection<sqlx::Postgres>, Refusal> {
+        self.store.reader().acquire().await.map_err(|e| self.store.refusal(e))
+    }
+
+    /// The newest signed checkpoint.
+    ///
+    /// # Errors
+    /// 503 before the first.
+    pub async fn checkpoint(&self) -> Result<String, Refusal> {
+        let mut conn = self.connection().await?;
+        let published = store::checkpoint(&mut conn).await.map_err(|e| self.store.refusal(e))?;
+        published.map(|p| p.note).ok_or_else(|| Refusal::unavailable("no checkpoint was signed yet"))
+    }
+
+    /// A tile's bytes.
+    ///
+    /// # Errors
+    /// 404 when the published tree does not reach so far.
+    pub async fn tile(&self, tile: Tile) -> Result<Vec<u8>, Refusal> {
+        let mut conn = self.connection().await?;
+        let missing = || Refusal::not_found("such tile");
+        let published = store::checkpoint(&mut conn).await.map_err(|e| self.store.refusal(e))?.ok_or_else(missing)?;
+        let have = published.size.checked_shr(8 * u32::from(tile.level)).unwrap_or(0);
+        if tile.n.saturating_mul(WIDTH).saturating_add(tile.width) > have {
+            return Err(missing());
+        }
+        let hashes = tree::tile(&mut conn, tile).await.map_err(|e| self.store.refusal(e))?;
+        Ok(hashes.ok_or_else(missing)?.concat())
+    }
+
+    /// The leaves of a level 0 tile as an entry bundle: each with its length before it, 16 bits.
+    ///
+    /// # Errors
+    /// 404 when the published tree does not reach so far, 403 for whoever may not read entries.
+    pub async fn bundle(&self, caller: Option<&Caller>, tile: Tile) -> Result<Vec<u8>, Refusal> {
+        if let Some(caller) = caller {
+            self.ledger.permit(caller, &[Ask::new("audit:read", "Entry", "")]).await?;
+        }
+        let mut conn = self.connection().await?;
+        let missing = || Refusal::not_found("such entry bundle");
+        let published = store::checkpoint(&mut conn).await.map_err(|e| self.store.refusal(e))?.ok_or_else(missing)?;
+        let from = tile.n.saturating_mul(WIDTH);
+        let to = from.saturating_add(tile.width);
+        if to > published.size {
+            return Err(missing());
+        }
+        let leaves = store::leaves(&mut conn, from, to).await.map_err(|e| self.store.refusal(e))?;
+        let mut out = Vec::with_capacity(leaves.iter().map(|l| l.len() + 2).sum());
+        for leaf in leaves {
+            out.extend_from_slice(&u16::try_from(leaf.len()).unwrap_or(u16::MAX).to_be_bytes());
+            out.extend_from_slice(&leaf);
+        }
+        Ok(out)
+    }
+
+    /// The receipt of an entry, in the newest checkpoint. Waits for one that covers it.
+    ///
+    /// # Errors
+    /// 404 beyond the head, 503 when no checkpoint covers it in time.
+    pub async fn receipt(&self, caller: &Caller, index: i64, wait: Duration) -> Result<Proof, Refusal> {
+        self.ledger.permit(caller, &[Ask::new("audit:receipt", "Entry", index.to_string())]).await?;
+        if index < 0 || index > self.ledger.index() {
+            return Err(Refusal::not_found(format!("entry {index}")));
+        }
+        let at = u64::try_from(index).unwrap_or(0);
+        let covered = tokio::time::timeout(wait, self.covered(at)).await;
+        let (size, note) =
+            covered.map_err(|_| Refusal::unavailable(format!("no checkpoint covers entry {index} yet")))??;
+        let mut conn = self.connection().await?;
+        let refusal = |e| self.store.refusal(e);
+        let leaf = store::leaves(&mut conn, at, at + 1).await.map_err(refusal)?.pop();
+        let extra = leaf.ok_or_else(|| Refusal::internal(format!("entry {index} is missing")))?;
+        let path = tree::path(&mut conn, merkle::inclusion(at, size)).await.map_err(refusal)?;
+        Ok(Proof { extra, index: at, path, checkpoint: note })
+    }
+
+    /// The newest checkpoint once it covers `index`.
+    async fn covered(&self, index: u64) -> Result<(u64, String), Refusal> {
+        loop {
+            let mut conn = self.connection().await?;
+            if let Some(p) = store::checkpoint(&mut conn).await.map_err(|e| self.store.refusal(e))?
+                && p.size > index
+            {
+                return Ok((p.size, p.note));
+            }
+            drop(conn);
+            // Another daemon may be the one that publishes, so there is nothing here to be woken by.
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+    }
+
+    /// Entries that fit, of one moment; recorded.
+    ///
+    /// # Errors
+    /// 503 when the search does not reach that moment in time.
+    pub async fn list(
+        &self,
+        caller: &Caller,
+        filter: &Filter,
+        upto: Option<i64>,
+        after: Option<i64>,
+        limit: usize,
+    ) -> Result<(i64, Vec<Stored>), Refusal> {
+        let permit = self.ledger.permit(caller, &[Ask::new("audit:read", "Entry", "")]).await?;
+        let upto = upto.unwrap_or_else(|| self.ledger.index());
+        let mut indexed = self.indexed.clone();
+        let waited = tokio::time::timeout(Duration::from_secs(5), indexed.wait_for(|i| *i >= upto)).await.is_ok();
+        if !waited {
+            return Err(Refusal::unavailable(format!("the search has not reached index {upto} yet")));
+        }
+        let mut conn = self.connection().await?;
+        let refusal = |e| self.store.refusal(e);
+        let take = i64::try_from(limit).unwrap_or(1000) + 1;
+        let found = store::search(&mut conn, filter, upto, after, take).await.map_err(refusal)?;
+        let mut entries = store::entries(&mut conn, &found).await.map_err(refusal)?;
+        entries.sort_by_key(|e| if filter.ascending { e.index } else { -e.index });
+        drop(conn);
+        let entry = Entry::ok("audit:read", "entry").change("found", entries.len().min(limit)).change("upto", upto);
+        self.ledger.record(caller, permit, entry).await?;
+        Ok((upto, entries))
+    }
+
+    /// One entry; recorded.
+    ///
+    /// # Errors
+    /// 404 beyond the head.
+    pub async fn entry(&self, caller: &Caller, index: i64) -> Result<Stored, Refusal> {
+        let permit = self.ledger.permit(caller, &[Ask::new("audit:read", "Entry", index.to_string())]).await?;
+        let mut conn = self.connection().await?;
+        let found = store::entries(&mut conn, &[index]).await.map_err(|e| self.store.refusal(e))?.pop();
+        drop(conn);
+        let found = found.ok_or_else(|| Refusal::not_found(format!("entry {index}")))?;
+        self.ledger.record(caller, permit, Entry::ok("audit:read", format!("entry/{index}"))).await?;
+        Ok(found)
+    }
+
+    /// How far the search has come.
+    #[must_use]
+    pub fn indexed_to(&self) -> i64 {
+        *self.indexed.borrow()
+    }
+}
+
+/// The log's key: made at first start, sealed under the master key.
+async fn signing_key(
+    store: &Store,
+    master: &MasterKey,
+    clock: &Clock,
+    origin: Option<&str>,
+) -> Result<(String, SigningKey), Refusal> {
+    let refusal = |e| store.refusal(e);
+    let mut conn = store.reader().acquire().await.map_err(refusal)?;
+    if store::log_key(&mut conn).await.map_err(refusal)?.is_none() {
+        let (key, seed) = SigningKey::generate()?;
+        let made: String = crypto::random::<4>()?.iter().map(|b| format!("{b:02x}")).collect();
+        let name = origin.map_or_else(|| format!("sop/{made}"), str::to_owned);
+        let sealed = master.seal(PURPOSE, seed.expose())?;
+        store::make_log_key(&mut conn, &name, &key.public(), &sealed, clock.now()).await.map_err(refusal)?;
+    }
+    let (name, public, sealed) = store::log_key(&mut conn)
+        .await
+        .map_err(refusal)?
+        .ok_or_else(|| Refusal::new(&problem::INTERNAL, "the log has no key"))?;
+    let seed = master
+        .open(PURPOSE, &sealed)
+        .ok_or_else(|| Refusal::new(&problem::INTERNAL, "the log's key does not open under this master key"))?;
+    let key = SigningKey::from_seed(&seed)?;
+    if key.public() != public {
+        return Err(Refusal::new(&problem::INTERNAL, "the log's key is not the one it is published as"));
+    }
+    Ok((name, key))
+}

@@ -1,0 +1,251 @@
+//! The room's SQL.
+
+use sqlx::{PgConnection, QueryBuilder, Row as _};
+
+use crate::kernel::Timestamp;
+use crate::kernel::crypto::Hash;
+
+use super::model::{Filter, Found, Stored};
+use super::tiles::Tile;
+
+fn hash(bytes: Vec<u8>) -> Result<Hash, sqlx::Error> {
+    bytes.try_into().map_err(|_| sqlx::Error::Decode("a hash does not have 32 bytes".into()))
+}
+
+/// The head's index and root.
+pub(super) async fn head(conn: &mut PgConnection) -> Result<Option<(i64, Hash)>, sqlx::Error> {
+    let row = sqlx::query("SELECT index, root FROM ledger.head WHERE id = 1").fetch_optional(conn).await?;
+    row.map(|r| Ok((r.try_get("index")?, hash(r.try_get("root")?)?))).transpose()
+}
+
+/// The newest signed checkpoint.
+pub(super) struct Published {
+    pub size: u64,
+    pub root: Hash,
+    pub note: String,
+}
+
+pub(super) async fn checkpoint(conn: &mut PgConnection) -> Result<Option<Published>, sqlx::Error> {
+    let row = sqlx::query("SELECT size, root, note FROM audit.checkpoint WHERE id = 1").fetch_optional(conn).await?;
+    row.map(|r| {
+        let size: i64 = r.try_get("size")?;
+        let note: Vec<u8> = r.try_get("note")?;
+        Ok(Published {
+            size: u64::try_from(size).unwrap_or(0),
+            root: hash(r.try_get("root")?)?,
+            note: String::from_utf8_lossy(&note).into_owned(),
+        })
+    })
+    .transpose()
+}
+
+/// Leaf hashes from index `from` to before `to`, in order.
+pub(super) async fn hashes(conn: &mut PgConnection, from: u64, to: u64) -> Result<Vec<Hash>, sqlx::Error> {
+    let rows: Vec<Vec<u8>> =
+        sqlx::query_scalar("SELECT hash FROM ledger.entries WHERE index >= $1 AND index < $2 ORDER BY index")
+            .bind(i64::try_from(from).unwrap_or(i64::MAX))
+            .bind(i64::try_from(to).unwrap_or(i64::MAX))
+            .fetch_all(conn)
+            .await?;
+    rows.into_iter().map(hash).collect()
+}
+
+/// Leaves from index `from` to before `to`, in order.
+pub(super) async fn leaves(conn: &mut PgConnection, from: u64, to: u64) -> Result<Vec<Vec<u8>>, sqlx::Error> {
+    sqlx::query_scalar("SELECT leaf FROM ledger.entries WHERE index >= $1 AND index < $2 ORDER BY index")
+        .bind(i64::try_from(from).unwrap_or(i64::MAX))
+        .bind(i64::try_from(to).unwrap_or(i64::MAX))
+        .fetch_all(conn)
+        .await
+}
+
+/// A tile's hashes as they are kept.
+pub(super) async fn tile(conn: &mut PgConnection, level: u8, n: u64) -> Result<Option<Vec<u8>>, sqlx::Error> {
+    sqlx::query_scalar("SELECT hashes FROM audit.tiles WHERE level = $1 AND n = $2")
+        .bind(i16::from(level))
+        .bind(i64::try_from(n).unwrap_or(i64::MAX))
+        .fetch_optional(conn)
+        .await
+}
+
+/// Keeps tiles. A shorter one is the beginning of a longer one, so the longer stands.
+pub(super) async fn keep_tiles(conn: &mut PgConnection, tiles: &[(Tile, Vec<u8>)]) -> Result<(), sqlx::Error> {
+    let levels: Vec<i16> = tiles.iter().map(|(t, _)| i16::from(t.level)).collect();
+    let ns: Vec<i64> = tiles.iter().map(|(t, _)| i64::try_from(t.n).unwrap_or(i64::MAX)).collect();
+    let bytes: Vec<&[u8]> = tiles.iter().map(|(_, b)| b.as_slice()).collect();
+    sqlx::query(
+        "INSERT INTO audit.tiles (level, n, hashes) SELECT * FROM unnest($1::int2[], $2::int8[], $3::bytea[])
+         ON CONFLICT (level, n) DO UPDATE SET hashes = excluded.hashes WHERE length(tiles.hashes) < length(excluded.hashes)",
+    )
+    .bind(levels)
+    .bind(ns)
+    .bind(bytes)
+    .execute(conn)
+    .await?;
+    Ok(())
+}
+
+/// Keeps a checkpoint if it is larger than the one that is there.
+pub(super) async fn keep_checkpoint(
+    conn: &mut PgConnection,
+    size: u64,
+    root: &Hash,
+    note: &str,
+    now: Timestamp,
+) -> Result<(), sqlx::Error> {
+    sqlx::query(
+        "INSERT INTO audit.checkpoint (id, size, root, note, time) VALUES (1, $1, $2, $3, $4)
+         ON CONFLICT (id) DO UPDATE SET size = excluded.size, root = excluded.root, note = excluded.note, time = excluded.time
+         WHERE checkpoint.size < excluded.size",
+    )
+    .bind(i64::try_from(size).unwrap_or(i64::MAX))
+    .bind(root.as_slice())
+    .bind(note.as_bytes())
+    .bind(now.to_offset())
+    .execute(conn)
+    .await?;
+    Ok(())
+}
+
+/// The log's newest signing key: name, public key, sealed seed.
+pub(super) async fn log_key(conn: &mut PgConnection) -> Result<Option<(String, Hash, Vec<u8>)>, sqlx::Error> {
+    let row = sqlx::query("SELECT name, public, sealed FROM audit.log_keys ORDER BY id DESC LIMIT 1")
+        .fetch_optional(conn)
+        .await?;
+    row.map(|r| Ok((r.try_get("name")?, hash(r.try_get("public")?)?, r.try_get("sealed")?))).transpose()
+}
+
+/// Makes the first signing key; one that is there stays.
+pub(super) async fn make_log_key(
+    conn: &mut PgConnection,
+    name: &str,
+    public: &Hash,
+    sealed: &[u8],
+    now: Timestamp,
+) -> Result<(), sqlx::Error> {
+    sqlx::query(
+        "INSERT INTO audit.log_keys (name, public, sealed, time)
+         SELECT $1, $2, $3, $4 WHERE NOT EXISTS (SELECT FROM audit.log_keys) ON CONFLICT DO NOTHING",
+    )
+    .bind(name)
+    .bind(public.as_slice())
+    .bind(sealed)
+    .bind(now.to_offset())
+    .execute(conn)
+    .await?;
+    Ok(())
+}
+
+/// An entry with its details.
+pub(super) async fn entries(conn: &mut PgConnection, indexes: &[i64]) -> Result<Vec<Stored>, sqlx::Error> {
+    let rows = sqlx::query(
+        "SELECT e.index, e.leaf, d.salt, d.details FROM ledger.entries e LEFT JOIN ledger.details d USING (index)
+         WHERE e.index = ANY ($1)",
+    )
+    .bind(indexes)
+    .fetch_all(conn)
+    .await?;
+    rows.iter()
+        .map(|r| {
+            Ok(Stored {
+                index: r.try_get("index")?,
+                leaf: r.try_get("leaf")?,
+                salt: r.try_get("salt")?,
+                details: r.try_get("details")?,
+            })
+        })
+        .collect()
+}
+
+/// How far the search has come; the row is kept for this transaction. `None`: another daemon is at it.
+pub(super) async fn take_indexed(conn: &mut PgConnection) -> Result<Option<i64>, sqlx::Error> {
+    sqlx::query_scalar("SELECT at FROM audit.indexed WHERE id = 1 FOR UPDATE SKIP LOCKED").fetch_optional(conn).await
+}
+
+pub(super) async fn indexed(conn: &mut PgConnection) -> Result<i64, sqlx::Error> {
+    sqlx::query_scalar("SELECT at FROM audit.indexed WHERE id = 1").fetch_one(conn).await
+}
+
+/// Entries after `after`, in order, for the search.
+pub(super) async fn unindexed(conn: &mut PgConnection, after: i64, limit: i64) -> Result<Vec<Stored>, sqlx::Error> {
+    let rows = sqlx::query(
+        "SELECT e.index, e.leaf, d.salt, d.details FROM ledger.entries e LEFT JOIN ledger.details d USING (index)
+         WHERE e.index > $1 ORDER BY e.index LIMIT $2",
+    )
+    .bind(after)
+    .bind(limit)
+    .fetch_all(conn)
+    .await?;
+    rows.iter()
+        .map(|r| {
+            Ok(Stored {
+                index: r.try_get("index")?,
+                leaf: r.try_get("leaf")?,
+                salt: r.try_get("salt")?,
+                details: r.try_get("details")?,
+            })
+        })
+        .collect()
+}
+
+/// Puts entries into the search and moves it to `to`.
+pub(super) async fn index(conn: &mut PgConnection, found: &[Found], to: i64) -> Result<(), sqlx::Error> {
+    let column = |f: fn(&Found) -> String| found.iter().map(f).collect::<Vec<_>>();
+    sqlx::query(
+        "INSERT INTO audit.search (index, time, room, action, outcome, actor, resource, request_id)
+         SELECT index, to_timestamp(ms / 1000.0), room, action, outcome, actor, resource, nullif(request_id, '')
+         FROM unnest($1::int8[], $2::int8[], $3::text[], $4::text[], $5::text[], $6::text[], $7::text[], $8::text[])
+              AS f (index, ms, room, action, outcome, actor, resource, request_id)
+         ON CONFLICT (index) DO NOTHING",
+    )
+    .bind(found.iter().map(|f| f.index).collect::<Vec<_>>())
+    .bind(found.iter().map(|f| f.time.millis()).collect::<Vec<_>>())
+    .bind(column(|f| f.room.clone()))
+    .bind(column(|f| f.action.clone()))
+    .bind(column(|f| f.outcome.clone()))
+    .bind(column(|f| f.actor.clone()))
+    .bind(column(|f| f.resource.clone()))
+    .bind(column(|f| f.request_id.clone()))
+    .execute(&mut *conn)
+    .await?;
+    sqlx::query("UPDATE audit.indexed SET at = $1 WHERE id = 1").bind(to).execute(conn).await?;
+    Ok(())
+}
+
+/// Indexes that fit the filter, up to `upto`, past `after`, in the filter's order.
+pub(super) async fn search(
+    conn: &mut PgConnection,
+    filter: &Filter,
+    upto: i64,
+    after: Option<i64>,
+    limit: i64,
+) -> Result<Vec<i64>, sqlx::Error> {
+    let mut q = QueryBuilder::new("SELECT index FROM audit.search WHERE index <= ");
+    q.push_bind(upto);
+    for (column, value) in [
+        ("actor", &filter.actor),
+        ("room", &filter.room),
+        ("action", &filter.action),
+        ("outcome", &filter.outcome),
+        ("request_id", &filter.request_id),
+    ] {
+        if let Some(value) = value {
+            q.push(format!(" AND {column} = ")).push_bind(value.clone());
+        }
+    }
+    if let Some(resource) = &filter.resource {
+        q.push(" AND starts_with(resource, ").push_bind(resource.clone()).push(")");
+    }
+    if let Some(since) = filter.since {
+        q.push(" AND time >= ").push_bind(since.to_offset());
+    }
+    if let Some(until) = filter.until {
+        q.push(" AND time < ").push_bind(until.to_offset());
+    }
+    if let Some(after) = after {
+        q.push(if filter.ascending { " AND index > " } else { " AND index < " }).push_bind(after);
+    }
+    q.push(if filter.ascending { " ORDER BY index ASC LIMIT " } else { " ORDER BY index DESC LIMIT " })
+        .push_bind(limit);
+    q.build_query_scalar().fetch_all(conn).await
+}

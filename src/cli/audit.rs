@@ -1,0 +1,163 @@
+//! `sop audit`: looks into the record, and saves it for others to check.
+
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context as _, bail};
+use clap::Subcommand;
+use reqwest::Method;
+use serde_json::{Value, json};
+
+use crate::audit::note::{Checkpoint, VerifierKey};
+use crate::audit::tiles::{WIDTH, place};
+use crate::kernel::crypto::base64;
+use crate::ledger::entry::canonical;
+
+use super::client::Client;
+use super::verify::Source;
+use super::{Global, say};
+
+#[derive(Subcommand)]
+pub(crate) enum AuditCommand {
+    /// List entries, newest first
+    List {
+        /// Only of this actor
+        #[arg(long)]
+        actor: Option<String>,
+        /// Only this action: state:put
+        #[arg(long)]
+        action: Option<String>,
+        /// Only resources that begin so: key/arp/
+        #[arg(long)]
+        resource: Option<String>,
+        /// At most so many
+        #[arg(long, default_value_t = 20)]
+        limit: u16,
+    },
+    /// Print the receipt of an entry
+    Receipt {
+        /// The entry's index
+        index: i64,
+    },
+    /// Save the log into a folder that `sop verify DIR` checks offline
+    Save {
+        /// The folder; one that holds an earlier save is carried on
+        dir: PathBuf,
+        /// Save the details too (needs the right to read them)
+        #[arg(long)]
+        details: bool,
+    },
+}
+
+pub(crate) async fn run(global: &Global, command: AuditCommand) -> anyhow::Result<()> {
+    let client = Client::find(global).await?;
+    match command {
+        AuditCommand::List { actor, action, resource, limit } => {
+            let mut query = vec![("limit", limit.to_string())];
+            query.extend(actor.map(|v| ("actor", v)));
+            query.extend(action.map(|v| ("action", v)));
+            query.extend(resource.map(|v| ("resource", v)));
+            let page = client.json(client.request(Method::GET, "/v1/audit/entries").query(&query)).await?;
+            for e in page["items"].as_array().into_iter().flatten() {
+                if global.json {
+                    say(e);
+                } else {
+                    let text = |name: &str| e[name].as_str().unwrap_or("-").to_owned();
+                    say(format!(
+                        "{}  {}  {:<22} {:<6} {}  {}",
+                        e["index"],
+                        text("time"),
+                        text("action"),
+                        text("outcome"),
+                        text("actor"),
+                        text("resource")
+                    ));
+                }
+            }
+            Ok(())
+        }
+        AuditCommand::Receipt { index } => {
+            let path = format!("/v1/audit/entries/{index}/receipt");
+            let text = client.send(client.request(Method::GET, &path)).await?.text().await?;
+            say(text.trim_end());
+            Ok(())
+        }
+        AuditCommand::Save { dir, details } => save(global, client, &dir, details).await,
+    }
+}
+
+/// Mirrors checkpoint, key, tiles and entry bundles under the paths they are served at. Full tiles that are there are kept.
+async fn save(global: &Global, client: Client, dir: &Path, details: bool) -> anyhow::Result<()> {
+    let source = Source::Daemon(client);
+    let key_text = source.text("key").await?;
+    let key = VerifierKey::parse(&key_text).context("the log's key cannot be read")?;
+    let note = source.text("checkpoint").await?;
+    let checkpoint = Checkpoint::open(&note, &key).map_err(anyhow::Error::msg)?;
+    let mut fetched = 0u64;
+    for n in 0..checkpoint.size.div_ceil(WIDTH) {
+        let width = (checkpoint.size - n * WIDTH).min(WIDTH);
+        let suffix = if width == WIDTH { String::new() } else { format!(".p/{width}") };
+        for path in [format!("tile/0/{}{suffix}", place(n)), format!("tile/entries/{}{suffix}", place(n))] {
+            let file = dir.join(&path);
+            if !file.exists() {
+                let bytes = source.read(&path).await?.with_context(|| format!("the log has no {path}"))?;
+                write(&file, &bytes)?;
+                fetched += 1;
+            }
+        }
+    }
+    if details && let Source::Daemon(client) = &source {
+        save_details(client, dir, checkpoint.size).await?;
+    }
+    write(&dir.join("key"), key_text.as_bytes())?;
+    write(&dir.join("checkpoint"), note.as_bytes())?;
+    if global.json {
+        say(json!({"entries": checkpoint.size, "fetched": fetched, "dir": dir}));
+    } else {
+        say(format!(
+            "saved {} entries of {} in {} ({fetched} files new); check them with: sop verify {}",
+            checkpoint.size,
+            checkpoint.origin,
+            dir.display(),
+            dir.display()
+        ));
+    }
+    Ok(())
+}
+
+async fn save_details(client: &Client, dir: &Path, size: u64) -> anyhow::Result<()> {
+    let mut after: Option<String> = None;
+    let (mut n, mut lines) = (0, String::new());
+    loop {
+        let mut query = vec![("order", "asc".to_owned()), ("limit", "1000".to_owned())];
+        query.extend(after.take().map(|a| ("after", a)));
+        let page = client.json(client.request(Method::GET, "/v1/audit/entries").query(&query)).await?;
+        for e in page["items"].as_array().into_iter().flatten() {
+            let index = e["index"].as_u64().context("an entry has no index")?;
+            if index >= size {
+                break;
+            }
+            if index / WIDTH != n {
+                write(&dir.join(format!("details/{}.ndjson", place(n))), lines.as_bytes())?;
+                (n, lines) = (index / WIDTH, String::new());
+            }
+            if let (Some(salt), Value::Object(_)) = (e["salt"].as_str(), &e["details"]) {
+                let line = json!({"index": index, "salt": salt, "details": base64(canonical(&e["details"])), "segment": e["segment"]});
+                lines.push_str(&format!("{line}\n"));
+            }
+        }
+        match page["next"].as_str() {
+            Some(next) => after = Some(next.to_owned()),
+            None => break,
+        }
+    }
+    write(&dir.join(format!("details/{}.ndjson", place(n))), lines.as_bytes())
+}
+
+fn write(file: &Path, bytes: &[u8]) -> anyhow::Result<()> {
+    let Some(parent) = file.parent() else { bail!("{} has no folder", file.display()) };
+    let beside = file.with_extension("new");
+    std::fs::create_dir_all(parent)
+        .and_then(|()| std::fs::write(&beside, bytes))
+        .and_then(|()| std::fs::rename(&beside, file))
+        .with_context(|| format!("{} cannot be written", file.display()))
+}
