@@ -8,6 +8,7 @@ use std::time::Duration;
 use tokio::signal::unix::{SignalKind, signal};
 
 use crate::api::{self, Authenticator, Bound, Check, Limits, Readiness};
+use crate::audit::{self, Audit};
 use crate::config::{Config, Loaded};
 use crate::kernel::crypto::MasterKey;
 use crate::kernel::supervisor::{Supervisor, Task};
@@ -48,6 +49,7 @@ async fn run(
     signals: &mut Signals,
 ) -> Result<(), String> {
     store.migrate().await?;
+    audit::check_at_start(store, &config.data.dir).await?;
     let clock = Clock::system();
     let registry = telemetry::registry().map_err(|e| e.to_string())?;
     let tasks = Supervisor::new(clock.clone());
@@ -111,7 +113,14 @@ async fn rooms(
     if ledger.settle("master-key-check", &master.check_value()).await.map_err(said)? != master.check_value() {
         return Err("the master key is not the one this database was made with: its keys and stored outcomes would not open; give the right one (secrets.master_key_file, or the credential `master-key`)".to_owned());
     }
-    let state = State::new(ledger.clone(), store.clone(), hub);
+    let audit = Audit::start(
+        audit::Parts { ledger: ledger.clone(), store: store.clone(), clock: clock.clone(), master, config, registry },
+        tasks,
+    )
+    .await
+    .map_err(said)?;
+    let counted = crate::state::Metrics::new(registry).map_err(|e| e.to_string())?;
+    let state = State::new(ledger.clone(), store.clone(), hub, counted);
     let authenticator = Arc::new(Local { authority: Arc::new(Open(ledger.clone())) });
     let parts = api::Parts {
         ledger: ledger.clone(),
@@ -123,7 +132,7 @@ async fn rooms(
         limits: Limits::from(&config.server),
         public_entries: config.audit.public_entries,
     };
-    let routes = crate::state::http::routes(state);
+    let routes = audit::http::routes(audit).merge(crate::state::http::routes(state));
     let router = api::router(parts, routes).map_err(said)?;
     files::daemon(&config.data.dir, &bound.url)?;
     let (arrival, drain) = (config.server.request_timeout.get(), config.server.drain.get());

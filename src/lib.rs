@@ -4,6 +4,7 @@
 //! `ledger` < `audit` < `governance` < `token`, `state` < `nexus` < `health` < `api` < `boot`, `cli`.
 
 pub mod api;
+pub mod audit;
 pub mod boot;
 pub mod cli;
 pub mod config;

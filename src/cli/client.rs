@@ -76,11 +76,6 @@ impl Client {
         &self.url
     }
 
-    /// The bearer token, if there is one.
-    pub fn token(&self) -> Option<&str> {
-        self.token.as_deref()
-    }
-
     /// A request to a path.
     pub fn request(&self, method: Method, path: &str) -> RequestBuilder {
         let request = self.http.request(method, format!("{}{path}", self.url));
@@ -93,6 +88,11 @@ impl Client {
     /// Sends, and turns a refusal into an error that says what was wrong and what to do.
     pub async fn send(&self, request: RequestBuilder) -> anyhow::Result<Response> {
         let answer = request.send().await.with_context(|| format!("the daemon at {} does not answer", self.url))?;
+        checked(answer).await
+    }
+
+    /// Turns a refusal into an error.
+    pub async fn checked(&self, answer: Response) -> anyhow::Result<Response> {
         checked(answer).await
     }
 

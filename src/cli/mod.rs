@@ -7,11 +7,13 @@
 //!
 //! **Why this way.** An operator's tool that used the database behind the daemon's back would have no place in the record.
 
+mod audit;
 mod check;
 mod client;
 mod serve;
 mod state;
 mod status;
+mod verify;
 
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -52,6 +54,11 @@ enum Command {
     Migrate(check::MigrateArgs),
     /// Say how the running daemon is
     Status,
+    /// Verify a log, from a running daemon or a saved folder, with nothing but its public key
+    Verify(verify::VerifyArgs),
+    /// Look into the record
+    #[command(subcommand)]
+    Audit(audit::AuditCommand),
     /// Read and change keys
     #[command(subcommand)]
     State(state::StateCommand),
@@ -79,6 +86,8 @@ pub fn run() -> ExitCode {
             Command::Check => check::run(&global).await,
             Command::Migrate(args) => check::migrate(&global, args).await,
             Command::Status => status::run(&global).await,
+            Command::Verify(args) => verify::run(&global, args).await,
+            Command::Audit(command) => audit::run(&global, command).await,
             Command::State(command) => state::run(&global, command).await,
             Command::Completions { shell } => {
                 clap_complete::generate(shell, &mut Cli::command(), "sop", &mut std::io::stdout());

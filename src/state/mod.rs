@@ -11,6 +11,7 @@
 
 pub mod http;
 pub mod kv;
+mod metrics;
 pub mod model;
 mod store;
 mod watch;
@@ -23,6 +24,7 @@ use crate::kernel::{Refusal, problem};
 use crate::ledger::{Committed, Ledger, Projection};
 use crate::store::Store;
 
+pub use metrics::Metrics;
 use model::{Condition, Deleted, Item, Written};
 pub use watch::Hub;
 
@@ -39,6 +41,7 @@ pub struct State {
     ledger: Ledger,
     store: Store,
     hub: std::sync::Arc<Hub>,
+    metrics: Metrics,
 }
 
 /// A page of keys.
@@ -60,8 +63,8 @@ struct Cursor {
 impl State {
     /// On the ledger; `hub` is the projection that feeds watches.
     #[must_use]
-    pub fn new(ledger: Ledger, store: Store, hub: std::sync::Arc<Hub>) -> Self {
-        Self { ledger, store, hub }
+    pub fn new(ledger: Ledger, store: Store, hub: std::sync::Arc<Hub>, metrics: Metrics) -> Self {
+        Self { ledger, store, hub, metrics }
     }
 
     /// What the follower must keep current for this room.
@@ -77,7 +80,9 @@ impl State {
     /// 412 when the condition does not hold.
     pub async fn put(&self, caller: &Caller, put: kv::Put) -> Result<Committed<Written>, Refusal> {
         let ask = Ask::new("state:put", "Key", put.key.clone());
-        self.ledger.write(caller, &[ask], put).await
+        let done = self.ledger.write(caller, &[ask], put).await?;
+        self.metrics.count("put");
+        Ok(done)
     }
 
     /// Deletes a key.
@@ -91,7 +96,9 @@ impl State {
         condition: Condition,
     ) -> Result<Committed<Deleted>, Refusal> {
         let ask = Ask::new("state:delete", "Key", key.clone());
-        self.ledger.write(caller, &[ask], kv::Delete { key, condition }).await
+        let done = self.ledger.write(caller, &[ask], kv::Delete { key, condition }).await?;
+        self.metrics.count("delete");
+        Ok(done)
     }
 
     /// Reads a key: the state and the index it is of.
@@ -100,6 +107,7 @@ impl State {
     /// 404 when it is not there, 400 beyond the head, 410 before the compaction mark.
     pub async fn get(&self, caller: &Caller, key: &str, moment: Moment) -> Result<(i64, Item), Refusal> {
         self.ledger.permit(caller, &[Ask::new("state:get", "Key", key)]).await?;
+        self.metrics.count("get");
         let head = self.ledger.index();
         let mut conn = self.connection().await?;
         let (index, item) = match moment.at {
@@ -131,6 +139,7 @@ impl State {
         after: Option<&str>,
     ) -> Result<Page, Refusal> {
         self.ledger.permit(caller, &[Ask::new("state:list", "Key", prefix)]).await?;
+        self.metrics.count("list");
         let head = self.ledger.index();
         let from: Option<Cursor> = after.map(cursor::decode).transpose()?;
         let at = from.as_ref().map(|c| c.at).or(moment.at);

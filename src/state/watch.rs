@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use sqlx::PgConnection;
 use tokio::sync::mpsc;
-use tokio::time::Instant;
+use tokio::time::{Interval, MissedTickBehavior, interval};
 
 use crate::kernel::web::{Ask, Caller};
 use crate::kernel::{BoxFuture, Refusal, problem};
@@ -143,8 +143,8 @@ pub struct Watch {
     joined: i64,
     hear: mpsc::Receiver<Vec<Change>>,
     backlog: VecDeque<Vec<Change>>,
-    greeted: bool,
-    bookmark: Instant,
+    /// Its first tick is at once: a watcher hears where it stands before anything happens.
+    bookmark: Interval,
     ended: bool,
 }
 
@@ -171,6 +171,10 @@ impl State {
         if after.is_some_and(|a| a < mark) {
             return Err(Refusal::new(&problem::COMPACTED, format!("changes before index {mark} were compacted")));
         }
+        let mut bookmark = interval(BOOKMARK);
+        bookmark.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        self.metrics.count("watch");
+        self.metrics.watchers.inc();
         Ok(Watch {
             state: self.clone(),
             caller: caller.clone(),
@@ -179,10 +183,15 @@ impl State {
             joined,
             hear,
             backlog: VecDeque::new(),
-            greeted: false,
-            bookmark: Instant::now() + BOOKMARK,
+            bookmark,
             ended: false,
         })
+    }
+}
+
+impl Drop for Watch {
+    fn drop(&mut self) {
+        self.state.metrics.watchers.dec();
     }
 }
 
@@ -211,10 +220,6 @@ impl Watch {
                 self.read_history().await?;
                 continue;
             }
-            if !self.greeted {
-                self.greeted = true;
-                return Ok(Event::Bookmark(self.sent));
-            }
             // Read before the channel is looked into: everything up to it is in the channel already.
             let reflected = self.state.ledger.index();
             tokio::select! {
@@ -229,8 +234,7 @@ impl Watch {
                     }
                     None => return Err(Refusal::unavailable("the watcher did not keep up and was cut off; resume with `after`")),
                 },
-                () = tokio::time::sleep_until(self.bookmark) => {
-                    self.bookmark = Instant::now() + BOOKMARK;
+                _ = self.bookmark.tick() => {
                     self.state.ledger.permit(&self.caller, &[Ask::new("state:watch", "Key", self.prefix.clone())]).await?;
                     self.sent = self.sent.max(reflected);
                     return Ok(Event::Bookmark(self.sent));

@@ -18,8 +18,8 @@ use process::{Postmaster, RunAs, programs};
 const SOCKET_MAX: usize = 107 - "/.s.PGSQL.5432".len();
 /// How long the server may take to answer its first query; recovery after a crash is part of it.
 const READY: Duration = Duration::from_secs(60);
-/// How long a start is tried again while a dead server's last process is not reaped yet.
-const RETRY: Duration = Duration::from_secs(5);
+/// How often a start is tried again, every 100 ms, while a dead server's last process is not reaped yet.
+const RETRIES: u32 = 50;
 
 pub(super) struct Cluster {
     bin: PathBuf,
@@ -86,13 +86,14 @@ impl Cluster {
                 self.data.display()
             ));
         }
-        let began = tokio::time::Instant::now();
+        let mut tried = 0;
         loop {
+            tried += 1;
             let mut server = Some(self.spawn()?);
             match self.answers(&mut server).await {
                 Ok(()) => return server.ok_or_else(|| "PostgreSQL ended as it started".to_owned()),
                 // The last process of a killed server may not be reaped yet: its lock file then still counts.
-                Err(e) if began.elapsed() < RETRY && e.contains("already exists") => {
+                Err(e) if tried < RETRIES && e.contains("already exists") => {
                     tokio::time::sleep(Duration::from_millis(100)).await
                 }
                 Err(e) => return Err(e),
@@ -124,7 +125,14 @@ impl Cluster {
 
     /// Waits until a query is answered, or the server has ended.
     async fn answers(&self, server: &mut Option<Postmaster>) -> Result<(), String> {
-        let began = tokio::time::Instant::now();
+        let mut last = String::new();
+        let answered = tokio::time::timeout(READY, self.first_answer(server, &mut last)).await;
+        answered.unwrap_or_else(|_| {
+            Err(format!("PostgreSQL did not answer within {} s: {last}; see {}", READY.as_secs(), self.log.display()))
+        })
+    }
+
+    async fn first_answer(&self, server: &mut Option<Postmaster>, last: &mut String) -> Result<(), String> {
         loop {
             let tried = match PgConnection::connect_with(&self.options()).await {
                 Ok(mut conn) => conn.ping().await,
@@ -136,13 +144,7 @@ impl Cluster {
             {
                 return Err(format!("PostgreSQL ended as it started ({status}): {}", last_lines(&self.log)));
             }
-            if began.elapsed() > READY {
-                return Err(format!(
-                    "PostgreSQL did not answer within {} s: {e}; see {}",
-                    READY.as_secs(),
-                    self.log.display()
-                ));
-            }
+            *last = e.to_string();
             tokio::time::sleep(Duration::from_millis(5)).await;
         }
     }
