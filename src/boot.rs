@@ -2,7 +2,7 @@
 
 mod files;
 
-use std::sync::Arc;
+use std::sync::{Arc, Weak};
 use std::time::Duration;
 
 use tokio::signal::unix::{SignalKind, signal};
@@ -10,14 +10,16 @@ use tokio::signal::unix::{SignalKind, signal};
 use crate::api::{self, Authenticator, Bound, Check, Limits, Readiness};
 use crate::audit::{self, Audit};
 use crate::config::{Config, Loaded};
+use crate::governance::{self, Governance, Rules};
 use crate::kernel::crypto::MasterKey;
 use crate::kernel::supervisor::{Supervisor, Task};
-use crate::kernel::web::{Ask, Authority, Caller, Depends, EntityName, Permit, RequestInfo};
-use crate::kernel::{BoxFuture, Clock, Refusal};
+use crate::kernel::web::{Ask, Authority, Caller, Permit, RequestInfo};
+use crate::kernel::{BoxFuture, Clock, Refusal, jose, problem};
 use crate::ledger::{self, Ledger};
 use crate::state::State;
 use crate::store::{self, Store};
 use crate::telemetry;
+use crate::token::{self, Token};
 
 /// How long one task may take to stop.
 const STOP_EACH: Duration = Duration::from_secs(5);
@@ -93,7 +95,11 @@ async fn rooms(
     announce: impl FnOnce(&str),
 ) -> Result<Duration, String> {
     let said = |r: Refusal| r.detail().to_owned();
+    jose::install();
     let (hub, watching) = State::projection();
+    let entities = Arc::new(governance::Snapshot::default());
+    let clients = Arc::new(token::Snapshot::new(master.clone()));
+    let rules = Arc::new(Rules::new(entities.clone(), clock.clone(), registry)?);
     let ledger = Ledger::start(
         ledger::Parts {
             store: store.clone(),
@@ -104,7 +110,8 @@ async fn rooms(
             batch: config.ledger.batch,
             lock_wait: config.ledger.lock_wait.get(),
             write_timeout: config.ledger.write_timeout.get(),
-            projections: vec![watching],
+            // Entities before clients: a client that is known has its entity.
+            projections: vec![entities, clients.clone(), watching],
         },
         tasks,
     )
@@ -121,7 +128,26 @@ async fn rooms(
     .map_err(said)?;
     let counted = crate::state::Metrics::new(registry).map_err(|e| e.to_string())?;
     let state = State::new(ledger.clone(), store.clone(), hub, counted);
-    let authenticator = Arc::new(Local { authority: Arc::new(Open(ledger.clone())) });
+    let governance = Governance::start(rules.clone(), ledger.clone(), store.clone(), tasks);
+    let token = Token::start(
+        token::Parts {
+            ledger: ledger.clone(),
+            store: store.clone(),
+            clock: clock.clone(),
+            snapshot: clients,
+            master: master.clone(),
+            issuer: config.token.issuer.clone(),
+            url: bound.url.clone(),
+            ttl: config.token.ttl.get(),
+            registry: registry.clone(),
+        },
+        tasks,
+    )
+    .await
+    .map_err(said)?;
+    files::admin(&config.data.dir, &bound.url, &token).await?;
+    let authenticator =
+        Arc::new_cyclic(|own| Gate { token: token.clone(), rules, ledger: ledger.clone(), own: own.clone() });
     let parts = api::Parts {
         ledger: ledger.clone(),
         authenticator,
@@ -132,7 +158,10 @@ async fn rooms(
         limits: Limits::from(&config.server),
         public_entries: config.audit.public_entries,
     };
-    let routes = audit::http::routes(audit).merge(crate::state::http::routes(state));
+    let routes = audit::http::routes(audit)
+        .merge(governance::http::routes(governance))
+        .merge(token::http::routes(token))
+        .merge(crate::state::http::routes(state));
     let router = api::router(parts, routes).map_err(said)?;
     files::daemon(&config.data.dir, &bound.url)?;
     let (arrival, drain) = (config.server.request_timeout.get(), config.server.drain.get());
@@ -232,24 +261,42 @@ impl Signals {
     }
 }
 
-/// Whoever reaches a loopback address or the unix socket is the local operator, and may.
-struct Local {
-    authority: Arc<Open>,
+/// The gate of every request: who the bearer is (`token`), and what they may (`governance`).
+struct Gate {
+    token: Token,
+    rules: Arc<Rules>,
+    ledger: Ledger,
+    /// Handed to each caller, who asks again when something changed.
+    own: Weak<Gate>,
 }
 
-impl Authenticator for Local {
-    fn authenticate<'a>(&'a self, _: Option<&'a str>, info: RequestInfo) -> BoxFuture<'a, Result<Caller, Refusal>> {
-        let principal = EntityName { kind: "Sop::Client".to_owned(), id: "local".to_owned() };
-        let caller = Caller::new(principal, Vec::new(), None, info, self.authority.clone());
-        Box::pin(async move { Ok(caller) })
+impl Authenticator for Gate {
+    fn authenticate<'a>(
+        &'a self,
+        authorization: Option<&'a str>,
+        info: RequestInfo,
+    ) -> BoxFuture<'a, Result<Caller, Refusal>> {
+        Box::pin(async move {
+            let who = self.token.authenticate(authorization)?;
+            let authority = self.own.upgrade().ok_or_else(|| Refusal::unavailable("the daemon is stopping"))?;
+            Ok(Caller::new(who.principal, who.scopes, Some(who.credential), info, authority))
+        })
     }
 }
 
-struct Open(Ledger);
-
-impl Authority for Open {
-    fn decide<'a>(&'a self, _: &'a Caller, _: &'a [Ask]) -> BoxFuture<'a, Result<Permit, Refusal>> {
-        let at = self.0.index();
-        Box::pin(async move { Ok(Permit { allowed: true, at, depends: Depends::new(), decision: None, denied: None }) })
+impl Authority for Gate {
+    fn decide<'a>(&'a self, caller: &'a Caller, asks: &'a [Ask]) -> BoxFuture<'a, Result<Permit, Refusal>> {
+        Box::pin(async move {
+            // Before the projections are looked at: what changes after it makes the permit stale.
+            let at = self.ledger.index();
+            let credential = caller.credential().filter(|c| self.token.holds(c));
+            let credential = credential.ok_or_else(|| {
+                Refusal::new(&problem::UNAUTHENTICATED, "the bearer token is not valid any more")
+                    .with_header("www-authenticate", "Bearer realm=\"sop\", error=\"invalid_token\"")
+            })?;
+            let mut permit = self.rules.decide(caller, asks, at)?;
+            permit.depends.extend(Token::depends(credential));
+            Ok(permit)
+        })
     }
 }

@@ -157,20 +157,34 @@ async fn inside(shared: &Shared, mut request: Request, next: Next, mut info: Req
     if request.uri().to_string().len() > 8192 {
         return Err(Refusal::new(&problem::URI_TOO_LONG, "the request target has more than 8 KiB"));
     }
-    if !needs_caller(request.uri().path(), shared.public_entries) {
+    request.extensions_mut().insert(info.clone());
+    let wants = wants_caller(request.method(), request.uri().path(), shared.public_entries);
+    if wants == Wants::Nobody {
         shared.check_rate(Who::Address(info.peer))?;
         return Ok(next.run(request).await);
     }
     let query = request.uri().query().map(str::to_owned);
     let stale = min_index(shared, query.as_deref(), patience(request.headers())?).await?;
-    let reads = matches!(*request.method(), Method::GET | Method::HEAD);
+    // A question to the policy is a read too, although it is a POST.
+    let reads = matches!(*request.method(), Method::GET | Method::HEAD) || request.uri().path().starts_with("/access/");
     if reads && !stale {
         // What is newest is looked up before the caller is looked at: a token revoked before this request must be known.
         shared.ledger.fence().await?;
     }
     let key = idempotency_key(&request)?;
     let authorization = request.headers().get(header::AUTHORIZATION).and_then(|a| a.to_str().ok()).map(str::to_owned);
-    let mut caller = shared.identify(authorization.as_deref(), &info, reads).await?;
+    let mut caller = match shared.identify(authorization.as_deref(), &info, reads).await {
+        Ok(caller) => caller,
+        // Whether something else vouches for them is for the handler to see.
+        Err(_) if wants == Wants::Perhaps => {
+            shared.check_rate(Who::Address(info.peer))?;
+            return Ok(next.run(request).await);
+        }
+        Err(refusal) => {
+            shared.check_rate(Who::Address(info.peer))?;
+            return Err(refusal);
+        }
+    };
     shared.check_rate(Who::Client(caller.actor().to_owned()))?;
     if let Some(key) = key {
         let (parts, body) = request.into_parts();
@@ -204,11 +218,23 @@ impl Shared {
     }
 }
 
-/// Whether only a known caller may come in here.
-fn needs_caller(path: &str, public_entries: bool) -> bool {
-    path.starts_with("/v1/")
-        || path.starts_with("/access/")
-        || (path.starts_with("/log/tile/entries") && !public_entries)
+/// Whom a path is for.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Wants {
+    /// Whoever; the handler sees to it.
+    Nobody,
+    /// A known caller, if there is one.
+    Perhaps,
+    /// A known caller.
+    Somebody,
+}
+
+fn wants_caller(method: &Method, path: &str, public_entries: bool) -> Wants {
+    if path.starts_with("/oauth2/register") {
+        return if method == Method::POST { Wants::Somebody } else { Wants::Perhaps };
+    }
+    let entries = path.starts_with("/log/tile/entries") && !public_entries;
+    if path.starts_with("/v1/") || path.starts_with("/access/") || entries { Wants::Somebody } else { Wants::Nobody }
 }
 
 /// Waits for `min_index`; answers whether the read is content with what this daemon knows.

@@ -9,6 +9,7 @@ use serde_json::{Value, json};
 
 use crate::config::{self, Config};
 use crate::kernel::crypto::{self, MasterKey};
+use crate::token::Token;
 
 /// The master key: the configured file, else the systemd credential `master-key`, else `DATA/master.key`, made at first start.
 pub(super) fn master_key(config: &Config) -> Result<MasterKey, String> {
@@ -46,6 +47,33 @@ fn decode(bytes: &[u8]) -> Option<Vec<u8>> {
         return None;
     }
     (0..32).map(|i| u8::from_str_radix(&text[2 * i..2 * i + 2], 16).ok()).collect()
+}
+
+/// `admin.json`: the first administrator, once. The file is written before the client is registered, so that a crash in
+/// between leaves a secret that is then registered, and never a client whose secret is lost.
+pub(super) async fn admin(dir: &Path, url: &str, token: &Token) -> Result<(), String> {
+    let path = dir.join("admin.json");
+    let (id, secret) = match std::fs::read(&path) {
+        Ok(bytes) => {
+            let kept: Value =
+                serde_json::from_slice(&bytes).map_err(|e| format!("{} cannot be read: {e}", path.display()))?;
+            let text = |name: &str| kept[name].as_str().unwrap_or_default().to_owned();
+            (text("client_id"), text("client_secret"))
+        }
+        Err(_) => {
+            (uuid::Uuid::new_v4().to_string(), crypto::base64url(crypto::random::<32>().map_err(|e| e.to_string())?))
+        }
+    };
+    if !path.exists() {
+        let text = format!("{}\n", json!({"url": url, "client_id": id, "client_secret": secret}));
+        private(&path, text.as_bytes())?;
+    }
+    let made = token.ensure_admin(&id, &secret).await.map_err(|e| e.detail().to_owned())?;
+    if !made && !token.has_client(&id) {
+        // The database has clients, and this is none of them: a second daemon, or the administrator was replaced.
+        std::fs::remove_file(&path).map_err(|e| format!("{}: {e}", path.display()))?;
+    }
+    Ok(())
 }
 
 /// `daemon.json`: written at each start, because with port 0 the port may differ.

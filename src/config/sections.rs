@@ -58,6 +58,8 @@ pub struct Config {
     pub secrets: Secrets,
     pub ledger: Ledger,
     pub audit: Audit,
+    pub token: Token,
+    pub governance: Governance,
     pub state: State,
     pub disk: Disk,
     pub telemetry: Telemetry,
@@ -124,6 +126,18 @@ pub struct Audit {
     pub public_entries: bool,
     pub publish_interval: Span,
 }
+
+#[derive(Clone, Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Token {
+    #[serde(deserialize_with = "optional")]
+    pub issuer: Option<String>,
+    pub ttl: Span,
+}
+
+#[derive(Clone, Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Governance {}
 
 #[derive(Clone, Debug, Deserialize)]
 #[serde(deny_unknown_fields)]

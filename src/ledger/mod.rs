@@ -19,6 +19,7 @@ mod follower;
 mod job;
 pub mod merkle;
 mod metrics;
+pub mod segment;
 mod store;
 pub mod touch;
 mod writer;
@@ -31,10 +32,11 @@ use tokio::sync::{Mutex, mpsc, oneshot, watch};
 
 use crate::kernel::crypto::MasterKey;
 use crate::kernel::supervisor::{Supervisor, Task};
-use crate::kernel::web::{Ask, Caller, Permit};
+use crate::kernel::web::{Ask, Caller};
 use crate::kernel::{Clock, Refusal, problem};
 use crate::store::Store;
 
+pub use crate::kernel::web::Permit;
 pub use claims::Claim;
 pub use command::{Command, Committed, Failure, Record, Tx};
 pub use entry::{Entry, Outcome, Sealed, Segment, Signal};
@@ -108,7 +110,7 @@ impl Shared {
     }
 
     fn record_detached(&self, caller: Caller, entry: Entry) {
-        let permit = Permit { allowed: true, at: i64::MAX, depends: Default::default(), decision: None, denied: None };
+        let permit = Permit::granted();
         let (job, _) = Ticket::new(Record(Some(entry)), caller, permit, false);
         let _ = self.queue.try_send(job);
     }

@@ -100,6 +100,14 @@ pub struct Permit {
     pub denied: Option<usize>,
 }
 
+impl Permit {
+    /// For what was decided elsewhere, or needs no decision.
+    #[must_use]
+    pub fn granted() -> Self {
+        Self { allowed: true, at: i64::MAX, depends: Depends::new(), decision: None, denied: None }
+    }
+}
+
 /// What the record keeps of a decision.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Decision {
@@ -183,6 +191,13 @@ impl Caller {
         }))
     }
 
+    /// A caller whom something other than a policy vouches for: a client that has just proven who it is.
+    #[must_use]
+    pub fn vouched(principal: EntityName, request: RequestInfo) -> Self {
+        let actor = principal.id.clone();
+        Self(Arc::new(Inner { actor, principal, scopes: Vec::new(), credential: None, request, authority: None }))
+    }
+
     /// The same caller, with more known of the request.
     #[must_use]
     pub fn with_request(&self, request: RequestInfo) -> Self {
@@ -226,7 +241,7 @@ impl Caller {
     pub async fn decide(&self, asks: &[Ask]) -> Result<Permit, Refusal> {
         match &self.0.authority {
             Some(authority) => authority.decide(self, asks).await,
-            None => Ok(Permit { allowed: true, at: i64::MAX, depends: Depends::new(), decision: None, denied: None }),
+            None => Ok(Permit::granted()),
         }
     }
 }

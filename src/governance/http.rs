@@ -1,0 +1,160 @@
+//! The room's routes.
+
+use axum::extract::{Path, State as Room};
+use axum::http::{HeaderMap, header};
+use axum::response::{IntoResponse, Response};
+use serde::Deserialize;
+use serde_json::{Map, Value, json};
+use utoipa_axum::router::OpenApiRouter;
+use utoipa_axum::routes;
+
+use crate::kernel::web::{Answer, Caller, EntityName, Json, SOP_INDEX};
+use crate::kernel::{Refusal, ids, problem};
+
+use super::authzen;
+use super::entities::Shown;
+use super::{Governance, Recorded};
+
+/// The routes of the room.
+pub fn routes(governance: Governance) -> OpenApiRouter {
+    OpenApiRouter::new()
+        .routes(routes!(evaluation))
+        .routes(routes!(evaluations))
+        .routes(routes!(configuration))
+        .routes(routes!(put_entity, get_entity, delete_entity))
+        .with_state(governance)
+}
+
+fn shown(r: Recorded) -> Value {
+    json!({"decision": r.allowed, "context": r.context})
+}
+
+fn answer(body: &Value, index: Option<i64>) -> Response {
+    let mut response = ([(header::CONTENT_TYPE, "application/json")], body.to_string()).into_response();
+    if let Some(index) = index {
+        response.headers_mut().insert(SOP_INDEX, index.into());
+    }
+    response
+}
+
+/// A media type that is not JSON is 400 on this surface.
+fn as_authzen(refused: Refusal) -> Refusal {
+    if refused.problem() == &problem::UNSUPPORTED_MEDIA_TYPE {
+        Refusal::malformed("", refused.detail())
+    } else {
+        refused
+    }
+}
+
+/// May this subject do that to the resource? (AuthZEN 1.0)
+#[utoipa::path(post, path = "/access/v1/evaluation", tag = "governance", request_body = Object,
+    responses((status = 200, description = "`decision` and its `context`", body = Object), (status = 400)))]
+async fn evaluation(
+    Room(room): Room<Governance>,
+    caller: Caller,
+    body: Result<Json<Value>, Refusal>,
+) -> Result<Response, Refusal> {
+    let Json(body) = body.map_err(as_authzen)?;
+    let asked = authzen::evaluation(&body)?;
+    room.rules.evaluate(&asked)?;
+    let mut answers = room.evaluate(&caller, vec![Ok(asked)], authzen::Semantic::ExecuteAll).await?;
+    let one = answers.pop().ok_or_else(|| Refusal::internal("an evaluation without an answer"))?;
+    let index = one.context.get("index").and_then(Value::as_i64);
+    Ok(answer(&shown(one), index))
+}
+
+/// Many questions at once (AuthZEN 1.0)
+#[utoipa::path(post, path = "/access/v1/evaluations", tag = "governance", request_body = Object,
+    responses((status = 200, description = "`evaluations`, in order", body = Object), (status = 400)))]
+async fn evaluations(
+    Room(room): Room<Governance>,
+    caller: Caller,
+    body: Result<Json<Value>, Refusal>,
+) -> Result<Response, Refusal> {
+    let Json(body) = body.map_err(as_authzen)?;
+    let (items, semantic) = authzen::evaluations(&body)?;
+    let answers = room.evaluate(&caller, items, semantic).await?;
+    let index = answers.iter().filter_map(|a| a.context.get("index").and_then(Value::as_i64)).max();
+    let all: Vec<Value> = answers.into_iter().map(shown).collect();
+    let whole = if body.get("evaluations").and_then(Value::as_array).is_some_and(|a| !a.is_empty()) {
+        json!({"evaluations": all})
+    } else {
+        all.into_iter().next().unwrap_or_default()
+    };
+    Ok(answer(&whole, index))
+}
+
+/// Where the decision point's endpoints are (AuthZEN 1.0)
+#[utoipa::path(get, path = "/.well-known/authzen-configuration", tag = "governance", responses((status = 200, body = Object)))]
+async fn configuration(headers: HeaderMap) -> Response {
+    let host = headers.get(header::HOST).and_then(|h| h.to_str().ok()).unwrap_or("localhost");
+    let base = format!("http://{host}");
+    answer(
+        &json!({
+            "policy_decision_point": base,
+            "access_evaluation_endpoint": format!("{base}/access/v1/evaluation"),
+            "access_evaluations_endpoint": format!("{base}/access/v1/evaluations"),
+        }),
+        None,
+    )
+}
+
+#[derive(Deserialize, utoipa::ToSchema)]
+#[serde(deny_unknown_fields)]
+struct EntityBody {
+    /// Attributes, as Cedar's JSON has them
+    #[serde(default)]
+    attrs: Map<String, Value>,
+    /// Entities it is in
+    #[serde(default)]
+    #[schema(value_type = Vec<Object>)]
+    parents: Vec<EntityName>,
+}
+
+fn named((kind, id): (String, String)) -> Result<EntityName, Refusal> {
+    match ids::id_fault(&id) {
+        None => Ok(EntityName { kind, id }),
+        Some(fault) => Err(Refusal::malformed("", fault)),
+    }
+}
+
+/// Put an entity
+#[utoipa::path(put, path = "/v1/governance/entities/{type}/{id}", tag = "governance", request_body = EntityBody,
+    params(("type" = String, Path, description = "Cedar entity type"), ("id" = String, Path, description = "Its id")),
+    responses((status = 200, body = Shown), (status = 400), (status = 422, description = "It would be its own ancestor")))]
+async fn put_entity(
+    Room(room): Room<Governance>,
+    caller: Caller,
+    Path(path): Path<(String, String)>,
+    Json(body): Json<EntityBody>,
+) -> Result<Answer<Shown>, Refusal> {
+    let done = room.put_entity(&caller, named(path)?, Value::Object(body.attrs), body.parents).await?;
+    Ok(Answer::ok(done.value).at(done.index).tagged(done.index))
+}
+
+/// Read an entity
+#[utoipa::path(get, path = "/v1/governance/entities/{type}/{id}", tag = "governance",
+    params(("type" = String, Path, description = "Cedar entity type"), ("id" = String, Path, description = "Its id")),
+    responses((status = 200, body = Shown), (status = 404)))]
+async fn get_entity(
+    Room(room): Room<Governance>,
+    caller: Caller,
+    Path(path): Path<(String, String)>,
+) -> Result<Answer<Shown>, Refusal> {
+    let found = room.entity(&caller, named(path)?).await?;
+    let tag = found.index;
+    Ok(Answer::ok(found).tagged(tag))
+}
+
+/// Delete an entity
+#[utoipa::path(delete, path = "/v1/governance/entities/{type}/{id}", tag = "governance",
+    params(("type" = String, Path, description = "Cedar entity type"), ("id" = String, Path, description = "Its id")),
+    responses((status = 200, body = Object), (status = 404)))]
+async fn delete_entity(
+    Room(room): Room<Governance>,
+    caller: Caller,
+    Path(path): Path<(String, String)>,
+) -> Result<Answer<Value>, Refusal> {
+    let done = room.delete_entity(&caller, named(path)?).await?;
+    Ok(Answer::ok(json!({"index": done.index})).at(done.index))
+}

@@ -1,0 +1,111 @@
+//! The room's SQL.
+
+use serde_json::Value;
+use sqlx::postgres::PgRow;
+use sqlx::{PgConnection, Row as _};
+use uuid::Uuid;
+
+use crate::kernel::Timestamp;
+use crate::kernel::web::EntityName;
+
+/// An entity as it is stored.
+#[derive(Clone, Debug)]
+pub(super) struct Row {
+    pub name: EntityName,
+    pub attrs: Value,
+    pub parents: Vec<EntityName>,
+    pub index: i64,
+}
+
+fn row(r: &PgRow) -> Result<Row, sqlx::Error> {
+    let json = |column: &str| -> Result<Value, sqlx::Error> {
+        let bytes: Vec<u8> = r.try_get(column)?;
+        serde_json::from_slice(&bytes).map_err(|e| sqlx::Error::Decode(Box::new(e)))
+    };
+    let parents = serde_json::from_value(json("parents")?).map_err(|e| sqlx::Error::Decode(Box::new(e)))?;
+    Ok(Row {
+        name: EntityName { kind: r.try_get("type")?, id: r.try_get("id")? },
+        attrs: json("attrs")?,
+        parents,
+        index: r.try_get("index")?,
+    })
+}
+
+pub(super) async fn all(conn: &mut PgConnection) -> Result<Vec<Row>, sqlx::Error> {
+    let rows = sqlx::query("SELECT type, id, attrs, parents, index FROM governance.entities").fetch_all(conn).await?;
+    rows.iter().map(row).collect()
+}
+
+pub(super) async fn some(conn: &mut PgConnection, names: &[EntityName]) -> Result<Vec<Row>, sqlx::Error> {
+    let kinds: Vec<&str> = names.iter().map(|n| n.kind.as_str()).collect();
+    let ids: Vec<&str> = names.iter().map(|n| n.id.as_str()).collect();
+    let rows = sqlx::query(
+        "SELECT type, id, attrs, parents, index FROM governance.entities
+         WHERE (type, id) IN (SELECT * FROM unnest($1::text[], $2::text[]))",
+    )
+    .bind(kinds)
+    .bind(ids)
+    .fetch_all(conn)
+    .await?;
+    rows.iter().map(row).collect()
+}
+
+pub(super) async fn put(
+    conn: &mut PgConnection,
+    name: &EntityName,
+    attrs: &[u8],
+    parents: &[u8],
+    index: i64,
+) -> Result<(), sqlx::Error> {
+    sqlx::query(
+        "INSERT INTO governance.entities (type, id, attrs, parents, index) VALUES ($1, $2, $3, $4, $5)
+         ON CONFLICT (type, id) DO UPDATE SET attrs = excluded.attrs, parents = excluded.parents, index = excluded.index",
+    )
+    .bind(&name.kind)
+    .bind(&name.id)
+    .bind(attrs)
+    .bind(parents)
+    .bind(index)
+    .execute(conn)
+    .await?;
+    Ok(())
+}
+
+pub(super) async fn remove(conn: &mut PgConnection, name: &EntityName) -> Result<bool, sqlx::Error> {
+    let done = sqlx::query("DELETE FROM governance.entities WHERE type = $1 AND id = $2")
+        .bind(&name.kind)
+        .bind(&name.id)
+        .execute(conn)
+        .await?;
+    Ok(done.rows_affected() == 1)
+}
+
+/// A decision to be kept.
+pub(super) struct Kept {
+    pub id: Uuid,
+    pub record: Vec<u8>,
+    pub decision: bool,
+}
+
+pub(super) async fn keep(
+    conn: &mut PgConnection,
+    index: i64,
+    kept: &[Kept],
+    time: Timestamp,
+) -> Result<(), sqlx::Error> {
+    let positions: Vec<i32> = (0..).take(kept.len()).collect();
+    sqlx::query(
+        "INSERT INTO governance.decisions (id, index, position, record, decision, time)
+         SELECT d.id, $1, d.position, d.record, d.decision, $2
+         FROM unnest($3::uuid[], $4::int4[], $5::bytea[], $6::bool[]) AS d (id, position, record, decision)",
+    )
+    .bind(index)
+    .bind(time.to_offset())
+    .bind(kept.iter().map(|k| k.id).collect::<Vec<_>>())
+    .bind(positions)
+    .bind(kept.iter().map(|k| k.record.as_slice()).collect::<Vec<_>>())
+    .bind(kept.iter().map(|k| k.decision).collect::<Vec<_>>())
+    .execute(conn)
+    .await?;
+    Ok(())
+}

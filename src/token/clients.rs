@@ -1,0 +1,253 @@
+//! Registration (RFC 7591) and its management (RFC 7592).
+
+use serde::{Deserialize, Serialize};
+use serde_json::{Value, json};
+
+use crate::governance::entities;
+use crate::kernel::crypto::{self, sha256};
+use crate::kernel::{Clock, Refusal, ids, problem};
+use crate::ledger::{AUTHZ, Command, Entry, Failure, Touch, Tx};
+
+use super::form::OAuthError;
+use super::model::{AgentType, AuthMethod, Client};
+use super::store::{self, Registered};
+
+/// What a client asks to be registered as. Metadata we do not know is ignored, as RFC 7591 says.
+#[derive(Clone, Debug, Default, Deserialize, utoipa::ToSchema)]
+pub struct Metadata {
+    /// What people call it
+    #[serde(default)]
+    client_name: Option<String>,
+    /// `system`, `user`, `external` (the default) or `cognitive`
+    #[serde(default)]
+    agent_type: Option<AgentType>,
+    /// Scopes, separated by spaces
+    #[serde(default)]
+    scope: Option<String>,
+    /// `client_credentials`
+    #[serde(default)]
+    grant_types: Option<Vec<String>>,
+    /// `client_secret_basic` (the default), `client_secret_post` or `private_key_jwt`
+    #[serde(default)]
+    token_endpoint_auth_method: Option<String>,
+    /// Public keys, for `private_key_jwt`
+    #[serde(default)]
+    #[schema(value_type = Option<Object>)]
+    jwks: Option<Value>,
+    /// Audiences its tokens may be for
+    #[serde(default)]
+    allowed_resources: Option<Vec<String>>,
+}
+
+fn invalid(what: impl Into<String>) -> OAuthError {
+    OAuthError::new("invalid_client_metadata", what)
+}
+
+impl Metadata {
+    /// The client it describes.
+    ///
+    /// # Errors
+    /// `invalid_client_metadata`.
+    pub fn client(self, client_id: String, clock: &Clock) -> Result<Client, OAuthError> {
+        let client_name = self.client_name.unwrap_or_else(|| client_id.clone());
+        if let Some(fault) = ids::id_fault(&client_name) {
+            return Err(invalid(format!("client_name: {fault}")));
+        }
+        let auth_method = match self.token_endpoint_auth_method.as_deref() {
+            None | Some("client_secret_basic") => AuthMethod::ClientSecretBasic,
+            Some("client_secret_post") => AuthMethod::ClientSecretPost,
+            Some("private_key_jwt") => AuthMethod::PrivateKeyJwt,
+            Some(other) => return Err(invalid(format!("token_endpoint_auth_method {other} is not supported"))),
+        };
+        let keys = self.jwks.as_ref().and_then(|j| j["keys"].as_array()).filter(|k| !k.is_empty());
+        if auth_method == AuthMethod::PrivateKeyJwt && keys.is_none() {
+            return Err(invalid("private_key_jwt needs jwks with at least one key"));
+        }
+        let private = |k: &Value| ["d", "p", "q", "k"].iter().any(|m| k.get(m).is_some());
+        if keys.is_some_and(|k| k.iter().any(private)) {
+            return Err(invalid("jwks holds a private key; send public keys only"));
+        }
+        let grant_types = self.grant_types.unwrap_or_else(|| vec!["client_credentials".to_owned()]);
+        if let Some(other) = grant_types.iter().find(|g| *g != "client_credentials") {
+            return Err(invalid(format!("grant type {other} is not supported")));
+        }
+        let scopes = scopes(self.scope.as_deref().unwrap_or_default())
+            .ok_or_else(|| invalid("scope has a character that a scope cannot have"))?;
+        Ok(Client {
+            client_id,
+            client_name,
+            agent_type: self.agent_type.unwrap_or_default(),
+            scopes,
+            grant_types,
+            auth_method,
+            jwks: self.jwks,
+            allowed_resources: self.allowed_resources,
+            issued: clock.now(),
+        })
+    }
+}
+
+/// The scopes of a list (RFC 6749, 3.3), each once.
+#[must_use]
+pub fn scopes(text: &str) -> Option<Vec<String>> {
+    let mut out: Vec<String> = Vec::new();
+    for scope in text.split(' ').filter(|s| !s.is_empty()) {
+        let fits = scope.bytes().all(|b| b == 0x21 || (0x23..=0x5b).contains(&b) || (0x5d..=0x7e).contains(&b));
+        if !fits || scope.len() > 256 {
+            return None;
+        }
+        if !out.iter().any(|s| s == scope) {
+            out.push(scope.to_owned());
+        }
+    }
+    Some(out)
+}
+
+/// A secret: 256 random bits.
+///
+/// # Errors
+/// When the operating system has none.
+pub fn secret() -> Result<String, Refusal> {
+    Ok(crypto::base64url(crypto::random::<32>()?))
+}
+
+/// What is answered about a registration.
+#[must_use]
+pub fn shown(client: &Client, url: &str) -> Value {
+    let method = serde_json::to_value(client.auth_method).unwrap_or_default();
+    let mut shown = json!({
+        "client_id": client.client_id, "client_name": client.client_name, "agent_type": client.agent_type,
+        "scope": client.scope(), "grant_types": client.grant_types, "token_endpoint_auth_method": method,
+        "client_id_issued_at": client.issued.seconds(),
+        "registration_client_uri": format!("{url}/oauth2/register/{}", client.client_id),
+    });
+    if let Some(jwks) = &client.jwks {
+        shown["jwks"] = jwks.clone();
+    }
+    if let Some(allowed) = &client.allowed_resources {
+        shown["allowed_resources"] = json!(allowed);
+    }
+    shown
+}
+
+fn facts(entry: Entry, client: &Client) -> Entry {
+    entry.touch(Touch::key(AUTHZ, format!("client/{}", client.client_id))).touch(entities::touch(&client.entity()))
+}
+
+async fn keep(tx: &mut Tx<'_>, registered: &Registered) -> Result<(), Failure> {
+    let client = &registered.client;
+    let index = tx.index();
+    store::put_client(tx.write(), registered, index).await?;
+    let attrs = json!({"name": client.client_name, "scopes": client.scopes, "agent_type": client.agent_type.as_str()});
+    let role = |s: &String| crate::kernel::web::EntityName { kind: "Sop::Role".to_owned(), id: s.clone() };
+    let roles: Vec<_> = client.scopes.iter().map(role).collect();
+    entities::upsert(tx, &client.entity(), &attrs, &roles).await?;
+    Ok(())
+}
+
+/// What a registration commits to: the client, with its new secrets for the one answer that shows them.
+#[derive(Clone, Serialize, Deserialize)]
+pub struct Issued {
+    /// The client.
+    pub client: Client,
+    /// Its secret, if it has one.
+    pub secret: Option<String>,
+    /// The registration access token.
+    pub registration: String,
+}
+
+/// Registers a client.
+pub(super) struct Register {
+    pub issued: Issued,
+    /// Only if there is no client at all: the first administrator.
+    pub first: bool,
+}
+
+impl Command for Register {
+    type Out = Issued;
+
+    async fn apply(&mut self, tx: &mut Tx<'_>) -> Result<(Issued, Entry), Failure> {
+        let client = &self.issued.client;
+        if store::client_exists(tx.read(), &client.client_id).await?
+            || (self.first && !store::clients(tx.read()).await?.is_empty())
+        {
+            return Err(Refusal::new(&problem::CONFLICT, "the client exists").into());
+        }
+        let registered = Registered {
+            client: client.clone(),
+            secret: self.issued.secret.as_ref().map(|s| sha256(s.as_bytes()).to_vec()),
+            registration: sha256(self.issued.registration.as_bytes()).to_vec(),
+        };
+        keep(tx, &registered).await?;
+        let entry = Entry::ok("token:register", format!("client/{}", client.client_id))
+            .change("name", client.client_name.clone())
+            .change("scope", client.scope())
+            .change("agent_type", client.agent_type.as_str());
+        Ok((self.issued.clone(), facts(entry, client)))
+    }
+}
+
+/// Replaces a registration; id, secret and registration token stay.
+pub(super) struct Update {
+    pub client: Client,
+}
+
+impl Command for Update {
+    type Out = Client;
+
+    async fn apply(&mut self, tx: &mut Tx<'_>) -> Result<(Client, Entry), Failure> {
+        let was = store::some_clients(tx.read(), std::slice::from_ref(&self.client.client_id)).await?.pop();
+        let was = was.ok_or_else(|| Refusal::not_found("such client"))?;
+        self.client.issued = was.client.issued;
+        let registered = Registered { client: self.client.clone(), ..was };
+        keep(tx, &registered).await?;
+        let entry = Entry::ok("token:client-update", format!("client/{}", self.client.client_id))
+            .change("scope", self.client.scope());
+        Ok((self.client.clone(), facts(entry, &self.client)))
+    }
+}
+
+/// Deletes a client; its tokens end with it.
+pub(super) struct Delete {
+    pub client_id: String,
+}
+
+impl Command for Delete {
+    type Out = ();
+
+    async fn apply(&mut self, tx: &mut Tx<'_>) -> Result<((), Entry), Failure> {
+        let was = store::some_clients(tx.read(), std::slice::from_ref(&self.client_id)).await?.pop();
+        let was = was.ok_or_else(|| Refusal::not_found("such client"))?;
+        store::delete_client(tx.write(), &self.client_id).await?;
+        entities::remove(tx, &was.client.entity()).await?;
+        Ok(((), facts(Entry::ok("token:client-delete", format!("client/{}", self.client_id)), &was.client)))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn scopes_are_rfc_6749_s() {
+        assert_eq!(scopes("a b  a").unwrap(), ["a", "b"]);
+        assert_eq!(scopes("").unwrap(), Vec::<String>::new());
+        assert!(scopes("a\"b").is_none() && scopes("a\\").is_none() && scopes("ä").is_none());
+    }
+
+    #[test]
+    fn metadata_that_cannot_be_is_refused() {
+        let client = |v: Value| serde_json::from_value::<Metadata>(v).unwrap().client("c".into(), &Clock::system());
+        assert!(client(json!({"client_name": "x", "redirect_uris": ["http://unknown"]})).is_ok());
+        for bad in [
+            json!({"token_endpoint_auth_method": "private_key_jwt"}),
+            json!({"token_endpoint_auth_method": "none"}),
+            json!({"grant_types": ["password"]}),
+            json!({"scope": "a\tb"}),
+            json!({"client_name": "a\nb"}),
+            json!({"jwks": {"keys": [{"kty": "OKP", "d": "secret"}]}}),
+        ] {
+            assert_eq!(client(bad.clone()).err().map(|e| e.code), Some("invalid_client_metadata"), "{bad}");
+        }
+    }
+}

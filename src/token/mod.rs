@@ -1,0 +1,353 @@
+//! Who callers are, and what they may do once: clients, access tokens, operation tokens.
+//!
+//! **Invariants.** Secrets are kept as digests, keys sealed. An access token is in the record before it is answered. A token
+//! counts as good only if its client is registered, its key is ours, and neither was changed after the index its use commits at.
+//!
+//! **Not here.** What a client may (`governance`); the order in which a request is looked at (`api`).
+//!
+//! **Why this way.** Authentication reads nothing from the database: clients, keys and revocations are a projection, and the
+//! ledger refuses what was authenticated before one of them changed.
+
+mod clients;
+mod form;
+pub mod http;
+mod jwt;
+mod model;
+mod oauth;
+mod operations;
+mod snapshot;
+mod store;
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use prometheus::{IntCounterVec, Opts, Registry};
+use serde::{Deserialize, Serialize};
+use uuid::Uuid;
+
+use crate::kernel::crypto::{self, Hash, MasterKey, SigningKey};
+use crate::kernel::supervisor::{Supervisor, Task};
+use crate::kernel::web::{Ask, Caller, Credential, Depends, EntityName};
+use crate::kernel::{Clock, Refusal, problem};
+use crate::ledger::{AUTHZ, Command, Committed, Entry, Failure, Ledger, Outcome, Permit, Touch, Tx, authz_fact};
+use crate::store::Store;
+
+use jwt::{Claims, TokenKey};
+use model::{Operation, entity};
+use operations::{Used, Wanted};
+pub use snapshot::Snapshot;
+
+/// How many verified tokens are remembered.
+const REMEMBER: u64 = 100_000;
+
+/// The room. Cheap to clone.
+#[derive(Clone)]
+pub struct Token {
+    ledger: Ledger,
+    store: Store,
+    clock: Clock,
+    snapshot: Arc<Snapshot>,
+    issuer: Arc<str>,
+    ttl: Duration,
+    verified: moka::sync::Cache<Hash, Arc<Claims>>,
+    counted: Counted,
+}
+
+#[derive(Clone)]
+struct Counted {
+    issued: IntCounterVec,
+    refused: IntCounterVec,
+    uses: IntCounterVec,
+}
+
+impl Counted {
+    fn new(registry: &Registry) -> Result<Self, prometheus::Error> {
+        let counter = |name: &str, help: &str, label: &str| -> Result<IntCounterVec, prometheus::Error> {
+            let c = IntCounterVec::new(Opts::new(name, help), &[label])?;
+            registry.register(Box::new(c.clone()))?;
+            Ok(c)
+        };
+        let issued = counter("sop_token_issued_total", "Access tokens issued", "grant")?;
+        let refused = counter("sop_token_refused_total", "Authentications refused", "reason")?;
+        let uses = counter("sop_token_operation_uses_total", "Uses of operation tokens", "outcome")?;
+        issued.with_label_values(&["client_credentials"]).inc_by(0);
+        refused.with_label_values(&["client"]).inc_by(0);
+        uses.with_label_values(&["ok"]).inc_by(0);
+        Ok(Self { issued, refused, uses })
+    }
+}
+
+/// What the room is made from.
+pub struct Parts {
+    /// The ledger.
+    pub ledger: Ledger,
+    /// The database.
+    pub store: Store,
+    /// The clock.
+    pub clock: Clock,
+    /// The room's projection.
+    pub snapshot: Arc<Snapshot>,
+    /// Seals signing keys.
+    pub master: Arc<MasterKey>,
+    /// The issuer, if one is configured.
+    pub issuer: Option<String>,
+    /// What the issuer is otherwise: the address that was bound.
+    pub url: String,
+    /// How long an access token is good.
+    pub ttl: Duration,
+    /// Where its metrics go.
+    pub registry: Registry,
+}
+
+/// An authenticated bearer.
+pub struct Identity {
+    /// As policies see it.
+    pub principal: EntityName,
+    /// The token's scopes.
+    pub scopes: Vec<String>,
+    /// What was shown.
+    pub credential: Credential,
+}
+
+impl Token {
+    /// Opens the room: settles the issuer, and makes the first signing key.
+    ///
+    /// # Errors
+    /// When the database is away.
+    pub async fn start(parts: Parts, tasks: &Supervisor) -> Result<Self, Refusal> {
+        let offered = parts.issuer.unwrap_or(parts.url);
+        let issuer = parts.ledger.settle("token.issuer", offered.as_bytes()).await?;
+        let room = Self {
+            ledger: parts.ledger,
+            store: parts.store,
+            clock: parts.clock,
+            snapshot: parts.snapshot,
+            issuer: String::from_utf8_lossy(&issuer).into(),
+            ttl: parts.ttl,
+            verified: moka::sync::Cache::new(REMEMBER),
+            counted: Counted::new(&parts.registry).map_err(Refusal::internal)?,
+        };
+        if room.snapshot.signer().is_none() {
+            let (key, seed) = SigningKey::generate()?;
+            let sealed = parts.master.seal(snapshot::PURPOSE, seed.expose())?;
+            let key = TokenKey::new(key);
+            let first = MakeKey { kid: key.kid().to_owned(), public: key.public(), sealed };
+            match room.ledger.write(&Caller::daemon("token"), &[], first).await {
+                Err(r) if r.problem() != &problem::CONFLICT => return Err(r),
+                _ => {
+                    room.ledger.fence().await?;
+                }
+            }
+        }
+        room.start_tasks(tasks);
+        Ok(room)
+    }
+
+    fn start_tasks(&self, tasks: &Supervisor) {
+        let room = self.clone();
+        tasks.start(Task::periodic("token/tidy", Duration::from_secs(60), move || {
+            let room = room.clone();
+            async move {
+                let now = room.clock.now();
+                room.snapshot.forget(now);
+                let mut conn = room.store.reader().acquire().await?;
+                store::tidy(&mut conn, now).await.map_err(Into::into)
+            }
+        }));
+    }
+
+    /// The issuer of this database's tokens.
+    #[must_use]
+    pub fn issuer(&self) -> &str {
+        &self.issuer
+    }
+
+    /// Makes the first administrator, if there is no client at all. True if it was made now.
+    ///
+    /// # Errors
+    /// When the database is away.
+    pub async fn ensure_admin(&self, client_id: &str, secret: &str) -> Result<bool, Refusal> {
+        let metadata: clients::Metadata = serde_json::from_value(
+            serde_json::json!({"client_name": "admin", "scope": "admin", "agent_type": "system"}),
+        )
+        .map_err(Refusal::internal)?;
+        let client = metadata.client(client_id.to_owned(), &self.clock).map_err(|e| Refusal::internal(e.code))?;
+        let issued = clients::Issued { client, secret: Some(secret.to_owned()), registration: clients::secret()? };
+        match self.ledger.write(&Caller::daemon("token"), &[], clients::Register { issued, first: true }).await {
+            Ok(_) => {
+                self.ledger.fence().await?;
+                Ok(true)
+            }
+            Err(r) if r.problem() == &problem::CONFLICT => Ok(false),
+            Err(r) => Err(r),
+        }
+    }
+
+    /// Whether there is any client.
+    #[must_use]
+    pub fn has_client(&self, id: &str) -> bool {
+        self.snapshot.has_client(id)
+    }
+
+    /// Verifies an access token: form, signature, issuer, times, client, revocation.
+    fn verify(&self, token: &str) -> Result<Arc<Claims>, &'static str> {
+        let digest = crypto::sha256(token.as_bytes());
+        let now = self.clock.now().seconds();
+        let claims = match self.verified.get(&digest) {
+            Some(claims) if claims.exp > now => claims,
+            Some(_) => return Err("expired"),
+            None => {
+                let claims = Arc::new(jwt::verify(token, &self.snapshot.public(), &self.issuer, now)?);
+                self.verified.insert(digest, claims.clone());
+                claims
+            }
+        };
+        if !self.snapshot.has_client(&claims.client_id) {
+            return Err("client");
+        }
+        if self.snapshot.revoked(&claims.jti) {
+            return Err("revoked");
+        }
+        Ok(claims)
+    }
+
+    /// Authenticates an `Authorization` header.
+    ///
+    /// # Errors
+    /// 401, with one text for every reason.
+    pub fn authenticate(&self, authorization: Option<&str>) -> Result<Identity, Refusal> {
+        let bearer = authorization.and_then(|a| {
+            let (scheme, token) = a.split_once(' ')?;
+            scheme.eq_ignore_ascii_case("bearer").then(|| token.trim())
+        });
+        let Some(token) = bearer else {
+            return Err(Refusal::new(&problem::UNAUTHENTICATED, "this needs a bearer token")
+                .with_header("www-authenticate", "Bearer realm=\"sop\""));
+        };
+        let refuse = |reason: &str| {
+            self.counted.refused.with_label_values(&[reason]).inc();
+            Refusal::new(&problem::UNAUTHENTICATED, "the bearer token is not valid (any more), or not for this daemon")
+                .with_header("www-authenticate", "Bearer realm=\"sop\", error=\"invalid_token\"")
+        };
+        let claims = self.verify(token).map_err(refuse)?;
+        if !claims.aud.names(&self.issuer) {
+            return Err(refuse("aud"));
+        }
+        Ok(Identity {
+            principal: entity(&claims.client_id),
+            scopes: clients::scopes(&claims.scope).unwrap_or_default(),
+            credential: Credential {
+                token: claims.jti.clone(),
+                client: claims.client_id.clone(),
+                expires: claims.exp,
+                issued: claims.iat * 1000,
+            },
+        })
+    }
+
+    /// Whether what was shown still holds, as far as this daemon knows.
+    #[must_use]
+    pub fn holds(&self, c: &Credential) -> bool {
+        c.expires > self.clock.now().seconds()
+            && self.snapshot.has_client(&c.client)
+            && !self.snapshot.revoked(&c.token)
+    }
+
+    /// What an authentication rests on.
+    #[must_use]
+    pub fn depends(c: &Credential) -> Depends {
+        [format!("client/{}", c.client), format!("token/{}", c.token)]
+            .iter()
+            .map(|f| authz_fact(f.as_bytes()))
+            .collect()
+    }
+
+    async fn issue_operation(&self, caller: &Caller, wanted: Wanted) -> Result<Committed<Operation>, Refusal> {
+        let ask = Ask::new("token:operation-issue", "Operation", "new");
+        let issue = wanted.issue(caller.actor(), self.clock.now())?;
+        self.ledger.write(caller, &[ask], issue).await
+    }
+
+    async fn use_operation(
+        &self,
+        caller: &Caller,
+        token: &str,
+        operation: String,
+        resource: Option<String>,
+    ) -> Result<Committed<Used>, Refusal> {
+        let administrator = caller.scopes().iter().any(|s| s == "admin");
+        let command = operations::Use {
+            digest: operations::digest(token),
+            operation: operation.clone(),
+            resource,
+            user: caller.actor().to_owned(),
+            administrator,
+        };
+        let done = self.ledger.write(caller, &[Ask::new("token:operation-use", "Operation", operation)], command).await;
+        let outcome = done.as_ref().map_or_else(|r| r.problem().slug, |_| "ok");
+        self.counted.uses.with_label_values(&[outcome]).inc();
+        match done {
+            Err(r) if r.problem() == &problem::DENIED && r.index().is_none() => {
+                // The policy let it through and the token itself did not: that is a denial too, and recorded.
+                let id = r.extra().get("id").and_then(|v| v.as_str()).unwrap_or_default().to_owned();
+                let entry = Entry::ok("token:operation-use", format!("operation/{id}"))
+                    .outcome(Outcome::Denied)
+                    .reason(r.detail());
+                let recorded = self.ledger.record(caller, Permit::granted(), entry).await?;
+                Err(r.recorded_at(recorded.index))
+            }
+            done => done,
+        }
+    }
+
+    async fn end_operation(&self, caller: &Caller, id: Uuid, complete: bool) -> Result<Committed<Operation>, Refusal> {
+        let (action, status) =
+            if complete { ("token:operation-complete", "completed") } else { ("token:operation-revoke", "revoked") };
+        let ask = Ask::new(action, "Operation", id.to_string());
+        self.ledger.write(caller, &[ask], operations::End { id, action, status }).await
+    }
+
+    async fn operation(&self, caller: &Caller, id: Uuid) -> Result<Operation, Refusal> {
+        self.ledger.permit(caller, &[Ask::new("token:operation-read", "Operation", id.to_string())]).await?;
+        let refusal = |e| self.store.refusal(e);
+        let mut conn = self.store.reader().acquire().await.map_err(refusal)?;
+        let found = store::operation_by_id(&mut conn, id).await.map_err(refusal)?;
+        Ok(found.ok_or_else(|| Refusal::not_found(format!("operation token {id}")))?.at(self.clock.now()))
+    }
+
+    async fn operations(&self, caller: &Caller, after: Option<Uuid>, limit: usize) -> Result<Vec<Operation>, Refusal> {
+        self.ledger.permit(caller, &[Ask::new("token:operation-read", "Operation", "")]).await?;
+        let refusal = |e| self.store.refusal(e);
+        let mut conn = self.store.reader().acquire().await.map_err(refusal)?;
+        let take = i64::try_from(limit).unwrap_or(1000) + 1;
+        let found = store::operations(&mut conn, after, take).await.map_err(refusal)?;
+        let now = self.clock.now();
+        Ok(found.into_iter().map(|o| o.at(now)).collect())
+    }
+}
+
+/// Makes the first signing key.
+struct MakeKey {
+    kid: String,
+    public: Hash,
+    sealed: Vec<u8>,
+}
+
+#[derive(Serialize, Deserialize)]
+struct Made {
+    kid: String,
+}
+
+impl Command for MakeKey {
+    type Out = Made;
+
+    async fn apply(&mut self, tx: &mut Tx<'_>) -> Result<(Made, Entry), Failure> {
+        if !store::keys(tx.read()).await?.is_empty() {
+            return Err(Refusal::new(&problem::CONFLICT, "there is a signing key").into());
+        }
+        let (index, now) = (tx.index(), tx.now());
+        store::put_key(tx.write(), &self.kid, &self.public, &self.sealed, index, now).await?;
+        let entry = Entry::ok("token:key-make", format!("signingkey/{}", self.kid)).touch(Touch::key(AUTHZ, "key"));
+        Ok((Made { kid: self.kid.clone() }, entry))
+    }
+}

@@ -1,0 +1,185 @@
+//! The nouns of the room.
+
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
+use uuid::Uuid;
+
+use crate::kernel::Timestamp;
+use crate::kernel::web::EntityName;
+
+/// The four kinds of agent.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
+#[serde(rename_all = "lowercase")]
+pub enum AgentType {
+    /// Part of LOGOS.
+    System,
+    /// A person's.
+    User,
+    /// Somebody else's.
+    #[default]
+    External,
+    /// A reasoning one.
+    Cognitive,
+}
+
+impl AgentType {
+    /// As it is written.
+    #[must_use]
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::System => "system",
+            Self::User => "user",
+            Self::External => "external",
+            Self::Cognitive => "cognitive",
+        }
+    }
+}
+
+/// How a client proves who it is (RFC 7591, `token_endpoint_auth_method`).
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum AuthMethod {
+    /// HTTP Basic.
+    ClientSecretBasic,
+    /// In the form.
+    ClientSecretPost,
+    /// A signed assertion (RFC 7523).
+    PrivateKeyJwt,
+}
+
+/// A registered client.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Client {
+    /// Its id.
+    pub client_id: String,
+    /// What people call it.
+    pub client_name: String,
+    /// Which kind of agent it is.
+    pub agent_type: AgentType,
+    /// What it may ask for.
+    pub scopes: Vec<String>,
+    /// `client_credentials`.
+    pub grant_types: Vec<String>,
+    /// How it proves who it is.
+    pub auth_method: AuthMethod,
+    /// Its public keys, for assertions.
+    pub jwks: Option<Value>,
+    /// Audiences its tokens may be for; any if not narrowed.
+    pub allowed_resources: Option<Vec<String>>,
+    /// When it was registered.
+    pub issued: Timestamp,
+}
+
+impl Client {
+    /// As policies see it.
+    #[must_use]
+    pub fn entity(&self) -> EntityName {
+        entity(&self.client_id)
+    }
+
+    /// Its scopes as the wire has them.
+    #[must_use]
+    pub fn scope(&self) -> String {
+        self.scopes.join(" ")
+    }
+}
+
+/// A client's name as policies see it.
+#[must_use]
+pub fn entity(client_id: &str) -> EntityName {
+    EntityName { kind: "Sop::Client".to_owned(), id: client_id.to_owned() }
+}
+
+/// The four kinds of operation token, with the defaults of LOGOS.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
+#[serde(rename_all = "lowercase")]
+pub enum OperationKind {
+    /// One use, a day.
+    Operation,
+    /// A hundred uses, two days.
+    Todo,
+    /// One use, a day.
+    Integration,
+    /// One use, a day.
+    Test,
+}
+
+impl OperationKind {
+    /// Default uses and lifetime in seconds.
+    #[must_use]
+    pub const fn defaults(self) -> (i64, i64) {
+        match self {
+            Self::Todo => (100, 48 * 3600),
+            Self::Operation | Self::Integration | Self::Test => (1, 24 * 3600),
+        }
+    }
+
+    /// As it is written.
+    #[must_use]
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::Operation => "operation",
+            Self::Todo => "todo",
+            Self::Integration => "integration",
+            Self::Test => "test",
+        }
+    }
+}
+
+/// An operation token, without its secret.
+#[derive(Clone, Debug, Serialize, Deserialize, utoipa::ToSchema)]
+pub struct Operation {
+    /// Its id.
+    pub id: Uuid,
+    /// The token itself; only in the answer that issues it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub token: Option<String>,
+    /// Which kind.
+    pub kind: String,
+    /// `active`, `completed`, `expired` or `revoked`.
+    pub status: String,
+    /// What it is for.
+    pub operation: String,
+    /// Who may use it.
+    pub audience: String,
+    /// On what; anything if absent.
+    pub resource: Option<String>,
+    /// On whose behalf.
+    pub subject: Option<String>,
+    /// Why.
+    pub purpose: Option<String>,
+    /// Who issued it.
+    pub issuer: String,
+    /// How often it may be used.
+    pub max_uses: i64,
+    /// How often it was.
+    pub uses: i64,
+    /// When it was issued.
+    #[schema(value_type = String)]
+    pub issued_at: Timestamp,
+    /// When it ends.
+    #[schema(value_type = String)]
+    pub expires_at: Timestamp,
+}
+
+impl Operation {
+    /// Its status at `now`: expiry is an instant, not an event.
+    #[must_use]
+    pub fn at(mut self, now: Timestamp) -> Self {
+        if self.status == "active" && now >= self.expires_at {
+            "expired".clone_into(&mut self.status);
+        }
+        self
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_defaults_are_those_of_logos() {
+        assert_eq!(OperationKind::Todo.defaults(), (100, 172_800));
+        assert_eq!(OperationKind::Test.defaults(), (1, 86_400));
+    }
+}

@@ -1,0 +1,236 @@
+//! The room's SQL.
+
+use sqlx::postgres::PgRow;
+use sqlx::{PgConnection, Row as _};
+use uuid::Uuid;
+
+use crate::kernel::Timestamp;
+
+use super::model::{Client, Operation};
+
+/// A client with the digests of its secrets.
+#[derive(Clone)]
+pub(super) struct Registered {
+    pub client: Client,
+    pub secret: Option<Vec<u8>>,
+    pub registration: Vec<u8>,
+}
+
+fn registered(r: &PgRow) -> Result<Registered, sqlx::Error> {
+    let client: Vec<u8> = r.try_get("client")?;
+    Ok(Registered {
+        client: serde_json::from_slice(&client).map_err(|e| sqlx::Error::Decode(Box::new(e)))?,
+        secret: r.try_get("secret")?,
+        registration: r.try_get("registration")?,
+    })
+}
+
+pub(super) async fn clients(conn: &mut PgConnection) -> Result<Vec<Registered>, sqlx::Error> {
+    let rows = sqlx::query("SELECT client, secret, registration FROM token.clients").fetch_all(conn).await?;
+    rows.iter().map(registered).collect()
+}
+
+pub(super) async fn some_clients(conn: &mut PgConnection, ids: &[String]) -> Result<Vec<Registered>, sqlx::Error> {
+    let rows = sqlx::query("SELECT client, secret, registration FROM token.clients WHERE client_id = ANY ($1)")
+        .bind(ids)
+        .fetch_all(conn)
+        .await?;
+    rows.iter().map(registered).collect()
+}
+
+pub(super) async fn client_exists(conn: &mut PgConnection, id: &str) -> Result<bool, sqlx::Error> {
+    sqlx::query_scalar("SELECT EXISTS (SELECT FROM token.clients WHERE client_id = $1)").bind(id).fetch_one(conn).await
+}
+
+pub(super) async fn put_client(conn: &mut PgConnection, r: &Registered, index: i64) -> Result<(), sqlx::Error> {
+    let client = serde_json::to_vec(&r.client).map_err(|e| sqlx::Error::Encode(Box::new(e)))?;
+    sqlx::query(
+        "INSERT INTO token.clients (client_id, client, secret, registration, index) VALUES ($1, $2, $3, $4, $5)
+         ON CONFLICT (client_id) DO UPDATE SET client = excluded.client, secret = excluded.secret,
+             registration = excluded.registration, index = excluded.index",
+    )
+    .bind(&r.client.client_id)
+    .bind(client)
+    .bind(&r.secret)
+    .bind(&r.registration)
+    .bind(index)
+    .execute(conn)
+    .await?;
+    Ok(())
+}
+
+pub(super) async fn delete_client(conn: &mut PgConnection, id: &str) -> Result<(), sqlx::Error> {
+    sqlx::query("DELETE FROM token.clients WHERE client_id = $1").bind(id).execute(conn).await?;
+    Ok(())
+}
+
+/// A signing key as it is stored.
+pub(super) struct StoredKey {
+    pub kid: String,
+    pub sealed: Vec<u8>,
+}
+
+/// Keys, newest first.
+pub(super) async fn keys(conn: &mut PgConnection) -> Result<Vec<StoredKey>, sqlx::Error> {
+    let rows = sqlx::query("SELECT kid, sealed FROM token.signing_keys ORDER BY index DESC").fetch_all(conn).await?;
+    rows.iter().map(|r| Ok(StoredKey { kid: r.try_get("kid")?, sealed: r.try_get("sealed")? })).collect()
+}
+
+pub(super) async fn put_key(
+    conn: &mut PgConnection,
+    kid: &str,
+    public: &[u8],
+    sealed: &[u8],
+    index: i64,
+    now: Timestamp,
+) -> Result<(), sqlx::Error> {
+    sqlx::query("INSERT INTO token.signing_keys (kid, public, sealed, index, time) VALUES ($1, $2, $3, $4, $5)")
+        .bind(kid)
+        .bind(public)
+        .bind(sealed)
+        .bind(index)
+        .bind(now.to_offset())
+        .execute(conn)
+        .await?;
+    Ok(())
+}
+
+/// Revoked tokens that have not expired: jti and expiry.
+pub(super) async fn revocations(conn: &mut PgConnection, after: i64) -> Result<Vec<(String, Timestamp)>, sqlx::Error> {
+    let rows =
+        sqlx::query("SELECT jti, expires FROM token.revocations WHERE index > $1").bind(after).fetch_all(conn).await?;
+    rows.iter().map(|r| Ok((r.try_get("jti")?, Timestamp::from_offset(r.try_get("expires")?)))).collect()
+}
+
+pub(super) async fn revoked(conn: &mut PgConnection, jti: &str) -> Result<bool, sqlx::Error> {
+    sqlx::query_scalar("SELECT EXISTS (SELECT FROM token.revocations WHERE jti = $1)").bind(jti).fetch_one(conn).await
+}
+
+pub(super) async fn revoke(
+    conn: &mut PgConnection,
+    jti: &str,
+    client: &str,
+    expires: Timestamp,
+    index: i64,
+) -> Result<(), sqlx::Error> {
+    sqlx::query("INSERT INTO token.revocations (jti, client_id, expires, index) VALUES ($1, $2, $3, $4)")
+        .bind(jti)
+        .bind(client)
+        .bind(expires.to_offset())
+        .bind(index)
+        .execute(conn)
+        .await?;
+    Ok(())
+}
+
+pub(super) async fn assertion_used(conn: &mut PgConnection, digest: &[u8]) -> Result<bool, sqlx::Error> {
+    sqlx::query_scalar("SELECT EXISTS (SELECT FROM token.assertions WHERE digest = $1)")
+        .bind(digest)
+        .fetch_one(conn)
+        .await
+}
+
+pub(super) async fn use_assertion(
+    conn: &mut PgConnection,
+    digest: &[u8],
+    expires: Timestamp,
+) -> Result<(), sqlx::Error> {
+    sqlx::query("INSERT INTO token.assertions (digest, expires) VALUES ($1, $2)")
+        .bind(digest)
+        .bind(expires.to_offset())
+        .execute(conn)
+        .await?;
+    Ok(())
+}
+
+/// Drops what no longer matters: revocations and assertions that have expired.
+pub(super) async fn tidy(conn: &mut PgConnection, now: Timestamp) -> Result<(), sqlx::Error> {
+    sqlx::query("DELETE FROM token.revocations WHERE expires < $1").bind(now.to_offset()).execute(&mut *conn).await?;
+    sqlx::query("DELETE FROM token.assertions WHERE expires < $1").bind(now.to_offset()).execute(conn).await?;
+    Ok(())
+}
+
+fn operation(r: &PgRow) -> Result<Operation, sqlx::Error> {
+    Ok(Operation {
+        id: r.try_get("id")?,
+        token: None,
+        kind: r.try_get("kind")?,
+        status: r.try_get("status")?,
+        operation: r.try_get("operation")?,
+        audience: r.try_get("audience")?,
+        resource: r.try_get("resource")?,
+        subject: r.try_get("subject")?,
+        purpose: r.try_get("purpose")?,
+        issuer: r.try_get("issuer")?,
+        max_uses: r.try_get("max_uses")?,
+        uses: r.try_get("uses")?,
+        issued_at: Timestamp::from_offset(r.try_get("issued_at")?),
+        expires_at: Timestamp::from_offset(r.try_get("expires_at")?),
+    })
+}
+
+pub(super) async fn put_operation(conn: &mut PgConnection, o: &Operation, digest: &[u8]) -> Result<(), sqlx::Error> {
+    sqlx::query(
+        "INSERT INTO token.operations (id, digest, kind, operation, audience, resource, subject, purpose, issuer,
+                                       max_uses, uses, status, issued_at, expires_at)
+         VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14)",
+    )
+    .bind(o.id)
+    .bind(digest)
+    .bind(&o.kind)
+    .bind(&o.operation)
+    .bind(&o.audience)
+    .bind(&o.resource)
+    .bind(&o.subject)
+    .bind(&o.purpose)
+    .bind(&o.issuer)
+    .bind(o.max_uses)
+    .bind(o.uses)
+    .bind(&o.status)
+    .bind(o.issued_at.to_offset())
+    .bind(o.expires_at.to_offset())
+    .execute(conn)
+    .await?;
+    Ok(())
+}
+
+pub(super) async fn operation_by_digest(
+    conn: &mut PgConnection,
+    digest: &[u8],
+) -> Result<Option<Operation>, sqlx::Error> {
+    let row = sqlx::query("SELECT * FROM token.operations WHERE digest = $1").bind(digest).fetch_optional(conn).await?;
+    row.as_ref().map(operation).transpose()
+}
+
+pub(super) async fn operation_by_id(conn: &mut PgConnection, id: Uuid) -> Result<Option<Operation>, sqlx::Error> {
+    let row = sqlx::query("SELECT * FROM token.operations WHERE id = $1").bind(id).fetch_optional(conn).await?;
+    row.as_ref().map(operation).transpose()
+}
+
+pub(super) async fn operations(
+    conn: &mut PgConnection,
+    after: Option<Uuid>,
+    limit: i64,
+) -> Result<Vec<Operation>, sqlx::Error> {
+    let rows = sqlx::query("SELECT * FROM token.operations WHERE ($1::uuid IS NULL OR id > $1) ORDER BY id LIMIT $2")
+        .bind(after)
+        .bind(limit)
+        .fetch_all(conn)
+        .await?;
+    rows.iter().map(operation).collect()
+}
+
+pub(super) async fn set_operation(
+    conn: &mut PgConnection,
+    id: Uuid,
+    uses: i64,
+    status: &str,
+) -> Result<(), sqlx::Error> {
+    sqlx::query("UPDATE token.operations SET uses = $2, status = $3 WHERE id = $1")
+        .bind(id)
+        .bind(uses)
+        .bind(status)
+        .execute(conn)
+        .await?;
+    Ok(())
+}
