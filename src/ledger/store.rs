@@ -227,10 +227,16 @@ pub(super) async fn backend_pid(conn: &mut PgConnection) -> Result<i32, sqlx::Er
 }
 
 /// Ends the daemons' sessions that keep `waiting` from its lock; answers who they were. Sessions of others are left alone.
+///
+/// Whom to end is settled in a materialised step of its own: the conditions of one `WHERE` are evaluated in whatever order is
+/// cheapest, and ending a session is cheaper than asking whether it blocks.
 pub(super) async fn end_blockers(conn: &mut PgConnection, waiting: i32) -> Result<Vec<String>, sqlx::Error> {
     sqlx::query_scalar(
-        "SELECT application_name FROM pg_stat_activity
-         WHERE pid = ANY (pg_blocking_pids($1)) AND application_name LIKE 'sop/%' AND pg_terminate_backend(pid)",
+        "WITH blocking AS MATERIALIZED (
+             SELECT a.pid, a.application_name FROM unnest(pg_blocking_pids($1)) AS b (pid)
+             JOIN pg_stat_activity AS a ON a.pid = b.pid WHERE a.application_name LIKE 'sop/%'
+         )
+         SELECT application_name FROM blocking WHERE pg_terminate_backend(pid)",
     )
     .bind(waiting)
     .fetch_all(conn)

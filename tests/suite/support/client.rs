@@ -21,6 +21,50 @@ impl Client {
         Self { http, url: daemon.url.clone(), admin: daemon.admin(), token: OnceCell::new() }
     }
 
+    /// On another daemon of the same database, as the same administrator.
+    pub fn also_of(&self, daemon: &Daemon) -> Self {
+        Self { http: self.http.clone(), url: daemon.url.clone(), admin: self.admin.clone(), token: OnceCell::new() }
+    }
+
+    /// As another client.
+    pub fn with(&self, id: &str, secret: &str) -> Self {
+        Self {
+            http: self.http.clone(),
+            url: self.url.clone(),
+            admin: Some((id.into(), secret.into())),
+            token: OnceCell::new(),
+        }
+    }
+
+    /// The bearer token.
+    pub async fn token(&self) -> String {
+        self.token.get_or_try_init(|| self.fetch()).await.expect("a token").clone().expect("an administrator")
+    }
+
+    /// Any request without a token.
+    pub fn bare(&self, method: Method, path: &str) -> reqwest::RequestBuilder {
+        self.http.request(method, format!("{}{path}", self.url))
+    }
+
+    /// Any request with the token, to be added to.
+    pub async fn request(&self, method: Method, path: &str) -> reqwest::RequestBuilder {
+        self.bare(method, path).bearer_auth(self.token().await)
+    }
+
+    /// Sends JSON; status and answer.
+    pub async fn json(&self, method: Method, path: &str, body: &serde_json::Value) -> (u16, serde_json::Value) {
+        let answer = self.request(method, path).await.json(body).send().await.expect("an answer");
+        let status = answer.status().as_u16();
+        (status, answer.json().await.unwrap_or_default())
+    }
+
+    /// Gets JSON; status and answer.
+    pub async fn get(&self, path: &str) -> (u16, serde_json::Value) {
+        let answer = self.request(Method::GET, path).await.send().await.expect("an answer");
+        let status = answer.status().as_u16();
+        (status, answer.json().await.unwrap_or_default())
+    }
+
     async fn fetch(&self) -> Result<Option<String>, reqwest::Error> {
         let Some((id, secret)) = &self.admin else { return Ok(None) };
         let form = [("grant_type", "client_credentials")];

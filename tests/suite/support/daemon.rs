@@ -32,6 +32,17 @@ impl Launch {
         self
     }
 
+    /// A second daemon on the database of the first, with the same master key.
+    pub fn beside(first: &Daemon, url: String) -> Self {
+        let key = first.launch.dir.join("master.key");
+        Self::on(url).env("SOP__SECRETS__MASTER_KEY_FILE", &key.display().to_string())
+    }
+
+    /// On a private PostgreSQL in its data folder.
+    pub fn alone() -> Self {
+        Self { dir: reaper::folder("d"), url: String::new(), env: Vec::new() }
+    }
+
     /// Starts it and waits (30 s) for the line that says where it listens.
     pub async fn start(self) -> Daemon {
         let mut child = Command::new(env!("CARGO_BIN_EXE_sop"))

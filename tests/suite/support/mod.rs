@@ -12,6 +12,7 @@ pub mod daemon;
 pub mod postgres;
 pub mod proxy;
 pub mod reaper;
+pub mod record;
 pub mod wire;
 
 use std::future::Future;

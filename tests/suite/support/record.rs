@@ -1,0 +1,79 @@
+//! What must hold of every record, whatever was done to the daemons that wrote it.
+
+use std::collections::BTreeMap;
+
+use sop::kernel::crypto::{self, Domain};
+use sop::ledger::entry;
+use sop::ledger::merkle::Frontier;
+use sqlx::{PgConnection, Row};
+
+use super::postgres::Database;
+
+/// Acknowledged writes: key to the indexes it was told.
+pub type Acknowledged = BTreeMap<String, Vec<i64>>;
+
+/// Checks the record of a database against itself; how many entries it has.
+pub async fn check(db: &Database) -> i64 {
+    check_on(&mut db.connect().await).await
+}
+
+/// The same on any connection.
+pub async fn check_on(conn: &mut PgConnection) -> i64 {
+    let head = sqlx::query("SELECT index, root FROM ledger.head").fetch_one(&mut *conn).await.unwrap();
+    let (index, root): (i64, Vec<u8>) = (head.get("index"), head.get("root"));
+    let rows = sqlx::query(
+        "SELECT e.index, e.leaf, e.hash, d.salt, d.details, d.segment FROM ledger.entries e JOIN ledger.details d USING (index) ORDER BY index",
+    )
+    .fetch_all(&mut *conn)
+    .await
+    .unwrap();
+    let mut frontier = Frontier::default();
+    let mut puts = Vec::new();
+    for (at, row) in rows.iter().enumerate() {
+        assert_eq!(row.get::<i64, _>("index"), i64::try_from(at).unwrap(), "an index is missing or doubled");
+        let (leaf, hash): (Vec<u8>, Vec<u8>) = (row.get("leaf"), row.get("hash"));
+        assert_eq!(crypto::hash(Domain::Leaf, &[&leaf])[..], hash[..], "leaf {at}");
+        let (salt, details): (Vec<u8>, Vec<u8>) = (row.get("salt"), row.get("details"));
+        let segment: Option<Vec<u8>> = row.get("segment");
+        let segment = segment.map(|s| <[u8; 32]>::try_from(s).unwrap());
+        let body = entry::body(&entry::commitment(&salt, &details), segment.as_ref());
+        let json: serde_json::Value = serde_json::from_slice(&leaf).unwrap();
+        assert_eq!(json["body"], crypto::base64(body), "the details of {at} are not what it commits to");
+        if json["outcome"] == "ok" && (json["action"] == "state:put" || json["action"] == "state:delete") {
+            puts.push(i64::try_from(at).unwrap());
+        }
+        frontier.push(crypto::hash(Domain::Leaf, &[&leaf]));
+    }
+    assert_eq!(i64::try_from(rows.len()).unwrap(), index + 1, "the head does not stand on the last entry");
+    assert_eq!(frontier.root()[..], root[..], "the entries do not give the head's root");
+    let history: Vec<i64> =
+        sqlx::query_scalar("SELECT index FROM state.history ORDER BY index").fetch_all(&mut *conn).await.unwrap();
+    assert_eq!(history, puts, "changes and entries of keys are not one to one");
+    let astray: i64 = sqlx::query_scalar(
+        "SELECT count(*) FROM state.kv k WHERE index <> (SELECT max(index) FROM state.history h WHERE h.key = k.key)
+            OR version <> (SELECT count(*) FROM state.history h WHERE h.key = k.key AND h.created_index = k.created_index AND h.version > 0)",
+    )
+    .fetch_one(conn)
+    .await
+    .unwrap();
+    assert_eq!(astray, 0, "keys that are not their newest history row");
+    index + 1
+}
+
+/// Every acknowledged write is there, once.
+pub async fn holds(conn: &mut PgConnection, acknowledged: &Acknowledged) {
+    let mut seen = std::collections::HashSet::new();
+    for (key, indexes) in acknowledged {
+        for index in indexes {
+            assert!(seen.insert(*index), "index {index} was given to two writes");
+            let there: bool =
+                sqlx::query_scalar("SELECT EXISTS (SELECT FROM state.history WHERE key = $1 AND index = $2)")
+                    .bind(key.as_bytes())
+                    .bind(index)
+                    .fetch_one(&mut *conn)
+                    .await
+                    .unwrap();
+            assert!(there, "the acknowledged write of {key} at {index} is lost");
+        }
+    }
+}
