@@ -13,5 +13,7 @@
 
 mod support;
 
+mod crash;
 mod ledger;
 mod proxy;
+mod state;

@@ -26,6 +26,11 @@ impl Client {
         Self { http: self.http.clone(), url: daemon.url.clone(), admin: self.admin.clone(), token: OnceCell::new() }
     }
 
+    /// The same client with its token, at an address where the daemon is now.
+    pub fn clone_at(&self, url: &str) -> Self {
+        Self { http: self.http.clone(), url: url.to_owned(), admin: self.admin.clone(), token: self.token.clone() }
+    }
+
     /// As another client.
     pub fn with(&self, id: &str, secret: &str) -> Self {
         Self {
