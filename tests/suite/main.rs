@@ -13,7 +13,10 @@
 
 mod support;
 
+mod audit;
 mod crash;
+mod governance;
 mod ledger;
 mod proxy;
 mod state;
+mod token;

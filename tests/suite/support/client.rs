@@ -26,6 +26,11 @@ impl Client {
         Self { http: self.http.clone(), url: daemon.url.clone(), admin: self.admin.clone(), token: OnceCell::new() }
     }
 
+    /// The same client, with its token.
+    pub fn clone_at_self(&self) -> Self {
+        self.clone_at(&self.url)
+    }
+
     /// The same client with its token, at an address where the daemon is now.
     pub fn clone_at(&self, url: &str) -> Self {
         Self { http: self.http.clone(), url: url.to_owned(), admin: self.admin.clone(), token: self.token.clone() }
