@@ -6,6 +6,7 @@ use std::sync::{Arc, Weak};
 use std::time::Duration;
 
 use tokio::signal::unix::{SignalKind, signal};
+use utoipa_axum::router::OpenApiRouter;
 
 use crate::api::{self, Authenticator, Bound, Check, Limits, Readiness};
 use crate::audit::{self, Audit};
@@ -16,7 +17,7 @@ use crate::kernel::supervisor::{Supervisor, Task};
 use crate::kernel::web::{Ask, Authority, Caller, Permit, RequestInfo};
 use crate::kernel::{BoxFuture, Clock, Refusal, jose, problem};
 use crate::ledger::{self, Ledger};
-use crate::state::State;
+use crate::state::{self, Hub, State};
 use crate::store::{self, Store};
 use crate::telemetry;
 use crate::token::{self, Token};
@@ -43,6 +44,16 @@ pub async fn serve(loaded: Loaded, announce: impl FnOnce(&str)) -> Result<(), St
     done
 }
 
+/// What everything else stands on.
+struct Ground<'a> {
+    config: &'a Config,
+    store: &'a Store,
+    clock: Clock,
+    tasks: Supervisor,
+    registry: prometheus::Registry,
+    master: Arc<MasterKey>,
+}
+
 async fn run(
     config: &Config,
     store: &Store,
@@ -52,133 +63,158 @@ async fn run(
 ) -> Result<(), String> {
     store.migrate().await?;
     audit::check_at_start(store, &config.data.dir).await?;
+    jose::install();
     let clock = Clock::system();
-    let registry = telemetry::registry().map_err(|e| e.to_string())?;
-    let tasks = Supervisor::new(clock.clone());
-    let master = Arc::new(files::master_key(config)?);
-    store.start_tasks(config, &tasks, &clock);
-    let started = rooms(config, store, &clock, &tasks, &registry, &master, bound, announce).await;
-    let done = match started {
-        Ok(drain) => {
-            let failed = tasks.failed();
-            let ended = tokio::select! {
-                () = signals.next() => Ok(()),
-                () = failed.cancelled() => Err("a task that the daemon cannot do without has ended; its log says why".to_owned()),
-            };
-            tracing::info!("stopping");
-            let _ = sd_notify::notify(&[sd_notify::NotifyState::Stopping]);
-            let stop = tasks.stop(drain + STOP_EACH);
-            tokio::select! {
-                () = stop => {}
-                () = signals.next() => tracing::warn!("a second signal: stopping at once"),
-            }
-            ended
-        }
-        Err(e) => {
-            tasks.stop(STOP_EACH).await;
-            Err(e)
-        }
+    let ground = Ground {
+        config,
+        store,
+        tasks: Supervisor::new(clock.clone()),
+        clock,
+        registry: telemetry::registry().map_err(|e| e.to_string())?,
+        master: Arc::new(files::master_key(config)?),
     };
+    store.start_tasks(config, &ground.tasks, &ground.clock);
+    let started = ground.start(bound, announce).await;
+    if started.is_err() {
+        ground.tasks.stop(STOP_EACH).await;
+        return started;
+    }
+    let failed = ground.tasks.failed();
+    let ended = tokio::select! {
+        () = signals.next() => Ok(()),
+        () = failed.cancelled() => Err("a task that the daemon cannot do without has ended; its log says why".to_owned()),
+    };
+    tracing::info!("stopping");
+    let _ = sd_notify::notify(&[sd_notify::NotifyState::Stopping]);
+    tokio::select! {
+        () = ground.tasks.stop(config.server.drain.get() + STOP_EACH) => {}
+        () = signals.next() => tracing::warn!("a second signal: stopping at once"),
+    }
     tracing::info!("stopped");
-    done
+    ended
 }
 
-#[allow(clippy::too_many_arguments)]
-async fn rooms(
-    config: &Config,
-    store: &Store,
-    clock: &Clock,
-    tasks: &Supervisor,
-    registry: &prometheus::Registry,
-    master: &Arc<MasterKey>,
-    bound: Bound,
-    announce: impl FnOnce(&str),
-) -> Result<Duration, String> {
-    let said = |r: Refusal| r.detail().to_owned();
-    jose::install();
-    let (hub, watching) = State::projection();
-    let entities = Arc::new(governance::Snapshot::default());
-    let clients = Arc::new(token::Snapshot::new(master.clone()));
-    let rules = Arc::new(Rules::new(entities.clone(), clock.clone(), registry)?);
-    let ledger = Ledger::start(
-        ledger::Parts {
-            store: store.clone(),
-            clock: clock.clone(),
-            master: master.clone(),
-            registry: registry.clone(),
-            queue: config.ledger.queue,
-            batch: config.ledger.batch,
-            lock_wait: config.ledger.lock_wait.get(),
-            write_timeout: config.ledger.write_timeout.get(),
-            // Entities before clients: a client that is known has its entity.
-            projections: vec![entities, clients.clone(), watching],
-        },
-        tasks,
-    )
-    .await
-    .map_err(said)?;
-    if ledger.settle("master-key-check", &master.check_value()).await.map_err(said)? != master.check_value() {
-        return Err("the master key is not the one this database was made with: its keys and stored outcomes would not open; give the right one (secrets.master_key_file, or the credential `master-key`)".to_owned());
+/// What the follower keeps current, and the rules that read it.
+struct Views {
+    entities: Arc<governance::Snapshot>,
+    clients: Arc<token::Snapshot>,
+    keys: Arc<Hub>,
+    rules: Arc<Rules>,
+}
+
+fn said(refusal: Refusal) -> String {
+    refusal.detail().to_owned()
+}
+
+impl Ground<'_> {
+    async fn start(&self, bound: Bound, announce: impl FnOnce(&str)) -> Result<(), String> {
+        let entities = Arc::new(governance::Snapshot::default());
+        let rules = Arc::new(Rules::new(entities.clone(), self.clock.clone(), &self.registry)?);
+        let clients = Arc::new(token::Snapshot::new(self.master.clone()));
+        let views = Views { entities, clients, keys: Arc::new(Hub::new()), rules };
+        let ledger = self.ledger(&views).await?;
+        let (gate, routes) = self.rooms(&ledger, views, &bound.url).await?;
+        self.serve(&ledger, gate, routes, bound, announce)
     }
-    let audit = Audit::start(
-        audit::Parts { ledger: ledger.clone(), store: store.clone(), clock: clock.clone(), master, config, registry },
-        tasks,
-    )
-    .await
-    .map_err(said)?;
-    let counted = crate::state::Metrics::new(registry).map_err(|e| e.to_string())?;
-    let state = State::new(ledger.clone(), store.clone(), hub, counted);
-    let governance = Governance::start(rules.clone(), ledger.clone(), store.clone(), tasks);
-    let token = Token::start(
-        token::Parts {
-            ledger: ledger.clone(),
-            store: store.clone(),
-            clock: clock.clone(),
-            snapshot: clients,
-            master: master.clone(),
-            issuer: config.token.issuer.clone(),
-            url: bound.url.clone(),
-            ttl: config.token.ttl.get(),
-            registry: registry.clone(),
-        },
-        tasks,
-    )
-    .await
-    .map_err(said)?;
-    files::admin(&config.data.dir, &bound.url, &token).await?;
-    let authenticator =
-        Arc::new_cyclic(|own| Gate { token: token.clone(), rules, ledger: ledger.clone(), own: own.clone() });
-    let parts = api::Parts {
-        ledger: ledger.clone(),
-        authenticator,
-        readiness: readiness(store, &ledger, clock),
-        tasks: tasks.clone(),
-        registry: registry.clone(),
-        clock: clock.clone(),
-        limits: Limits::from(&config.server),
-        public_entries: config.audit.public_entries,
-    };
-    let routes = audit::http::routes(audit)
-        .merge(governance::http::routes(governance))
-        .merge(token::http::routes(token))
-        .merge(crate::state::http::routes(state));
-    let router = api::router(parts, routes).map_err(said)?;
-    files::daemon(&config.data.dir, &bound.url)?;
-    let (arrival, drain) = (config.server.request_timeout.get(), config.server.drain.get());
-    let url = bound.url.clone();
-    let listener = Arc::new(tokio::sync::Mutex::new(Some(bound.listener)));
-    tasks.start(Task::fatal("api", move |stop| {
-        let (listener, router) = (listener.clone(), router.clone());
-        async move {
-            let taken = listener.lock().await.take();
-            let listener = taken.ok_or("the sockets were closed")?;
-            listener.serve(router, arrival, drain, stop).await;
-            Ok(())
+
+    async fn ledger(&self, views: &Views) -> Result<Ledger, String> {
+        let settings = &self.config.ledger;
+        let parts = ledger::Parts {
+            store: self.store.clone(),
+            clock: self.clock.clone(),
+            master: self.master.clone(),
+            registry: self.registry.clone(),
+            queue: settings.queue,
+            batch: settings.batch,
+            lock_wait: settings.lock_wait.get(),
+            write_timeout: settings.write_timeout.get(),
+            // Entities before clients: a client that is known has its entity.
+            projections: vec![views.entities.clone(), views.clients.clone(), views.keys.clone()],
+        };
+        let ledger = Ledger::start(parts, &self.tasks).await.map_err(said)?;
+        let check = self.master.check_value();
+        if ledger.settle("master-key-check", &check).await.map_err(said)? != check {
+            return Err("the master key is not the one this database was made with: its keys and stored outcomes would not open; give the right one (secrets.master_key_file, or the credential `master-key`)".to_owned());
         }
-    }));
-    announce(&url);
-    let _ = sd_notify::notify(&[sd_notify::NotifyState::Ready]);
-    Ok(drain)
+        Ok(ledger)
+    }
+
+    /// Opens the rooms, lowest first; answers the gate of every request and all routes.
+    async fn rooms(&self, ledger: &Ledger, views: Views, url: &str) -> Result<(Arc<Gate>, OpenApiRouter), String> {
+        let parts = audit::Parts {
+            ledger: ledger.clone(),
+            store: self.store.clone(),
+            clock: self.clock.clone(),
+            master: &self.master,
+            config: self.config,
+            registry: &self.registry,
+        };
+        let audit = Audit::start(parts, &self.tasks).await.map_err(said)?;
+        let governance = Governance::start(views.rules.clone(), ledger.clone(), self.store.clone(), &self.tasks);
+        let parts = token::Parts {
+            ledger: ledger.clone(),
+            store: self.store.clone(),
+            clock: self.clock.clone(),
+            snapshot: views.clients,
+            master: self.master.clone(),
+            issuer: self.config.token.issuer.clone(),
+            url: url.to_owned(),
+            ttl: self.config.token.ttl.get(),
+            registry: self.registry.clone(),
+        };
+        let token = Token::start(parts, &self.tasks).await.map_err(said)?;
+        files::admin(&self.config.data.dir, url, &token).await?;
+        let counted = state::Metrics::new(&self.registry).map_err(|e| e.to_string())?;
+        let state = State::new(ledger.clone(), self.store.clone(), views.keys, counted);
+        let gate = Arc::new_cyclic(|own| Gate {
+            token: token.clone(),
+            rules: views.rules,
+            ledger: ledger.clone(),
+            own: own.clone(),
+        });
+        let routes = audit::http::routes(audit)
+            .merge(governance::http::routes(governance))
+            .merge(token::http::routes(token))
+            .merge(state::http::routes(state));
+        Ok((gate, routes))
+    }
+
+    fn serve(
+        &self,
+        ledger: &Ledger,
+        gate: Arc<Gate>,
+        routes: OpenApiRouter,
+        bound: Bound,
+        announce: impl FnOnce(&str),
+    ) -> Result<(), String> {
+        let server = &self.config.server;
+        let parts = api::Parts {
+            ledger: ledger.clone(),
+            authenticator: gate,
+            readiness: readiness(self.store, ledger, &self.clock),
+            tasks: self.tasks.clone(),
+            registry: self.registry.clone(),
+            clock: self.clock.clone(),
+            limits: Limits::from(server),
+            public_entries: self.config.audit.public_entries,
+        };
+        let router = api::router(parts, routes).map_err(said)?;
+        files::daemon(&self.config.data.dir, &bound.url)?;
+        let (arrival, drain) = (server.request_timeout.get(), server.drain.get());
+        let listener = Arc::new(tokio::sync::Mutex::new(Some(bound.listener)));
+        self.tasks.start(Task::fatal("api", move |stop| {
+            let (listener, router) = (listener.clone(), router.clone());
+            async move {
+                let taken = listener.lock().await.take();
+                let listener = taken.ok_or("the sockets were closed")?;
+                listener.serve(router, arrival, drain, stop).await;
+                Ok(())
+            }
+        }));
+        announce(&bound.url);
+        let _ = sd_notify::notify(&[sd_notify::NotifyState::Ready]);
+        Ok(())
+    }
 }
 
 fn readiness(store: &Store, ledger: &Ledger, clock: &Clock) -> Readiness {

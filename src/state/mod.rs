@@ -21,7 +21,7 @@ use sqlx::PgConnection;
 
 use crate::kernel::web::{Ask, Caller, cursor};
 use crate::kernel::{Refusal, problem};
-use crate::ledger::{Committed, Ledger, Projection};
+use crate::ledger::{Committed, Ledger};
 use crate::store::Store;
 
 pub use metrics::Metrics;
@@ -65,13 +65,6 @@ impl State {
     #[must_use]
     pub fn new(ledger: Ledger, store: Store, hub: std::sync::Arc<Hub>, metrics: Metrics) -> Self {
         Self { ledger, store, hub, metrics }
-    }
-
-    /// What the follower must keep current for this room.
-    #[must_use]
-    pub fn projection() -> (std::sync::Arc<Hub>, std::sync::Arc<dyn Projection>) {
-        let hub = std::sync::Arc::new(Hub::new());
-        (hub.clone(), hub)
     }
 
     /// Puts a value.
