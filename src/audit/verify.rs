@@ -176,7 +176,11 @@ impl Verifier {
             serde_json::from_slice::<Leaf<'_>>(leaf).ok().and_then(|l| crypto::from_base64(l.body));
         let body = entry::body(&entry::commitment(salt, details), segment);
         if commits.as_deref() != Some(&body[..]) {
-            return Err(Wrong::Details(index));
+            // An entry that was changed no longer commits to its details: then it is the entry that is wrong.
+            return Err(match &self.suspect {
+                Some((suspect, _)) if *suspect == index => changed(index),
+                _ => Wrong::Details(index),
+            });
         }
         self.details += 1;
         Ok(())
@@ -205,6 +209,10 @@ impl Verifier {
             (false, None) => Err(Wrong::Root(self.frontier.size())),
         }
     }
+}
+
+fn changed(index: u64) -> Wrong {
+    Wrong::Entry(index, "it does not hash to what its tile says: it was changed".to_owned())
 }
 
 #[cfg(test)]

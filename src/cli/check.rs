@@ -33,7 +33,7 @@ pub(crate) async fn run(global: &Global) -> anyhow::Result<()> {
         }
         say("");
         match &seen {
-            Ok(detail) => say(format!("database: ok, {detail}")),
+            Ok(detail) => say(format!("database: {detail}")),
             Err(detail) => say(format!("database: FAILED, {detail}")),
         }
     }
@@ -47,7 +47,7 @@ async fn database(config: &crate::config::Config) -> Result<String, String> {
     let _folder = match (&config.database.url, take_folder(&config.data.dir)) {
         (_, Ok(lock)) => Some(lock),
         (Some(_), Err(_)) => None,
-        (None, Err(running)) => return Ok(format!("not tried: {running}")),
+        (None, Err(running)) => return Ok(format!("not tried, {running}")),
     };
     let store = Store::open(config).await?;
     let pending = store.pending().await;

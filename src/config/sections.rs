@@ -141,9 +141,7 @@ pub struct Governance {}
 
 #[derive(Clone, Debug, Deserialize)]
 #[serde(deny_unknown_fields)]
-pub struct State {
-    pub value_limit: usize,
-}
+pub struct State {}
 
 #[derive(Clone, Debug, Deserialize)]
 #[serde(deny_unknown_fields)]

@@ -103,4 +103,13 @@ mod tests {
             assert!((400..600).contains(&p.status));
         }
     }
+
+    #[test]
+    fn the_documentation_lists_every_problem() {
+        let page = include_str!("../../docs/api.md");
+        for p in ALL {
+            let row = format!("| `{}` {} | {} |", p.slug, p.title.to_ascii_lowercase(), p.status);
+            assert!(page.contains(&row), "docs/api.md lacks: {row}");
+        }
+    }
 }
