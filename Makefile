@@ -5,7 +5,7 @@ SHELL := /bin/bash
 DATA ?= ./data
 CARGO ?= cargo
 
-.PHONY: help run test lint fmt bench demo postgres clean
+.PHONY: help run test lint fmt bench postgres clean
 
 help: ## Show what there is
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -23,12 +23,10 @@ lint: ## rustfmt and clippy, warnings denied
 fmt: ## Format the source
 	$(CARGO) fmt
 
-bench: postgres ## Measure, beside etcd if it is installed
+bench: postgres ## Measure beside etcd (Debian: etcd-server) and write docs/benchmarks.md
 	$(CARGO) build --release --locked
-	./target/release/sop bench state-put --clients 1,8,32,128 --seconds 10 --peer etcd
-
-demo: postgres ## A day of LOGOS against a real daemon
-	$(CARGO) run --release --locked -- demo
+	./tests/bench.sh > docs/benchmarks.md
+	@cat docs/benchmarks.md
 
 clean: ## Remove what was built; ./data stays
 	$(CARGO) clean

@@ -8,6 +8,7 @@
 //! **Why this way.** An operator's tool that used the database behind the daemon's back would have no place in the record.
 
 mod audit;
+mod bench;
 mod check;
 mod client;
 mod serve;
@@ -62,6 +63,8 @@ enum Command {
     /// Read and change keys
     #[command(subcommand)]
     State(state::StateCommand),
+    /// Measure a daemon of its own, beside a peer
+    Bench(bench::BenchArgs),
     /// Print a completion script for a shell
     Completions {
         /// Which shell
@@ -89,6 +92,7 @@ pub fn run() -> ExitCode {
             Command::Verify(args) => verify::run(&global, args).await,
             Command::Audit(command) => audit::run(&global, command).await,
             Command::State(command) => state::run(&global, command).await,
+            Command::Bench(args) => bench::run(&global, args).await,
             Command::Completions { shell } => {
                 clap_complete::generate(shell, &mut Cli::command(), "sop", &mut std::io::stdout());
                 Ok(())

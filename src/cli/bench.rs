@@ -1,0 +1,168 @@
+//! `sop bench`: an honest load generator. Keep-alive connections, a warm-up, interleaved rounds with a peer, medians.
+
+mod load;
+mod server;
+
+use std::time::Duration;
+
+use anyhow::{Context as _, bail};
+use clap::{Args, ValueEnum};
+use reqwest::Method;
+use serde_json::{Value, json};
+
+use super::client::Client;
+use super::{Global, say};
+use load::{Figures, Request};
+
+/// What is measured.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+enum What {
+    /// Puts of 80 bytes over 10,000 keys, every layer on
+    StatePut,
+    /// Linearizable gets of them
+    StateGet,
+    /// AuthZEN evaluations, durable before they are answered
+    Evaluate,
+    /// Access tokens by client_credentials
+    Token,
+}
+
+/// What is measured beside us.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+enum Peer {
+    /// etcd's JSON gateway
+    Etcd,
+}
+
+#[derive(Args)]
+pub(crate) struct BenchArgs {
+    what: What,
+    /// How many clients at once
+    #[arg(long, value_delimiter = ',', default_value = "1,8,32,128")]
+    clients: Vec<usize>,
+    /// Seconds a round
+    #[arg(long, default_value_t = 5)]
+    seconds: u64,
+    /// Rounds of each, interleaved; the median is shown
+    #[arg(long, default_value_t = 3)]
+    rounds: usize,
+    /// Measure this beside us, in the same run
+    #[arg(long)]
+    peer: Option<Peer>,
+}
+
+/// Keys that are written and read.
+const KEYS: usize = 10_000;
+
+pub(crate) async fn run(global: &Global, args: BenchArgs) -> anyhow::Result<()> {
+    // Ours is a daemon of its own in a folder that is thrown away, with PostgreSQL waiting for the disk as ever.
+    let ours = server::Sop::start().await?;
+    let client = Client::find(&Global { data_dir: Some(ours.dir().to_owned()), ..global.clone() }).await?;
+    let requests = ours_requests(args.what, &client, ours.dir()).await?;
+    let peer = match args.peer {
+        Some(Peer::Etcd) => Some(server::Etcd::start().await?),
+        None => None,
+    };
+    let theirs = peer.as_ref().and_then(|p| etcd_requests(args.what).map(|r| (p.address(), r)));
+    if !global.json {
+        say(format!("\n## {}\n", args.what.to_possible_value().map(|v| v.get_name().to_owned()).unwrap_or_default()));
+        say("| clients | who | a second | p50 ms | p99 ms | ratio |\n|---|---|---|---|---|---|");
+    }
+    for clients in args.clients {
+        let (mut a, mut b) = (Vec::new(), Vec::new());
+        for _ in 0..args.rounds {
+            a.push(load::round(ours.address(), &requests, clients, Duration::from_secs(args.seconds)).await?);
+            if let Some((address, requests)) = &theirs {
+                b.push(load::round(address, requests, clients, Duration::from_secs(args.seconds)).await?);
+            }
+        }
+        let (a, b) = (Figures::median(a), (!b.is_empty()).then(|| Figures::median(b)));
+        show(global, clients, "sop", &a, b.as_ref().map(|b| a.rate / b.rate));
+        if let Some(b) = &b {
+            show(global, clients, "etcd", b, None);
+        }
+    }
+    drop(peer);
+    ours.stop().await;
+    Ok(())
+}
+
+fn show(global: &Global, clients: usize, who: &str, f: &Figures, ratio: Option<f64>) {
+    if global.json {
+        say(
+            json!({"clients": clients, "who": who, "rate": f.rate, "p50_ms": f.p50, "p99_ms": f.p99, "failed": f.failed, "ratio": ratio}),
+        );
+        return;
+    }
+    let ratio = ratio.map(|r| format!("{r:.2}")).unwrap_or_default();
+    let failed = if f.failed > 0 { format!(" ({} failed)", f.failed) } else { String::new() };
+    say(format!("| {clients} | {who} | {:.0}{failed} | {:.2} | {:.2} | {ratio} |", f.rate, f.p50, f.p99));
+}
+
+/// The requests of a measurement: client `c`'s `n`-th is made by the function.
+async fn ours_requests(what: What, client: &Client, dir: &std::path::Path) -> anyhow::Result<Request> {
+    let token = client.token().context("the bench has no token")?.to_owned();
+    let bearer = format!("Authorization: Bearer {token}\r\n");
+    Ok(match what {
+        What::StatePut => {
+            Request::new(move |n| load::http("PUT", &format!("/v1/state/kv/bench/{}", n % KEYS), &bearer, &value(n)))
+        }
+        What::StateGet => {
+            for n in 0..KEYS.min(1000) {
+                let path = format!("/v1/state/kv/bench/{n}");
+                client.send(client.request(Method::PUT, &path).body(value(n))).await?;
+            }
+            Request::new(move |n| load::http("GET", &format!("/v1/state/kv/bench/{}", n % KEYS.min(1000)), &bearer, ""))
+        }
+        What::Evaluate => {
+            let headers = format!("{bearer}Content-Type: application/json\r\n");
+            Request::new(move |n| {
+                let body = json!({"subject": {"type": "Sop::Client", "id": "bench"}, "action": {"name": "state:get"}, "resource": {"type": "Sop::Key", "id": format!("bench/{n}")}});
+                load::http("POST", "/access/v1/evaluation", &headers, &body.to_string())
+            })
+        }
+        What::Token => {
+            let admin: Value = serde_json::from_slice(&std::fs::read(dir.join("admin.json"))?)?;
+            let text = |name: &str| admin[name].as_str().unwrap_or_default().to_owned();
+            let form = format!(
+                "grant_type=client_credentials&client_id={}&client_secret={}",
+                text("client_id"),
+                text("client_secret")
+            );
+            let headers = "Content-Type: application/x-www-form-urlencoded\r\n";
+            Request::new(move |_| load::http("POST", "/oauth2/token", headers, &form))
+        }
+    })
+}
+
+fn etcd_requests(what: What) -> Option<Request> {
+    use crate::kernel::crypto::base64;
+    let headers = "Content-Type: application/json\r\n";
+    let key = |n: usize| base64(format!("bench/{}", n % KEYS));
+    match what {
+        What::StatePut => Some(Request::new(move |n| {
+            load::http("POST", "/v3/kv/put", headers, &json!({"key": key(n), "value": base64(value(n))}).to_string())
+        })),
+        What::StateGet => Some(Request::new(move |n| {
+            load::http(
+                "POST",
+                "/v3/kv/range",
+                headers,
+                &json!({"key": base64(format!("bench/{}", n % 1000))}).to_string(),
+            )
+        })),
+        What::Evaluate | What::Token => None,
+    }
+}
+
+fn value(n: usize) -> String {
+    format!(r#"{{"n":{n:08},"text":"{}"}}"#, "x".repeat(56))
+}
+
+/// A program that a bench started and that ends with it.
+fn fits(name: &str, found: bool) -> anyhow::Result<()> {
+    if !found {
+        bail!("{name} is not installed, so it cannot be measured beside us");
+    }
+    Ok(())
+}

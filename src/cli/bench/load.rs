@@ -1,0 +1,138 @@
+//! The load: one keep-alive connection a client, one request at a time on each, latencies of all.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::Duration;
+
+use anyhow::{Context as _, bail};
+use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+use tokio::net::TcpStream;
+
+use crate::kernel::Clock;
+use crate::kernel::supervisor::detach;
+
+/// How long a round runs before it counts.
+const WARM_UP: Duration = Duration::from_secs(1);
+
+/// Makes the n-th request of a round.
+#[derive(Clone)]
+pub(super) struct Request(Arc<dyn Fn(usize) -> Vec<u8> + Send + Sync>);
+
+impl Request {
+    pub fn new(make: impl Fn(usize) -> Vec<u8> + Send + Sync + 'static) -> Self {
+        Self(Arc::new(make))
+    }
+}
+
+/// A request as it goes over the wire.
+pub(super) fn http(method: &str, path: &str, headers: &str, body: &str) -> Vec<u8> {
+    format!("{method} {path} HTTP/1.1\r\nHost: localhost\r\n{headers}Content-Length: {}\r\n\r\n{body}", body.len())
+        .into_bytes()
+}
+
+/// What a round came to.
+#[derive(Clone, Debug)]
+pub(super) struct Figures {
+    pub rate: f64,
+    pub p50: f64,
+    pub p99: f64,
+    pub failed: usize,
+}
+
+impl Figures {
+    /// The median of each figure.
+    pub fn median(rounds: Vec<Self>) -> Self {
+        let middle = |f: fn(&Self) -> f64| {
+            let mut all: Vec<f64> = rounds.iter().map(f).collect();
+            all.sort_by(f64::total_cmp);
+            all.get(all.len() / 2).copied().unwrap_or_default()
+        };
+        Self {
+            rate: middle(|r| r.rate),
+            p50: middle(|r| r.p50),
+            p99: middle(|r| r.p99),
+            failed: rounds.iter().map(|r| r.failed).sum(),
+        }
+    }
+}
+
+/// One round: so many clients for so long, after a warm-up.
+pub(super) async fn round(
+    address: &str,
+    request: &Request,
+    clients: usize,
+    length: Duration,
+) -> anyhow::Result<Figures> {
+    let clock = Clock::system();
+    let began = clock.elapsed() + WARM_UP;
+    let next = Arc::new(AtomicUsize::new(0));
+    let mut tasks = Vec::new();
+    for _ in 0..clients {
+        let (address, request, clock, next) = (address.to_owned(), request.clone(), clock.clone(), next.clone());
+        tasks.push(detach(async move { client(&address, &request, &clock, &next, began, length).await }));
+    }
+    let (mut all, mut failed) = (Vec::new(), 0);
+    for task in tasks {
+        let (latencies, f) = task.await??;
+        all.extend(latencies);
+        failed += f;
+    }
+    if all.is_empty() {
+        bail!("nothing was answered");
+    }
+    all.sort_unstable();
+    let at = |q: f64| all[((all.len() - 1) as f64 * q) as usize].as_secs_f64() * 1e3;
+    Ok(Figures { rate: all.len() as f64 / length.as_secs_f64(), p50: at(0.5), p99: at(0.99), failed })
+}
+
+async fn client(
+    address: &str,
+    request: &Request,
+    clock: &Clock,
+    next: &AtomicUsize,
+    began: Duration,
+    length: Duration,
+) -> anyhow::Result<(Vec<Duration>, usize)> {
+    let mut stream = TcpStream::connect(address).await.with_context(|| format!("{address} does not answer"))?;
+    stream.set_nodelay(true)?;
+    let (mut latencies, mut failed, mut buffer) = (Vec::new(), 0, Vec::with_capacity(4096));
+    loop {
+        let bytes = (request.0)(next.fetch_add(1, Ordering::Relaxed));
+        let sent = clock.elapsed();
+        if sent >= began + length {
+            return Ok((latencies, failed));
+        }
+        stream.write_all(&bytes).await?;
+        let status = answer(&mut stream, &mut buffer).await?;
+        if sent >= began {
+            match status {
+                200..300 => latencies.push(clock.elapsed().saturating_sub(sent)),
+                _ => failed += 1,
+            }
+        }
+    }
+}
+
+/// Reads one answer whole; its status.
+async fn answer(stream: &mut TcpStream, buffer: &mut Vec<u8>) -> anyhow::Result<u16> {
+    buffer.clear();
+    loop {
+        if stream.read_buf(buffer).await? == 0 {
+            bail!("the connection was closed in the middle of an answer");
+        }
+        let Some(end) = buffer.windows(4).position(|w| w == b"\r\n\r\n") else { continue };
+        let head = std::str::from_utf8(&buffer[..end]).context("the head of an answer is not text")?;
+        let status = head.split(' ').nth(1).and_then(|s| s.parse().ok()).context("an answer has no status")?;
+        let length = head.lines().find_map(|l| {
+            let (name, value) = l.split_once(':')?;
+            name.eq_ignore_ascii_case("content-length").then(|| value.trim().parse::<usize>().ok())?
+        });
+        let whole = end + 4 + length.context("an answer has no length")?;
+        while buffer.len() < whole {
+            if stream.read_buf(buffer).await? == 0 {
+                bail!("the connection was closed in the middle of an answer");
+            }
+        }
+        return Ok(status);
+    }
+}

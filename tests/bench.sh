@@ -1,0 +1,16 @@
+#!/usr/bin/env bash
+# All measurements, as Markdown. Needs a release build; etcd is measured beside us where it is installed.
+set -euo pipefail
+sop=${SOP:-./target/release/sop}
+peer=()
+command -v etcd >/dev/null && peer=(--peer etcd)
+cat <<TXT
+# Benchmarks
+Made by \`make bench\` on $(nproc) cores ($(sed -n 's/^model name[^:]*: //p' /proc/cpuinfo | head -n 1)), $(free -g | awk '/^Mem/ {print $2}') GiB, $(uname -sr), PostgreSQL $(ls /usr/lib/postgresql | sort -n | tail -n 1)${peer:+, $(etcd --version | head -n 1)}.
+The load generator, the daemon, PostgreSQL and the peer share these cores. Every layer is on: authentication, decision, entry with details, history, commit on disk.
+Medians of interleaved rounds; the machine is shared and noisy, so look at the ratios.
+TXT
+$sop bench state-put --clients 1,8,32,128 "${peer[@]}"
+$sop bench state-get --clients 1,8,32,128 "${peer[@]}"
+$sop bench evaluate --clients 8,32,128
+$sop bench token --clients 8,32
