@@ -9,6 +9,7 @@ use sqlx::PgConnection;
 use crate::kernel::{Refusal, Timestamp};
 
 use super::Entry;
+use super::hot::{At, Decided, Fact, HotKey};
 
 /// A change of one room. It decides on rows it reads under the head's lock, writes them, and yields the entry of it.
 ///
@@ -23,6 +24,20 @@ pub trait Command: Send + 'static {
         &'a mut self,
         tx: &'a mut Tx<'_>,
     ) -> impl Future<Output = Result<(Self::Out, Entry), Failure>> + Send + 'a;
+
+    /// The fact it decides on, if it is hot: then [`decide`](Self::decide) is called instead of `apply`, and `apply` is
+    /// [`alone`](super::hot::alone).
+    fn hot(&self) -> Option<HotKey> {
+        None
+    }
+
+    /// Decides in memory: a pure function of the fact and of where its entry will stand.
+    ///
+    /// # Errors
+    /// What it refuses.
+    fn decide(&mut self, _: Option<&Fact>, _: At) -> Result<Decided<Self::Out>, Refusal> {
+        Err(Refusal::internal("a command that is not hot was asked to decide"))
+    }
 }
 
 /// Why a command did not happen.

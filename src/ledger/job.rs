@@ -11,6 +11,7 @@ use crate::kernel::{BoxFuture, Refusal, Timestamp};
 
 use super::command::{Command, Committed, Failure, Tx};
 use super::entry::Sealed;
+use super::hot::{At, Decided, Fact, HotKey, Made};
 use super::store;
 
 /// What the writer does with a job, whatever its command.
@@ -23,6 +24,10 @@ pub(super) trait Job: Send {
         tx: &'a mut Tx<'_>,
         master: &'a MasterKey,
     ) -> BoxFuture<'a, Result<Option<Sealed>, Failure>>;
+    /// The fact it decides on, if it is hot.
+    fn hot(&self) -> Option<HotKey>;
+    /// Decides in memory. `None`: it was refused.
+    fn decide(&mut self, fact: Option<&Fact>, at: At) -> Result<Option<Made>, Failure>;
     /// Forgets what a run came to, because it was rolled back.
     fn reset(&mut self);
     /// Refuses it, whatever a run came to.
@@ -157,6 +162,26 @@ impl<C: Command> Job for Ticket<C> {
         master: &'a MasterKey,
     ) -> BoxFuture<'a, Result<Option<Sealed>, Failure>> {
         Box::pin(self.execute(tx, master))
+    }
+
+    fn hot(&self) -> Option<HotKey> {
+        // A stored outcome is looked up in the database, so a command that has one is not hot.
+        let keyed = self.keyed && self.caller.request().idempotency.is_some();
+        if keyed { None } else { self.command.hot() }
+    }
+
+    fn decide(&mut self, fact: Option<&Fact>, at: At) -> Result<Option<Made>, Failure> {
+        match self.command.decide(fact, at) {
+            Ok(Decided { value, entry, after, row }) => {
+                let sealed = entry.decided(self.permit.decision.clone()).seal(&self.caller, at.now)?;
+                self.state = State::Done(Committed { index: at.index, time: at.now, value, replayed: false });
+                Ok(Some(Made { sealed, after, row }))
+            }
+            Err(refusal) => {
+                self.state = State::Refused(refusal);
+                Ok(None)
+            }
+        }
     }
 
     fn reset(&mut self) {

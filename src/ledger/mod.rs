@@ -16,6 +16,7 @@ pub mod entry;
 mod facts;
 mod fence;
 mod follower;
+pub mod hot;
 mod job;
 pub mod merkle;
 mod metrics;

@@ -1,9 +1,14 @@
 //! Keys: the commands that change one.
 
-use crate::kernel::{Refusal, problem};
+use std::sync::Arc;
+
+use sqlx::PgConnection;
+
+use crate::kernel::{BoxFuture, Refusal, crypto, problem};
+use crate::ledger::hot::{self, At, Decided, Fact, Hot, HotKey, Loaded, Row};
 use crate::ledger::{Command, Entry, Failure, Touch, Tx};
 
-use super::model::{Condition, Deleted, Item, Written};
+use super::model::{Change, Condition, Deleted, Item, Written};
 use super::store::{self, Standing};
 
 /// The kind of touch of a key.
@@ -25,26 +30,34 @@ impl Command for Put {
     type Out = Written;
 
     async fn apply(&mut self, tx: &mut Tx<'_>) -> Result<(Written, Entry), Failure> {
-        let was = store::standing(tx.read(), self.key.as_bytes()).await?;
-        check(&self.condition, was.as_ref(), &self.key)?;
-        let index = tx.index();
-        let (created_index, version) = was.as_ref().map_or((index, 1), |w| (w.created_index, w.version + 1));
-        let previous = was.map_or(0, |w| w.index);
+        hot::alone(self, tx).await
+    }
+
+    fn hot(&self) -> Option<HotKey> {
+        Some(HotKey { kind: &KEYS, key: self.key.as_bytes().to_vec() })
+    }
+
+    fn decide(&mut self, fact: Option<&Fact>, at: At) -> Result<Decided<Written>, Refusal> {
+        let was = standing(fact);
+        check(&self.condition, was, &self.key)?;
+        let (created_index, version) = was.map_or((at.index, 1), |w| (w.created_index, w.version + 1));
         let item = Item {
             key: self.key.clone().into_bytes(),
-            index,
+            index: at.index,
             created_index,
             version,
             content_type: self.content_type.clone(),
             value: self.value.clone(),
         };
-        store::put(tx.write(), &item, previous).await?;
         let entry = Entry::ok("state:put", format!("key/{}", self.key))
             .change("size", self.value.len())
             .change("version", version)
-            .change("sha256", crate::kernel::crypto::base64(crate::kernel::crypto::sha256(&self.value)))
+            .change("sha256", crypto::base64(crypto::sha256(&self.value)))
             .touch(Touch::key(KEY, self.key.as_bytes()));
-        Ok((Written { key: self.key.clone(), index, created_index, version, lease: None }, entry))
+        let value = Written { key: self.key.clone(), index: at.index, created_index, version, lease: None };
+        let after: Fact = Arc::new(Standing { index: at.index, created_index, version });
+        let row = Change { item, deleted: false, previous: was.map_or(0, |w| w.index) };
+        Ok(Decided { value, entry, after: Some(after), row: Box::new(row) })
     }
 }
 
@@ -60,14 +73,60 @@ impl Command for Delete {
     type Out = Deleted;
 
     async fn apply(&mut self, tx: &mut Tx<'_>) -> Result<(Deleted, Entry), Failure> {
-        let was = store::standing(tx.read(), self.key.as_bytes()).await?;
-        check(&self.condition, was.as_ref(), &self.key)?;
-        let Some(was) = was else { return Err(Refusal::not_found(format!("key {}", self.key)).into()) };
-        let index = tx.index();
-        store::delete(tx.write(), self.key.as_bytes(), index, &was).await?;
-        let entry = Entry::ok("state:delete", format!("key/{}", self.key)).touch(Touch::key(KEY, self.key.as_bytes()));
-        Ok((Deleted { key: self.key.clone(), index, previous_index: was.index }, entry))
+        hot::alone(self, tx).await
     }
+
+    fn hot(&self) -> Option<HotKey> {
+        Some(HotKey { kind: &KEYS, key: self.key.as_bytes().to_vec() })
+    }
+
+    fn decide(&mut self, fact: Option<&Fact>, at: At) -> Result<Decided<Deleted>, Refusal> {
+        let was = standing(fact);
+        check(&self.condition, was, &self.key)?;
+        let Some(was) = was else { return Err(Refusal::not_found(format!("key {}", self.key))) };
+        let key = self.key.clone().into_bytes();
+        let entry = Entry::ok("state:delete", format!("key/{}", self.key)).touch(Touch::key(KEY, key.clone()));
+        let item = Item {
+            key,
+            index: at.index,
+            created_index: was.created_index,
+            version: 0,
+            content_type: String::new(),
+            value: Vec::new(),
+        };
+        let value = Deleted { key: self.key.clone(), index: at.index, previous_index: was.index };
+        let row = Change { item, deleted: true, previous: was.index };
+        Ok(Decided { value, entry, after: None, row: Box::new(row) })
+    }
+}
+
+/// The kind of hot command that all changes of keys are.
+struct Keys;
+
+static KEYS: Keys = Keys;
+
+impl Hot for Keys {
+    fn name(&self) -> &'static str {
+        KEY
+    }
+
+    fn load<'a>(&'a self, conn: &'a mut PgConnection, keys: &'a [Vec<u8>]) -> BoxFuture<'a, Loaded> {
+        Box::pin(async move {
+            let found = store::standings(conn, keys).await?;
+            Ok(found.into_iter().map(|(key, standing)| (key, Arc::new(standing) as Fact)).collect())
+        })
+    }
+
+    fn flush<'a>(&'a self, conn: &'a mut PgConnection, rows: Vec<Row>) -> BoxFuture<'a, Result<(), sqlx::Error>> {
+        Box::pin(async move {
+            let changes: Vec<Change> = rows.into_iter().filter_map(|r| r.downcast().ok()).map(|c| *c).collect();
+            store::write(conn, &changes).await
+        })
+    }
+}
+
+fn standing(fact: Option<&Fact>) -> Option<&Standing> {
+    fact.and_then(|f| f.downcast_ref())
 }
 
 fn check(condition: &Condition, was: Option<&Standing>, key: &str) -> Result<(), Refusal> {

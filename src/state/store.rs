@@ -1,5 +1,7 @@
 //! The room's SQL.
 
+use std::collections::BTreeMap;
+
 use sqlx::postgres::PgRow;
 use sqlx::{PgConnection, Row as _};
 
@@ -23,19 +25,25 @@ pub(super) struct Standing {
     pub version: i64,
 }
 
-pub(super) async fn standing(conn: &mut PgConnection, key: &[u8]) -> Result<Option<Standing>, sqlx::Error> {
-    let row = sqlx::query("SELECT index, created_index, version FROM state.kv WHERE key = $1")
-        .bind(key)
-        .fetch_optional(conn)
+/// Where keys stand; one that is not there has no row.
+pub(super) async fn standings(
+    conn: &mut PgConnection,
+    keys: &[Vec<u8>],
+) -> Result<Vec<(Vec<u8>, Standing)>, sqlx::Error> {
+    let rows = sqlx::query("SELECT key, index, created_index, version FROM state.kv WHERE key = ANY ($1)")
+        .bind(keys)
+        .fetch_all(conn)
         .await?;
-    row.map(|r| {
-        Ok(Standing {
-            index: r.try_get("index")?,
-            created_index: r.try_get("created_index")?,
-            version: r.try_get("version")?,
+    rows.iter()
+        .map(|r| {
+            let standing = Standing {
+                index: r.try_get("index")?,
+                created_index: r.try_get("created_index")?,
+                version: r.try_get("version")?,
+            };
+            Ok((r.try_get("key")?, standing))
         })
-    })
-    .transpose()
+        .collect()
 }
 
 /// The key as it is, with the head's index in the same snapshot.
@@ -127,43 +135,44 @@ pub(super) async fn list_current(
     Ok((head, items))
 }
 
-/// Writes a key's new state, and its history row.
-pub(super) async fn put(conn: &mut PgConnection, item: &Item, previous: i64) -> Result<(), sqlx::Error> {
-    sqlx::query(
+/// Writes changes: of each key the last as its state, of all a history row. A key is either put or deleted, never both: one
+/// statement that did both would leave the row.
+pub(super) async fn write(conn: &mut PgConnection, changes: &[Change]) -> Result<(), sqlx::Error> {
+    // The later of two wins.
+    let last: BTreeMap<&[u8], &Change> = changes.iter().map(|c| (c.item.key.as_slice(), c)).collect();
+    let (gone, kept): (Vec<&Change>, Vec<&Change>) = last.into_values().partition(|c| c.deleted);
+    let gone: Vec<&[u8]> = gone.iter().map(|c| c.item.key.as_slice()).collect();
+    let kept: Vec<&Item> = kept.iter().map(|c| &c.item).collect();
+    let all: Vec<&Item> = changes.iter().map(|c| &c.item).collect();
+    let previous: Vec<i64> = changes.iter().map(|c| c.previous).collect();
+    let query = sqlx::query(
         "WITH kept AS (
-             INSERT INTO state.kv (key, index, created_index, version, content_type, value) VALUES ($1, $2, $3, $4, $5, $6)
+             INSERT INTO state.kv (key, index, created_index, version, content_type, value)
+             SELECT * FROM unnest($1::bytea[], $2::int8[], $3::int8[], $4::int8[], $5::text[], $6::bytea[])
              ON CONFLICT (key) DO UPDATE SET index = excluded.index, created_index = excluded.created_index,
                  version = excluded.version, content_type = excluded.content_type, value = excluded.value
+         ), gone AS (
+             DELETE FROM state.kv WHERE key = ANY ($7::bytea[])
          )
          INSERT INTO state.history (key, index, created_index, version, content_type, value, previous)
-         VALUES ($1, $2, $3, $4, $5, $6, $7)",
-    )
-    .bind(&item.key)
-    .bind(item.index)
-    .bind(item.created_index)
-    .bind(item.version)
-    .bind(&item.content_type)
-    .bind(&item.value)
-    .bind(previous)
-    .execute(conn)
-    .await?;
+         SELECT * FROM unnest($8::bytea[], $9::int8[], $10::int8[], $11::int8[], $12::text[], $13::bytea[], $14::int8[])",
+    );
+    let query = columns(query, &kept).bind(gone);
+    columns(query, &all).bind(previous).execute(conn).await?;
     Ok(())
 }
 
-/// Deletes a key, and writes the tombstone.
-pub(super) async fn delete(conn: &mut PgConnection, key: &[u8], index: i64, was: &Standing) -> Result<(), sqlx::Error> {
-    sqlx::query(
-        "WITH gone AS (DELETE FROM state.kv WHERE key = $1)
-         INSERT INTO state.history (key, index, created_index, version, content_type, value, previous)
-         VALUES ($1, $2, $3, 0, '', '', $4)",
-    )
-    .bind(key)
-    .bind(index)
-    .bind(was.created_index)
-    .bind(was.index)
-    .execute(conn)
-    .await?;
-    Ok(())
+type Query<'q> = sqlx::query::Query<'q, sqlx::Postgres, sqlx::postgres::PgArguments>;
+
+/// Items as columns.
+fn columns<'q>(query: Query<'q>, items: &[&'q Item]) -> Query<'q> {
+    query
+        .bind(items.iter().map(|i| i.key.as_slice()).collect::<Vec<_>>())
+        .bind(items.iter().map(|i| i.index).collect::<Vec<_>>())
+        .bind(items.iter().map(|i| i.created_index).collect::<Vec<_>>())
+        .bind(items.iter().map(|i| i.version).collect::<Vec<_>>())
+        .bind(items.iter().map(|i| i.content_type.as_str()).collect::<Vec<_>>())
+        .bind(items.iter().map(|i| i.value.as_slice()).collect::<Vec<_>>())
 }
 
 /// Changes after `after` up to `to`, in order, at most `limit`.

@@ -284,3 +284,31 @@ async fn a_watch_resumes_without_loss_or_repeats_on_any_daemon() {
     assert!(rest.iter().any(|e| e.0 == "bookmark" && e.1 == e.2["index"].as_i64()), "where it stands is told");
     record::check(&db).await;
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn puts_and_deletes_of_one_key_in_one_batch_leave_what_came_last() {
+    let (db, _daemon, client) = start().await;
+    client.put("r/0", "v").await.unwrap();
+    let work = (0..32).map(|w| {
+        let client = client.clone_at_self();
+        async move {
+            for n in 0..20 {
+                let path = format!("/v1/state/kv/r/{}", (w + n) % 3);
+                let method = if (w * 7 + n) % 3 == 0 { Method::DELETE } else { Method::PUT };
+                let answer = client.request(method, &path).await.body(format!("{w}/{n}")).send().await.unwrap();
+                assert!(matches!(answer.status().as_u16(), 200 | 404), "{}", answer.status());
+            }
+        }
+    });
+    futures_util::future::join_all(work).await;
+    // Keys are their newest history row, or absent where that is a tombstone; the check compares them all.
+    record::check(&db).await;
+    let astray: i64 = sqlx::query_scalar(
+        "SELECT count(*) FROM (SELECT DISTINCT ON (key) key, version FROM state.history ORDER BY key, index DESC) AS newest
+         FULL JOIN state.kv AS kv ON kv.key = newest.key WHERE (newest.version > 0) IS DISTINCT FROM (kv.key IS NOT NULL)",
+    )
+    .fetch_one(&mut db.connect().await)
+    .await
+    .unwrap();
+    assert_eq!(astray, 0);
+}
