@@ -241,7 +241,7 @@ fn readiness(store: &Store, ledger: &Ledger, clock: &Clock) -> Readiness {
                 let (stopped, index, queued) = (l.stopped(), l.index(), l.queued());
                 Box::pin(async move {
                     match stopped {
-                        Some(why) => Err(format!("{why}: nothing is written until `sop audit resume`")),
+                        Some(why) => Err(format!("{why}: this daemon writes no more; see /problems/{why}")),
                         None => Ok(format!("at index {index}, {queued} changes wait")),
                     }
                 })

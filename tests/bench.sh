@@ -3,6 +3,7 @@
 set -euo pipefail
 sop=${SOP:-./target/release/sop}
 peer=()
+seconds=${SECONDS_A_ROUND:-3}
 command -v etcd >/dev/null && peer=(--peer etcd)
 cat <<TXT
 # Benchmarks
@@ -10,7 +11,7 @@ Made by \`make bench\` on $(nproc) cores ($(sed -n 's/^model name[^:]*: //p' /pr
 The load generator, the daemon, PostgreSQL and the peer share these cores. Every layer is on: authentication, decision, entry with details, history, commit on disk.
 Medians of interleaved rounds; the machine is shared and noisy, so look at the ratios.
 TXT
-$sop bench state-put --clients 1,8,32,128 "${peer[@]}"
-$sop bench state-get --clients 1,8,32,128 "${peer[@]}"
-$sop bench evaluate --clients 8,32,128
-$sop bench token --clients 8,32
+$sop bench state-put --clients 1,8,32,128 "${peer[@]}" --seconds "$seconds"
+$sop bench state-get --clients 1,8,32,128 "${peer[@]}" --seconds "$seconds"
+$sop bench evaluate --clients 8,32,128 --seconds "$seconds"
+$sop bench token --clients 8,32 --seconds "$seconds"

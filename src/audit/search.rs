@@ -17,7 +17,7 @@ const PAGE: i64 = 2000;
 /// How long nothing may be heard before it looks all the same.
 const POLL: Duration = Duration::from_millis(500);
 /// Pause between two rounds: many small ones would cost the writer more than a few large ones.
-const PAUSE: Duration = Duration::from_millis(20);
+const PAUSE: Duration = Duration::from_millis(100);
 
 /// Starts it; what it answers tells how far it has come.
 pub(super) fn start(store: &Store, ledger: &Ledger, metrics: Metrics, tasks: &Supervisor) -> watch::Receiver<i64> {
@@ -47,6 +47,8 @@ async fn round(store: &Store) -> Result<i64, TaskError> {
     let mut conn = store.reader().acquire().await?;
     loop {
         let mut tx = conn.begin().await?;
+        // What is derived can be derived again: it need not make the writer's commits wait for the disk.
+        store::not_synchronous(&mut tx).await?;
         let Some(at) = store::take_indexed(&mut tx).await? else {
             // Another daemon is at it.
             drop(tx);

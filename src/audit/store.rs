@@ -157,6 +157,11 @@ pub(super) async fn entries(conn: &mut PgConnection, indexes: &[i64]) -> Result<
         .collect()
 }
 
+/// This transaction's commit does not wait for the disk.
+pub(super) async fn not_synchronous(conn: &mut PgConnection) -> Result<(), sqlx::Error> {
+    sqlx::query("SET LOCAL synchronous_commit = off").execute(conn).await.map(|_| ())
+}
+
 /// How far the search has come; the row is kept for this transaction. `None`: another daemon is at it.
 pub(super) async fn take_indexed(conn: &mut PgConnection) -> Result<Option<i64>, sqlx::Error> {
     sqlx::query_scalar("SELECT at FROM audit.indexed WHERE id = 1 FOR UPDATE SKIP LOCKED").fetch_optional(conn).await

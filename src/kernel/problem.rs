@@ -76,7 +76,7 @@ problems! {
     OVERLOADED, "overloaded", 503, Unavailable, Some(1), "Too much at once",
         "The queue of changes is full. Nothing was changed. Try again after `Retry-After` seconds.";
     RECORD_BEHIND, "record-behind", 503, Unavailable, Some(30), "The record went backwards",
-        "The database holds an older record than this daemon has acknowledged: a failover lost entries, or a backup was put back. Writes have stopped so that the log cannot fork. `sop audit diagnose` tells what is missing, `sop audit resume` makes the gap an entry and goes on.";
+        "The database holds an older record than this daemon has acknowledged: a failover lost entries, or a backup was put back. Writes have stopped so that the log cannot fork. Bring the missing entries back (the former primary, a newer backup) and restart the daemon.";
     CLOCK_UNSURE, "clock-unsure", 503, Unavailable, Some(5), "The clock disagrees with the database's",
         "This daemon's clock is more than 5 seconds ahead of the database's. It does not write until they agree. Check time synchronisation on both hosts.";
     BEHIND, "behind", 504, Unavailable, None, "The index asked for was not reached in time",

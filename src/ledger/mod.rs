@@ -32,7 +32,7 @@ use std::time::Duration;
 use tokio::sync::{Mutex, mpsc, oneshot, watch};
 
 use crate::kernel::crypto::MasterKey;
-use crate::kernel::supervisor::{Supervisor, Task};
+use crate::kernel::supervisor::{self, Supervisor, Task};
 use crate::kernel::web::{Ask, Caller};
 use crate::kernel::{Clock, Refusal, problem};
 use crate::store::Store;
@@ -106,14 +106,19 @@ impl Shared {
 
     fn set_behind(&self) {
         if !self.behind.swap(true, Ordering::AcqRel) {
-            tracing::error!("the record went backwards or elsewhere: nothing is written until `sop audit resume`");
+            tracing::error!("the record went backwards or elsewhere: nothing is written by this daemon any more");
         }
     }
 
     fn record_detached(&self, caller: Caller, entry: Entry) {
         let permit = Permit::granted();
         let (job, _) = Ticket::new(Record(Some(entry)), caller, permit, false);
-        let _ = self.queue.try_send(job);
+        if let Err(e) = self.queue.try_send(job) {
+            // The queue is full because the head was held: the entry waits for room like everyone else.
+            let (mpsc::error::TrySendError::Full(job) | mpsc::error::TrySendError::Closed(job)) = e;
+            let queue = self.queue.clone();
+            supervisor::detach(async move { queue.send(job).await.is_ok() });
+        }
     }
 }
 

@@ -1,5 +1,7 @@
 //! The ledger's SQL.
 
+use std::time::Duration;
+
 use sqlx::{PgConnection, Row as _};
 use time::OffsetDateTime;
 use uuid::Uuid;
@@ -226,21 +228,36 @@ pub(super) async fn backend_pid(conn: &mut PgConnection) -> Result<i32, sqlx::Er
     sqlx::query_scalar("SELECT pg_backend_pid()").fetch_one(conn).await
 }
 
-/// Ends the daemons' sessions that keep `waiting` from its lock; answers who they were. Sessions of others are left alone.
+/// A daemon's session that holds what another waits for.
+#[derive(Clone, Debug, PartialEq)]
+pub(super) struct Holder {
+    pub pid: i32,
+    pub name: String,
+    /// When anything last came from it, seconds.
+    pub heard: f64,
+}
+
+/// The daemon's session that holds what `waiting` waits for; sessions of others are none of ours.
 ///
-/// Whom to end is settled in a materialised step of its own: the conditions of one `WHERE` are evaluated in whatever order is
-/// cheapest, and ending a session is cheaper than asking whether it blocks.
-pub(super) async fn end_blockers(conn: &mut PgConnection, waiting: i32) -> Result<Vec<String>, sqlx::Error> {
-    sqlx::query_scalar(
-        "WITH blocking AS MATERIALIZED (
-             SELECT a.pid, a.application_name FROM unnest(pg_blocking_pids($1)) AS b (pid)
-             JOIN pg_stat_activity AS a ON a.pid = b.pid WHERE a.application_name LIKE 'sop/%'
+/// `pg_blocking_pids` also names those that merely queue before us, so the chain is followed to whoever blocks and is not blocked.
+pub(super) async fn holder(conn: &mut PgConnection, waiting: i32) -> Result<Option<Holder>, sqlx::Error> {
+    let row = sqlx::query(
+        "WITH RECURSIVE chain AS (
+             SELECT unnest(pg_blocking_pids($1)) AS pid
+             UNION SELECT unnest(pg_blocking_pids(chain.pid)) FROM chain
          )
-         SELECT application_name FROM blocking WHERE pg_terminate_backend(pid)",
+         SELECT a.pid, a.application_name AS name, extract(epoch FROM greatest(a.query_start, a.state_change))::float8 AS heard
+         FROM chain JOIN pg_stat_activity AS a ON a.pid = chain.pid
+         WHERE cardinality(pg_blocking_pids(a.pid)) = 0 AND a.application_name LIKE 'sop/%'",
     )
     .bind(waiting)
-    .fetch_all(conn)
-    .await
+    .fetch_optional(conn)
+    .await?;
+    row.map(|r| Ok(Holder { pid: r.try_get("pid")?, name: r.try_get("name")?, heard: r.try_get("heard")? })).transpose()
+}
+
+pub(super) async fn end_session(conn: &mut PgConnection, pid: i32) -> Result<bool, sqlx::Error> {
+    sqlx::query_scalar("SELECT pg_terminate_backend($1)").bind(pid).fetch_one(conn).await
 }
 
 /// The end of the newest partition: indexes from here on have no place yet.
@@ -343,7 +360,7 @@ pub(super) async fn take_claim(
     name: &str,
     holder: &str,
     token: i64,
-    ttl: std::time::Duration,
+    ttl: Duration,
     now: Timestamp,
 ) -> Result<(), sqlx::Error> {
     sqlx::query(

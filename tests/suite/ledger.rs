@@ -117,6 +117,33 @@ async fn a_holder_that_stalls_is_ended_and_does_no_harm() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn only_the_one_that_stalls_is_ended_not_those_that_wait_with_us() {
+    let db = database().await;
+    let proxy = Proxy::before(&db);
+    let one = Launch::on(db.url_via(&proxy)).env("SOP__LEDGER__LOCK_WAIT", "500ms").start().await;
+    let two = Launch::beside(&one, db.url()).env("SOP__LEDGER__LOCK_WAIT", "500ms").start().await;
+    let three = Launch::beside(&one, db.url()).env("SOP__LEDGER__LOCK_WAIT", "500ms").start().await;
+    let a = Client::of(&one);
+    a.put("k", "0").await.unwrap();
+    a.token().await;
+    let stall = proxy.arm(Fault::stall().on("UPDATE ledger.head"));
+    let (a1, b, c) = (a.clone_at_self(), a.clone_at(&two.url), a.clone_at(&three.url));
+    let stalled = tokio::spawn(async move { a1.put("k", "stalled").await });
+    stall.hit().await;
+    let (x, y) = tokio::join!(b.put("k", "two"), c.put("k", "three"));
+    x.and(y).expect("both others go on");
+    stall.release();
+    let _ = stalled.await;
+    a.put("after", "1").await.expect("the stalled daemon serves again");
+    let (_, page) = b.get("/v1/audit/entries?action=ledger:end-session").await;
+    let ended: Vec<&str> = page["items"].as_array().unwrap().iter().map(|e| e["resource"].as_str().unwrap()).collect();
+    let (log_two, log_three) = (two.log(), three.log());
+    assert!(!log_two.contains("lost its connection") && !log_three.contains("lost its connection"), "{ended:?}");
+    assert!(!ended.is_empty() && ended.iter().all(|e| *e == ended[0]), "{ended:?}");
+    record::check(&db).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_frozen_daemon_is_left_behind_and_wakes_up_harmless() {
     let db = database().await;
     let proxy = Proxy::before(&db);
@@ -295,6 +322,14 @@ async fn without_its_database_a_daemon_says_so_and_recovers() {
     let postmaster = rustix::process::Pid::from_raw(pid).unwrap();
     let backends = db.backends().await;
     rustix::process::kill_process(postmaster, rustix::process::Signal::STOP).unwrap();
+    // However this test ends, PostgreSQL goes on, so that it can be stopped.
+    struct Goes(rustix::process::Pid);
+    impl Drop for Goes {
+        fn drop(&mut self) {
+            let _ = rustix::process::kill_process(self.0, rustix::process::Signal::CONT);
+        }
+    }
+    let goes = Goes(postmaster);
     for backend in backends {
         let _ = rustix::process::kill_process(
             rustix::process::Pid::from_raw(backend).unwrap(),
@@ -305,7 +340,10 @@ async fn without_its_database_a_daemon_says_so_and_recovers() {
     assert_eq!(refused.status(), 503);
     assert!(refused.headers().contains_key("retry-after"));
     assert_eq!(client.bare(Method::GET, "/livez").send().await.unwrap().status(), 200);
-    rustix::process::kill_process(postmaster, rustix::process::Signal::CONT).unwrap();
+    let ready = client.bare(Method::GET, "/readyz?verbose").send().await.unwrap();
+    assert_eq!(ready.status(), 503);
+    assert!(ready.text().await.unwrap().contains("[-] database: does not answer"));
+    drop(goes);
     until("writes to go on", Duration::from_secs(30), || async { client.put("k", "2").await.is_ok() }).await;
     until("readiness", Duration::from_secs(30), || async {
         client.bare(Method::GET, "/readyz").send().await.unwrap().status() == 200

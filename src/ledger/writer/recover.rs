@@ -11,6 +11,7 @@ use crate::kernel::{Refusal, problem};
 
 use super::{AuthzFacts, Frontier, Head, Job, PAGE, Place, Session, Turn, Writer, finish_read, store};
 use crate::ledger::follower::News;
+use crate::ledger::store::Holder;
 
 /// A batch whose commit was answered with an error, or not at all.
 pub(super) struct Unknown {
@@ -25,18 +26,23 @@ pub(super) struct Unknown {
 impl Writer {
     /// Takes the fence. A daemon's session that keeps it longer than the limit is ended (rule 14): a frozen one would keep it
     /// for good, and the idle limit of its session does not see every kind of stall.
+    ///
+    /// We look twice while we wait, and end a holder only if it is the same both times and nothing came from it in between:
+    /// one that waited beside us may have got the lock a moment ago.
     pub(super) async fn lock(&mut self, s: &mut Session) -> Result<Head, sqlx::Error> {
         let began = self.shared.clock.elapsed();
         let backend = s.backend;
         let lock = store::lock_head(&mut s.conn);
         tokio::pin!(lock);
+        let mut seen = None;
         let head = loop {
             tokio::select! {
                 done = &mut lock => break done?,
-                () = tokio::time::sleep(self.shared.lock_wait) => {
-                    if let Err(e) = self.end_blockers(backend).await {
+                () = tokio::time::sleep(self.shared.lock_wait / 2) => {
+                    seen = self.look(backend, seen).await.unwrap_or_else(|e| {
                         tracing::warn!(error = %e, "could not look who holds the head of the ledger");
-                    }
+                        None
+                    });
                 }
             }
         };
@@ -46,14 +52,19 @@ impl Writer {
         })
     }
 
-    async fn end_blockers(&mut self, backend: i32) -> Result<(), sqlx::Error> {
+    /// Looks who holds the head, and ends the session if it is the one that was seen before and has not moved.
+    async fn look(&mut self, backend: i32, before: Option<Holder>) -> Result<Option<Holder>, sqlx::Error> {
         let mut conn = self.shared.store.dedicated("unblock").await?;
-        for who in store::end_blockers(&mut conn, backend).await? {
-            tracing::warn!(session = %who, "ended the session {who}: it held the head of the ledger too long");
-            self.shared.metrics.ended.inc();
-            self.note_ended(&who);
+        let Some(holder) = store::holder(&mut conn, backend).await? else { return Ok(None) };
+        if before.as_ref() != Some(&holder) {
+            return Ok(Some(holder));
         }
-        Ok(())
+        if store::end_session(&mut conn, holder.pid).await? {
+            tracing::warn!(session = %holder.name, "ended the session {}: it held the head of the ledger too long", holder.name);
+            self.shared.metrics.ended.inc();
+            self.note_ended(&holder.name);
+        }
+        Ok(None)
     }
 
     /// Reads what others wrote since, checks that the head extends what this daemon last saw (rule 13), and drops the facts
@@ -139,7 +150,7 @@ impl Writer {
         self.shared.set_behind();
         let refusal = Refusal::new(
             &problem::RECORD_BEHIND,
-            "the database's record does not extend what this daemon has acknowledged; nothing is written until `sop audit resume`",
+            "the database's record does not extend what this daemon has acknowledged: a failover lost commits, or a backup was put back; this daemon writes no more",
         );
         while let Ok(job) = self.queue.try_recv() {
             jobs.push(job);
