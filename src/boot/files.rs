@@ -67,6 +67,7 @@ pub(super) async fn admin(dir: &Path, url: &str, token: &Token) -> Result<(), St
     if !path.exists() {
         let text = format!("{}\n", json!({"url": url, "client_id": id, "client_secret": secret}));
         private(&path, text.as_bytes())?;
+        tracing::info!("the first administrator's credential is in {}", path.display());
     }
     let made = token.ensure_admin(&id, &secret).await.map_err(|e| e.detail().to_owned())?;
     if !made && !token.has_client(&id) {
