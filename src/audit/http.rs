@@ -172,14 +172,13 @@ async fn tile(
     caller: Option<axum::Extension<Caller>>,
     UrlPath(path): UrlPath<String>,
 ) -> Result<Response, Refusal> {
-    let bytes = match Path::parse(&path).ok_or_else(|| Refusal::not_found("such tile"))? {
-        Path::Hashes(tile) => audit.tile(tile).await?,
-        Path::Entries(tile) => audit.bundle(caller.as_ref().map(|c| &c.0), tile).await?,
+    let (bytes, public) = match Path::parse(&path).ok_or_else(|| Refusal::not_found("such tile"))? {
+        Path::Hashes(tile) => (audit.tile(tile).await?, true),
+        Path::Entries(tile) => (audit.bundle(caller.as_ref().map(|c| &c.0), tile).await?, audit.public_entries()),
     };
-    let headers = [
-        (header::CONTENT_TYPE, "application/octet-stream"),
-        (header::CACHE_CONTROL, "public, max-age=31536000, immutable"),
-    ];
+    // `public` would let a shared cache give to anybody what one caller was allowed to read (RFC 9111, 3.5).
+    let kept = if public { "public, max-age=31536000, immutable" } else { "private, max-age=31536000, immutable" };
+    let headers = [(header::CONTENT_TYPE, "application/octet-stream"), (header::CACHE_CONTROL, kept)];
     Ok((headers, bytes).into_response())
 }
 

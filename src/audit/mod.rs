@@ -49,6 +49,7 @@ pub struct Audit {
     ledger: Ledger,
     store: Store,
     key: VerifierKey,
+    public_entries: bool,
     indexed: watch::Receiver<i64>,
 }
 
@@ -176,7 +177,7 @@ impl Audit {
         };
         publisher::start(publisher, &ledger, config.audit.publish_interval.get(), tasks);
         let indexed = search::start(&store, &ledger, metrics, tasks);
-        Ok(Self { ledger, store, key: verifier, indexed })
+        Ok(Self { ledger, store, key: verifier, public_entries: config.audit.public_entries, indexed })
     }
 
     /// The key that checks this log.
@@ -218,10 +219,13 @@ impl Audit {
     /// The leaves of a level 0 tile as an entry bundle: each with its length before it, 16 bits.
     ///
     /// # Errors
-    /// 404 when the published tree does not reach so far, 403 for whoever may not read entries.
+    /// 404 when the published tree does not reach so far, 401 and 403 for whoever may not read entries.
     pub async fn bundle(&self, caller: Option<&Caller>, tile: Tile) -> Result<Vec<u8>, Refusal> {
-        if let Some(caller) = caller {
-            self.ledger.permit(caller, &[Ask::new("audit:read", "Entry", "")]).await?;
+        match caller {
+            Some(caller) => drop(self.ledger.permit(caller, &[Ask::new("audit:read", "Entry", "")]).await?),
+            None if self.public_entries => {}
+            // Not left to whoever looked at the path before: it may be written in more than one way.
+            None => return Err(Refusal::new(&problem::UNAUTHENTICATED, "entry bundles are not public here")),
         }
         let mut conn = self.connection().await?;
         let missing = || Refusal::not_found("such entry bundle");
@@ -319,6 +323,12 @@ impl Audit {
         let found = found.ok_or_else(|| Refusal::not_found(format!("entry {index}")))?;
         self.ledger.record(caller, permit, Entry::ok("audit:read", format!("entry/{index}"))).await?;
         Ok(found)
+    }
+
+    /// Whether entry bundles are for everybody.
+    #[must_use]
+    pub fn public_entries(&self) -> bool {
+        self.public_entries
     }
 
     /// How far the search has come.

@@ -214,3 +214,21 @@ async fn a_saved_log_verifies_offline_and_each_change_of_it_is_named() {
     let (fine, said) = sop(&["verify", &dir.display().to_string(), "--key", &key, "--since", &seen]).await;
     assert!(!fine && said.contains("shrunk"), "{said}");
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn entries_need_a_token_however_the_path_is_written() {
+    let (_db, _daemon, client) = start().await;
+    let writes = (0..260).map(|i| {
+        let client = &client;
+        async move { client.put(&format!("k/{}", i % 9), "v").await.unwrap() }
+    });
+    futures_util::future::join_all(writes).await;
+    published(&client, &log_key(&client).await, 257).await;
+    for path in ["entries/000", "%65ntries/000", "entrie%73/000", "entries%2F000"] {
+        let answer = client.bare(Method::GET, &format!("/log/tile/{path}")).send().await.unwrap();
+        assert_eq!(answer.status(), 401, "{path}");
+    }
+    let allowed = client.request(Method::GET, "/log/tile/entries/000").await.send().await.unwrap();
+    assert_eq!(allowed.status(), 200);
+    assert!(allowed.headers()["cache-control"].to_str().unwrap().starts_with("private"), "no shared cache may keep it");
+}
