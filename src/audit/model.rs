@@ -16,6 +16,8 @@ pub struct Stored {
     pub salt: Option<Vec<u8>>,
     /// Canonical JSON; `None` once erased.
     pub details: Option<Vec<u8>>,
+    /// Root of the records it stands for; `body` cannot be checked without it.
+    pub segment: Option<Vec<u8>>,
 }
 
 impl Stored {
@@ -61,6 +63,9 @@ impl Stored {
         }
         if let Some(salt) = &self.salt {
             m.insert("salt".into(), base64(salt).into());
+        }
+        if let Some(segment) = &self.segment {
+            m.insert("segment".into(), base64(segment).into());
         }
         m.insert("indexed_to".into(), indexed_to.into());
         m

@@ -139,7 +139,7 @@ pub(super) async fn make_log_key(
 /// An entry with its details.
 pub(super) async fn entries(conn: &mut PgConnection, indexes: &[i64]) -> Result<Vec<Stored>, sqlx::Error> {
     let rows = sqlx::query(
-        "SELECT e.index, e.leaf, d.salt, d.details FROM ledger.entries e LEFT JOIN ledger.details d USING (index)
+        "SELECT e.index, e.leaf, d.salt, d.details, d.segment FROM ledger.entries e LEFT JOIN ledger.details d USING (index)
          WHERE e.index = ANY ($1)",
     )
     .bind(indexes)
@@ -152,6 +152,7 @@ pub(super) async fn entries(conn: &mut PgConnection, indexes: &[i64]) -> Result<
                 leaf: r.try_get("leaf")?,
                 salt: r.try_get("salt")?,
                 details: r.try_get("details")?,
+                segment: r.try_get("segment")?,
             })
         })
         .collect()
@@ -174,7 +175,7 @@ pub(super) async fn indexed(conn: &mut PgConnection) -> Result<i64, sqlx::Error>
 /// Entries after `after`, in order, for the search.
 pub(super) async fn unindexed(conn: &mut PgConnection, after: i64, limit: i64) -> Result<Vec<Stored>, sqlx::Error> {
     let rows = sqlx::query(
-        "SELECT e.index, e.leaf, d.salt, d.details FROM ledger.entries e LEFT JOIN ledger.details d USING (index)
+        "SELECT e.index, e.leaf, d.salt, d.details, d.segment FROM ledger.entries e LEFT JOIN ledger.details d USING (index)
          WHERE e.index > $1 ORDER BY e.index LIMIT $2",
     )
     .bind(after)
@@ -188,6 +189,7 @@ pub(super) async fn unindexed(conn: &mut PgConnection, after: i64, limit: i64) -
                 leaf: r.try_get("leaf")?,
                 salt: r.try_get("salt")?,
                 details: r.try_get("details")?,
+                segment: r.try_get("segment")?,
             })
         })
         .collect()

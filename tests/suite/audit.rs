@@ -232,3 +232,23 @@ async fn entries_need_a_token_however_the_path_is_written() {
     assert_eq!(allowed.status(), 200);
     assert!(allowed.headers()["cache-control"].to_str().unwrap().starts_with("private"), "no shared cache may keep it");
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_log_with_a_segment_verifies_with_its_details() {
+    let (_db, daemon, client) = start().await;
+    let question = serde_json::json!({"subject": {"type": "user", "id": "a"}, "action": {"name": "read"},
+        "resource": {"type": "doc", "id": "1"}});
+    let (status, answer) = client.json(Method::POST, "/access/v1/evaluation", &question).await;
+    assert_eq!(status, 200);
+    let index = answer["context"]["index"].as_u64().unwrap();
+    let (_, entry) = client.get(&format!("/v1/audit/entries/{index}")).await;
+    assert_eq!(crypto::from_base64(entry["segment"].as_str().unwrap()).unwrap().len(), 32);
+    let key = log_key(&client).await;
+    published(&client, &key, index + 1).await;
+    let dir = reaper::folder("save").display().to_string();
+    let data = daemon.launch.dir.display().to_string();
+    let (fine, said) = sop(&["audit", "save", &dir, "--data-dir", &data, "--details"]).await;
+    assert!(fine, "{said}");
+    let (fine, said) = sop(&["verify", &dir, "--key", &key.to_string()]).await;
+    assert!(fine, "{said}");
+}
