@@ -85,16 +85,19 @@ impl Metrics {
 pub async fn check_at_start(store: &Store, data: &Path) -> Result<(), String> {
     let failed = |e: sqlx::Error| format!("the record cannot be checked: {e}");
     let mut conn = store.dedicated("check").await.map_err(failed)?;
-    let Some((index, head_root)) = store::head(&mut conn).await.map_err(failed)? else { return Ok(()) };
+    let note = kept_note(data)?;
+    let Some((index, head_root)) = store::head(&mut conn).await.map_err(failed)? else {
+        // A log that was signed here and is gone is the largest loss of all, not a first start.
+        return note.map_or(Ok(()), |_| Err(emptied()));
+    };
     let head_size = u64::try_from(index + 1).unwrap_or(0);
     let published = store::checkpoint(&mut conn).await.map_err(failed)?;
     let key = store::log_key(&mut conn).await.map_err(failed)?;
     if let Some(p) = &published {
         agree(&mut conn, p.size, &p.root, head_size, "the last published checkpoint").await?;
     }
-    if let Some((name, public, _)) = key
-        && let Ok(note) = std::fs::read_to_string(data.join("checkpoint"))
-    {
+    if let Some(note) = note {
+        let (name, public, _) = key.ok_or_else(emptied)?;
         let kept = Checkpoint::open(&note, &VerifierKey { name, public })
             .map_err(|e| format!("the checkpoint in the data folder cannot be used: {e}; if this is another database, use another data folder"))?;
         agree(&mut conn, kept.size, &kept.root, head_size, "the checkpoint kept in the data folder").await?;
@@ -122,6 +125,20 @@ pub async fn check_at_start(store: &Store, data: &Path) -> Result<(), String> {
         ));
     }
     Ok(())
+}
+
+/// The checkpoint that this daemon signed last, if it ever signed one.
+fn kept_note(data: &Path) -> Result<Option<String>, String> {
+    let file = data.join("checkpoint");
+    match std::fs::read_to_string(&file) {
+        Ok(note) => Ok(Some(note)),
+        Err(e) if e.kind() == std::io::ErrorKind::NotFound => Ok(None),
+        Err(e) => Err(format!("{} cannot be read, so the record cannot be checked: {e}", file.display())),
+    }
+}
+
+fn emptied() -> String {
+    "record-behind: the data folder keeps a signed checkpoint, the database has no log: it was emptied, or is another one. Bring the log back; if this is another database, use another data folder".to_owned()
 }
 
 async fn agree(conn: &mut PgConnection, size: u64, root: &crypto::Hash, head: u64, what: &str) -> Result<(), String> {

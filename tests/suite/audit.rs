@@ -252,3 +252,25 @@ async fn a_log_with_a_segment_verifies_with_its_details() {
     let (fine, said) = sop(&["verify", &dir, "--key", &key.to_string()]).await;
     assert!(fine, "{said}");
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_database_that_lost_its_log_is_refused() {
+    let (_db, mut daemon, client) = start().await;
+    let last = client.put("k", "v").await.unwrap();
+    let signed = u64::try_from(last).unwrap() + 1;
+    published(&client, &log_key(&client).await, signed).await;
+    assert!(daemon.terminate(Duration::from_secs(20)).await.success());
+    let file = daemon.launch.dir.join("checkpoint");
+    let kept = std::fs::read(&file).unwrap();
+    let empty = database().await;
+    let started = tokio::process::Command::new(env!("CARGO_BIN_EXE_sop"))
+        .args(["serve", "--listen", "127.0.0.1:0", "--data-dir"])
+        .arg(&daemon.launch.dir)
+        .env("SOP__DATABASE__URL", empty.url())
+        .kill_on_drop(true)
+        .output();
+    let ended = tokio::time::timeout(Duration::from_secs(20), started).await.expect("it does not run on it").unwrap();
+    assert!(!ended.status.success());
+    assert!(String::from_utf8_lossy(&ended.stderr).contains("record-behind"), "{ended:?}");
+    assert_eq!(std::fs::read(&file).unwrap(), kept, "what was signed before is still known");
+}
