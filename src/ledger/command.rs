@@ -9,7 +9,7 @@ use sqlx::PgConnection;
 use crate::kernel::{Refusal, Timestamp};
 
 use super::Entry;
-use super::hot::{At, Decided, Fact, HotKey};
+use super::hot::{At, Decided, ENTRIES, Fact, HotKey};
 
 /// A change of one room. It decides on rows it reads under the head's lock, writes them, and yields the entry of it.
 ///
@@ -116,13 +116,20 @@ pub struct Committed<T> {
 }
 
 /// A command that changes no rows: the entry is the change (a denial, a use, a read of the record).
-pub struct Record(pub Option<Entry>);
+pub struct Record(pub Entry);
 
 impl Command for Record {
     type Out = ();
 
     async fn apply(&mut self, _: &mut Tx<'_>) -> Result<((), Entry), Failure> {
-        let entry = self.0.clone().ok_or_else(|| Refusal::internal("a record without an entry"))?;
-        Ok(((), entry))
+        Ok(((), self.0.clone()))
+    }
+
+    fn hot(&self) -> Option<HotKey> {
+        Some(HotKey { kind: &ENTRIES, key: Vec::new() })
+    }
+
+    fn decide(&mut self, _: Option<&Fact>, _: At) -> Result<Decided<()>, Refusal> {
+        Ok(Decided { value: (), entry: self.0.clone(), after: None, row: None })
     }
 }

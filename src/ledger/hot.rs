@@ -1,12 +1,13 @@
-//! Hot commands: decided in memory on facts that are read for a whole run at once, and written as one statement.
+//! Hot commands: decided in memory on facts, and written with their entries in one statement.
 //!
-//! A *run* is the hot commands of one kind that follow each other in a turn. Its facts are read under the lock in one statement,
-//! each command decides on them in order of arrival and changes them for those behind it, and what is left of each fact is written
-//! in one statement. So a batch of any size costs two round trips, and SQL sees what a run did before anything else runs.
+//! A kind of hot command says how its facts are read, and which parts it adds to the ledger's statement. What a batch changes
+//! is written by that one statement, every part of which reads `FROM head`, the advance of the head row: where the head has
+//! moved nothing at all is written. So the statement needs no lock to be sound, and alone it is the whole commit.
 
 use std::any::Any;
 use std::collections::HashMap;
-use std::sync::Arc;
+use std::fmt::Write as _;
+use std::sync::{Arc, Mutex, PoisonError};
 
 use sqlx::PgConnection;
 
@@ -14,23 +15,43 @@ use crate::kernel::{BoxFuture, Refusal, Timestamp};
 
 use super::command::Failure;
 use super::entry::Sealed;
-use super::{Command, Entry, Tx};
+use super::{Command, Entry, Tx, store};
 
 /// What a command decides on: whatever its kind says.
 pub type Fact = Arc<dyn Any + Send + Sync>;
 /// Facts by their keys.
 pub type Loaded = Result<Vec<(Vec<u8>, Fact)>, sqlx::Error>;
 /// What a command leaves to be written.
-pub type Row = Box<dyn Any + Send>;
+pub type Row = Box<dyn Any + Send + Sync>;
 
-/// A kind of hot command: how its facts are read and its rows written. All of a run's in one statement each.
+/// A kind of hot command: how its facts are read and its rows written.
 pub trait Hot: Send + Sync {
-    /// Tells it from other kinds.
+    /// Tells it from other kinds; also the kind of touch that says which of its facts changed.
     fn name(&self) -> &'static str;
+
+    /// Its parts of the ledger's statement: CTEs, each begun with a comma and reading from `head`. `{0}`, `{1}`, ... stand for
+    /// its columns. Parts never read a table that another part writes, and no two write the same row (both measured).
+    fn parts(&self) -> &'static str;
+
+    /// The rows as columns, in the order they were decided.
+    fn columns(&self, rows: Vec<Row>) -> Vec<Column>;
+
     /// Reads the facts of these keys; a key that is not there has none.
     fn load<'a>(&'a self, conn: &'a mut PgConnection, keys: &'a [Vec<u8>]) -> BoxFuture<'a, Loaded>;
-    /// Writes the rows, in the order they were decided.
-    fn flush<'a>(&'a self, conn: &'a mut PgConnection, rows: Vec<Row>) -> BoxFuture<'a, Result<(), sqlx::Error>>;
+}
+
+/// One column of a kind's rows.
+pub enum Column {
+    /// `bytea[]`
+    Bytes(Vec<Vec<u8>>),
+    /// `int8[]`
+    Ints(Vec<i64>),
+    /// `text[]`
+    Texts(Vec<String>),
+    /// `bool[]`
+    Flags(Vec<bool>),
+    /// `uuid[]`
+    Ids(Vec<uuid::Uuid>),
 }
 
 /// The kind of a command, and the fact it decides on.
@@ -50,43 +71,106 @@ pub struct Decided<T> {
     /// The fact for whoever comes next; `None`: it is gone.
     pub after: Option<Fact>,
     /// What is to be written.
-    pub row: Row,
+    pub row: Option<Row>,
 }
 
 /// The same of a job, with its entry made.
 pub(super) struct Made {
     pub sealed: Sealed,
     pub after: Option<Fact>,
-    pub row: Row,
+    pub row: Option<Row>,
 }
 
-/// The facts of a run while it is decided.
-pub(super) struct Facts(HashMap<Vec<u8>, Fact>);
+/// Commands that decide on nothing and leave nothing but their entry.
+pub(super) struct Entries;
 
-impl Facts {
-    pub async fn load(
-        conn: &mut PgConnection,
-        kind: &'static dyn Hot,
-        mut keys: Vec<Vec<u8>>,
-    ) -> Result<Self, sqlx::Error> {
-        keys.sort_unstable();
-        keys.dedup();
-        Ok(Self(kind.load(conn, &keys).await?.into_iter().collect()))
+pub(super) static ENTRIES: Entries = Entries;
+
+impl Hot for Entries {
+    fn name(&self) -> &'static str {
+        "entry"
     }
 
-    pub fn get(&self, key: &[u8]) -> Option<&Fact> {
-        self.0.get(key)
+    fn parts(&self) -> &'static str {
+        ""
     }
 
-    pub fn set(&mut self, key: Vec<u8>, fact: Option<Fact>) {
-        match fact {
-            Some(fact) => self.0.insert(key, fact),
-            None => self.0.remove(&key),
+    fn columns(&self, _: Vec<Row>) -> Vec<Column> {
+        Vec::new()
+    }
+
+    fn load<'a>(&'a self, _: &'a mut PgConnection, _: &'a [Vec<u8>]) -> BoxFuture<'a, Loaded> {
+        Box::pin(async { Ok(Vec::new()) })
+    }
+}
+
+/// Rows of several kinds, in the order they were decided.
+#[derive(Default)]
+pub(super) struct Rows(Vec<(&'static dyn Hot, Vec<Row>)>);
+
+impl Rows {
+    pub fn push(&mut self, kind: &'static dyn Hot, row: Row) {
+        match self.0.iter_mut().find(|(k, _)| k.name() == kind.name()) {
+            Some((_, rows)) => rows.push(row),
+            None => self.0.push((kind, vec![row])),
+        }
+    }
+
+    pub fn is_empty(&self) -> bool {
+        self.0.is_empty()
+    }
+
+    /// The rows as columns, by kind, so that the same kinds always give the same statement.
+    pub fn columns(mut self) -> Vec<(&'static dyn Hot, Vec<Column>)> {
+        self.0.sort_by_key(|(kind, _)| kind.name());
+        self.0.into_iter().map(|(kind, rows)| (kind, kind.columns(rows))).collect()
+    }
+}
+
+/// The text of the ledger's statement with the parts of some kinds, made once for each set of kinds.
+#[derive(Default)]
+pub(super) struct Texts(Mutex<HashMap<Vec<&'static str>, Arc<str>>>);
+
+impl Texts {
+    /// `head` ends where parts may follow; `first` is the number of the first free parameter; `tail` ends the statement.
+    pub fn joined(
+        &self,
+        head: &str,
+        first: usize,
+        tail: &str,
+        columns: &[(&'static dyn Hot, Vec<Column>)],
+    ) -> Arc<str> {
+        let names: Vec<&str> = columns.iter().map(|(kind, _)| kind.name()).collect();
+        let mut made = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let text = || {
+            let mut text = head.to_owned();
+            let mut next = first;
+            for (kind, columns) in columns {
+                text.push_str(&numbered(kind.parts(), next));
+                next += columns.len();
+            }
+            text.push_str(tail);
+            Arc::from(text)
         };
+        made.entry(names).or_insert_with(text).clone()
     }
 }
 
-/// Runs a hot command alone, inside somebody's transaction: what its `apply` does.
+/// The parts with their parameters numbered from `first`.
+pub(super) fn numbered(parts: &str, first: usize) -> String {
+    let mut out = String::with_capacity(parts.len());
+    let mut rest = parts;
+    while let Some((before, after)) = rest.split_once('{') {
+        out.push_str(before);
+        let (number, tail) = after.split_once('}').unwrap_or(("0", after));
+        let _ = write!(out, "${}", first + number.parse::<usize>().unwrap_or(0));
+        rest = tail;
+    }
+    out.push_str(rest);
+    out
+}
+
+/// Runs a hot command alone, inside somebody's transaction: what its `apply` does. The head is locked, so it need not be asked.
 ///
 /// # Errors
 /// What the command refuses, and what the database fails at.
@@ -95,7 +179,9 @@ pub async fn alone<C: Command>(command: &mut C, tx: &mut Tx<'_>) -> Result<(C::O
     let found = kind.load(tx.read(), std::slice::from_ref(&key)).await?.pop();
     let at = At { index: tx.index(), now: tx.now() };
     let decided = command.decide(found.as_ref().map(|(_, fact)| fact), at)?;
-    kind.flush(tx.write(), vec![decided.row]).await?;
+    if let Some(row) = decided.row {
+        store::write_alone(tx.write(), kind, row).await?;
+    }
     Ok((decided.value, decided.entry))
 }
 
@@ -106,4 +192,15 @@ pub struct At {
     pub index: i64,
     /// Its time.
     pub now: Timestamp,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::numbered;
+
+    #[test]
+    fn parameters_are_numbered_on() {
+        assert_eq!(numbered(", a AS (SELECT {0}, {2} WHERE {0})", 14), ", a AS (SELECT $14, $16 WHERE $14)");
+        assert_eq!(numbered("", 3), "");
+    }
 }

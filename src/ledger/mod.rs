@@ -18,6 +18,7 @@ mod fence;
 mod follower;
 pub mod hot;
 mod job;
+mod known;
 pub mod merkle;
 mod metrics;
 pub mod segment;
@@ -91,6 +92,8 @@ struct Shared {
     lock_wait: Duration,
     write_timeout: Duration,
     metrics: Metrics,
+    /// The statement that writes, by the kinds of rows it carries.
+    texts: hot::Texts,
     queue: mpsc::Sender<Box<dyn Job>>,
     news: mpsc::Sender<News>,
     /// The newest index this daemon knows to be committed.
@@ -112,7 +115,7 @@ impl Shared {
 
     fn record_detached(&self, caller: Caller, entry: Entry) {
         let permit = Permit::granted();
-        let (job, _) = Ticket::new(Record(Some(entry)), caller, permit, false);
+        let (job, _) = Ticket::new(Record(entry), caller, permit, false);
         if let Err(e) = self.queue.try_send(job) {
             // The queue is full because the head was held: the entry waits for room like everyone else.
             let (mpsc::error::TrySendError::Full(job) | mpsc::error::TrySendError::Closed(job)) = e;
@@ -142,6 +145,7 @@ impl Ledger {
             lock_wait: parts.lock_wait,
             write_timeout: parts.write_timeout,
             metrics,
+            texts: hot::Texts::default(),
             queue,
             news,
             head: AtomicI64::new(-1),
@@ -223,7 +227,7 @@ impl Ledger {
         let id = permit.decision.as_ref().map(|d| d.id.to_string()).unwrap_or_default();
         let detail = format!("{} on {} is not allowed for {}", ask.action, ask.resource(), caller.actor());
         let entry = Entry::ok(ask.action, ask.resource()).outcome(Outcome::Denied).reason(detail.clone());
-        match self.submit(Record(Some(entry)), caller, permit, false).await? {
+        match self.submit(Record(entry), caller, permit, false).await? {
             Heard::Committed(c) => {
                 Ok(Some(Refusal::new(&problem::DENIED, detail).with("decision", id).recorded_at(c.index)))
             }
@@ -272,7 +276,7 @@ impl Ledger {
         let mut permit = permit;
         // The decision was made; what is recorded is that it was used.
         permit.at = i64::MAX;
-        match self.submit(Record(Some(entry)), caller, permit, false).await? {
+        match self.submit(Record(entry), caller, permit, false).await? {
             Heard::Committed(c) => Ok(c),
             Heard::Refused(r) => Err(r),
             Heard::Stale { .. } => Err(Refusal::internal("a record went stale")),

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use sqlx::{PgConnection, Row as _};
+use sqlx::{AssertSqlSafe, PgConnection, Row as _};
 use time::OffsetDateTime;
 use uuid::Uuid;
 
@@ -11,6 +11,7 @@ use crate::kernel::crypto::Hash;
 use crate::kernel::web::Idempotency;
 
 use super::entry::Sealed;
+use super::hot::{self, Column, Hot, Row, Texts};
 use super::touch::Touched;
 
 /// The head row, and the database's clock when it was read.
@@ -66,22 +67,24 @@ pub(super) async fn make_head(conn: &mut PgConnection, root: &Hash) -> Result<()
     Ok(())
 }
 
-/// What a batch leaves in the ledger.
-pub(super) struct Batch<'a> {
+/// What a batch leaves behind: the new head, its entries, and rows by kind.
+pub(super) struct Batch {
     pub id: Uuid,
     pub before: i64,
     pub root: Hash,
     pub frontier: Vec<u8>,
     pub time: Timestamp,
-    pub entries: &'a [Sealed],
+    pub entries: Vec<Sealed>,
+    pub columns: Vec<(&'static dyn Hot, Vec<Column>)>,
 }
 
-/// Advances the head from `before` to `before + k` **where it still is `before`**, and inserts the entries. Every part reads
-/// from the head's update, so that a head that has moved leaves nothing at all behind. The notification is a column.
+/// Advances the head from `before` to `before + k` **where it still is `before`**, and inserts the entries; the parts of the
+/// rooms follow. Every part reads from the head's update, so that a head that has moved leaves nothing at all behind. The
+/// time may not be further ahead of the database's clock than $14 ms (rule 17). The notification is a column.
 const ADVANCE: &str = "
     WITH head AS (
         UPDATE ledger.head SET index = $1, root = $2, frontier = $3, time = $4, batch = $5
-        WHERE id = 1 AND index = $6 RETURNING index
+        WHERE id = 1 AND index = $6 AND $4 <= clock_timestamp() + $14 * interval '1 ms' RETURNING index
     ), entries AS (
         INSERT INTO ledger.entries (index, leaf, hash, batch, touched)
         SELECT e.index, e.leaf, e.hash, $5, e.touched
@@ -90,11 +93,17 @@ const ADVANCE: &str = "
         INSERT INTO ledger.details (index, salt, details, segment)
         SELECT d.index, d.salt, d.details, d.segment
         FROM head, unnest($7::int8[], $11::bytea[], $12::bytea[], $13::bytea[]) AS d (index, salt, details, segment)
-    )
-    SELECT pg_notify('sop_ledger', head.index::text) IS NOT NULL FROM head";
+    )";
+const ADVANCED: &str = " SELECT pg_notify('sop_ledger', head.index::text) IS NOT NULL FROM head";
+/// The first parameter that is free for the rooms' parts.
+const FREE: usize = 15;
 
-/// Writes a batch; `false` if the head was not where it was expected, and then nothing was written.
-pub(super) async fn advance(conn: &mut PgConnection, batch: &Batch<'_>) -> Result<bool, sqlx::Error> {
+/// How far ahead of the database's clock an entry's time may be.
+pub(super) const AHEAD_MS: i64 = 5_000;
+
+/// Writes a batch; `false` if the head was not where it was expected, and then nothing was written. Outside a transaction this
+/// is the commit.
+pub(super) async fn advance(conn: &mut PgConnection, texts: &Texts, batch: &Batch) -> Result<bool, sqlx::Error> {
     let k = i64::try_from(batch.entries.len()).unwrap_or(0);
     let indexes: Vec<i64> = (batch.before + 1..=batch.before + k).collect();
     let leaves: Vec<&[u8]> = batch.entries.iter().map(|e| e.leaf.as_slice()).collect();
@@ -103,7 +112,8 @@ pub(super) async fn advance(conn: &mut PgConnection, batch: &Batch<'_>) -> Resul
     let salts: Vec<&[u8]> = batch.entries.iter().map(|e| e.salt.as_slice()).collect();
     let details: Vec<&[u8]> = batch.entries.iter().map(|e| e.details.as_slice()).collect();
     let segments: Vec<Option<&[u8]>> = batch.entries.iter().map(|e| e.segment.as_ref().map(|h| h.as_slice())).collect();
-    let advanced = sqlx::query(ADVANCE)
+    let text = texts.joined(ADVANCE, FREE, ADVANCED, &batch.columns);
+    let query = sqlx::query(AssertSqlSafe(text))
         .bind(batch.before + k)
         .bind(batch.root.as_slice())
         .bind(&batch.frontier)
@@ -117,9 +127,29 @@ pub(super) async fn advance(conn: &mut PgConnection, batch: &Batch<'_>) -> Resul
         .bind(salts)
         .bind(details)
         .bind(segments)
-        .fetch_optional(conn)
-        .await?;
-    Ok(advanced.is_some())
+        .bind(AHEAD_MS as f64);
+    let query = batch.columns.iter().flat_map(|(_, c)| c).fold(query, bind);
+    Ok(!query.fetch_all(conn).await?.is_empty())
+}
+
+/// Writes the row of one hot command inside a transaction that holds the head: there it need not be asked.
+pub(super) async fn write_alone(conn: &mut PgConnection, kind: &dyn Hot, row: Row) -> Result<(), sqlx::Error> {
+    let columns = kind.columns(vec![row]);
+    let text = format!("WITH head AS (SELECT 1){} SELECT 1", hot::numbered(kind.parts(), 1));
+    columns.iter().fold(sqlx::query(AssertSqlSafe(text)), bind).execute(conn).await?;
+    Ok(())
+}
+
+type Query<'q> = sqlx::query::Query<'q, sqlx::Postgres, sqlx::postgres::PgArguments>;
+
+fn bind<'q>(query: Query<'q>, column: &'q Column) -> Query<'q> {
+    match column {
+        Column::Bytes(v) => query.bind(v),
+        Column::Ints(v) => query.bind(v),
+        Column::Texts(v) => query.bind(v),
+        Column::Flags(v) => query.bind(v),
+        Column::Ids(v) => query.bind(v),
+    }
 }
 
 pub(super) async fn commit(conn: &mut PgConnection) -> Result<(), sqlx::Error> {
@@ -286,7 +316,7 @@ pub(super) async fn add_partition(conn: &mut PgConnection, from: i64) -> Result<
         ));
     }
     sql.push_str("COMMIT");
-    let done = sqlx::raw_sql(sqlx::AssertSqlSafe(sql)).execute(&mut *conn).await;
+    let done = sqlx::raw_sql(AssertSqlSafe(sql)).execute(&mut *conn).await;
     if done.is_err() {
         // Another daemon was quicker; the transaction must not stay open.
         rollback(conn).await?;

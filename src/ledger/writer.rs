@@ -1,39 +1,43 @@
 //! The writer: one task, one connection, one turn after another.
 //!
-//! A turn: take the fence (lock the head row), catch up with what other daemons wrote, drain the queue, run each command,
-//! write all entries and the new head as one statement, commit, answer. What goes wrong on the way is in [`recover`].
+//! A locked turn: take the fence (lock the head row), catch up with what other daemons wrote, drain the queue, run each command
+//! ([`run`]), write all entries and the new head as one statement, commit, answer. A writer that is alone, with commands that
+//! are all hot, leaves the lock out: that one statement is the whole turn ([`optimistic`]). What goes wrong on the way is in
+//! [`recover`].
 
+mod optimistic;
 mod recover;
+mod run;
 
 pub(super) use recover::empty_root;
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
+use std::time::Duration;
 
 use sqlx::PgConnection;
 use tokio::sync::mpsc;
 
 use crate::kernel::supervisor::{Stop, TaskError};
-use crate::kernel::web::Caller;
-use crate::kernel::{Refusal, Timestamp, ids, problem};
+use crate::kernel::{Refusal, Timestamp, problem};
 
-use super::command::{Failure, Tx};
-use super::entry::Sealed;
+use super::Shared;
+use super::command::Failure;
 use super::facts::AuthzFacts;
 use super::follower::News;
-use super::hot::{At, Facts, Hot};
 use super::job::Job;
+use super::known::Known;
 use super::merkle::Frontier;
 use super::store::{self, Head};
 use super::touch::Touched;
-use super::{Entry, Shared};
 
-use recover::Unknown;
+use recover::{Settled, Unknown};
+use run::Run;
 
-/// How far ahead of the database's clock an entry's time may be.
-const AHEAD_MS: i64 = 5_000;
 /// How often in a row a batch is tried on new connections before its callers are told that the database is away.
 const BROKEN_MOST: u32 = 4;
+/// For how long after another daemon wrote every turn is a locked one.
+const ALONE: Duration = Duration::from_millis(100);
 /// Entries read at a time when catching up.
 const PAGE: i64 = 10_000;
 
@@ -43,11 +47,14 @@ struct Place {
     time: Timestamp,
     frontier: Frontier,
     authz: AuthzFacts,
+    known: Known,
 }
 
 pub(super) struct Writer {
     shared: Arc<Shared>,
     queue: mpsc::Receiver<Box<dyn Job>>,
+    /// When another daemon was last seen to have written.
+    foreign: Option<Duration>,
     /// What this daemon last saw committed, and must find extended whenever it looks again (rule 13).
     place: Option<Place>,
     unknown: Option<Unknown>,
@@ -68,7 +75,7 @@ enum Turn {
 
 impl Writer {
     pub fn new(shared: Arc<Shared>, queue: mpsc::Receiver<Box<dyn Job>>) -> Self {
-        Self { shared, queue, place: None, unknown: None }
+        Self { shared, queue, foreign: None, place: None, unknown: None }
     }
 
     /// Runs until told to stop, and then until what queued before is written.
@@ -130,52 +137,76 @@ impl Writer {
         Ok(Session { conn, backend })
     }
 
-    /// One turn. `jobs` were taken before the lock: the one that woke us, or those of a turn that was broken off.
-    async fn turn(&mut self, s: &mut Session, mut jobs: Vec<Box<dyn Job>>) -> Turn {
-        let head = match self.lock(s).await {
-            Ok(head) => head,
-            Err(e) => return Turn::Broken(jobs, e),
-        };
-        let settled = match self.settle_unknown(&mut s.conn).await {
-            Ok(again) => again,
-            Err(e) => return Turn::Broken(jobs, e),
-        };
-        // What was tried before goes first: it arrived first.
-        if let Some(mut again) = settled {
-            again.append(&mut jobs);
-            jobs = again;
+    /// One turn. `jobs` were taken before it: the one that woke us, or those of a turn that was broken off.
+    async fn turn(&mut self, s: &mut Session, jobs: Vec<Box<dyn Job>>) -> Turn {
+        if self.alone() {
+            match self.optimistic(s, jobs).await {
+                optimistic::Tried::Ended(turn) => return turn,
+                optimistic::Tried::Lock(jobs) => return self.locked(s, jobs).await,
+            }
         }
+        self.locked(s, jobs).await
+    }
+
+    /// Whether nobody else has been seen to write for a while, and nothing is to be found out first.
+    fn alone(&self) -> bool {
+        let now = self.shared.clock.elapsed();
+        let quiet = self.foreign.is_none_or(|seen| now.saturating_sub(seen) >= ALONE);
+        quiet && self.place.is_some() && self.unknown.is_none() && !self.shared.store.storage_full()
+    }
+
+    /// A turn under the lock of the head.
+    async fn locked(&mut self, s: &mut Session, mut jobs: Vec<Box<dyn Job>>) -> Turn {
+        let head = loop {
+            let head = match self.lock(s).await {
+                Ok(head) => head,
+                Err(e) => return Turn::Broken(jobs, e),
+            };
+            match self.settle_unknown(s, &head).await {
+                Ok(Settled::Nothing) => break head,
+                // It was written again and committed: the lock went with it.
+                Ok(Settled::Committed) => {}
+                // What was tried before goes first: it arrived first.
+                Ok(Settled::Again(mut again)) => {
+                    again.append(&mut jobs);
+                    jobs = again;
+                    break head;
+                }
+                Err(e) => return Turn::Broken(jobs, e),
+            }
+        };
         match self.catch_up(&mut s.conn, &head).await {
             Ok(true) => {}
             Ok(false) => return self.behind(&mut s.conn, jobs).await,
             Err(e) => return Turn::Broken(jobs, e),
         }
         // After the lock is held, never before: what arrived while we waited goes along (rule 3).
-        while jobs.len() < self.shared.batch
-            && let Ok(job) = self.queue.try_recv()
-        {
-            jobs.push(job);
-        }
+        self.drain(&mut jobs);
         if let Some(refusal) = self.refuse_all(&head) {
             jobs.iter_mut().for_each(|j| j.refuse(refusal.clone()));
             return finish_read(&mut s.conn, jobs).await;
         }
         self.shared.metrics.batch.observe(jobs.len() as f64);
-        self.apply(s, &head, jobs).await
+        self.shared.metrics.locked.inc();
+        self.apply(s, jobs).await
+    }
+
+    fn drain(&mut self, jobs: &mut Vec<Box<dyn Job>>) {
+        while jobs.len() < self.shared.batch
+            && let Ok(job) = self.queue.try_recv()
+        {
+            jobs.push(job);
+        }
     }
 
     /// Runs the jobs and commits. If one fails, all run again one by one.
-    async fn apply(&mut self, s: &mut Session, head: &Head, mut jobs: Vec<Box<dyn Job>>) -> Turn {
-        match self.run_jobs(&mut s.conn, head, &mut jobs).await {
-            Ok(sealed) => self.commit(s, jobs, sealed).await,
-            Err((_, Failure::Database(e))) if is_broken(&e) => {
-                jobs.iter_mut().for_each(|j| j.reset());
-                Turn::Broken(jobs, e)
-            }
+    async fn apply(&mut self, s: &mut Session, mut jobs: Vec<Box<dyn Job>>) -> Turn {
+        match self.run_jobs(&mut s.conn, &mut jobs).await {
+            Ok(run) => self.commit(s, jobs, run).await,
+            Err((_, Failure::Database(e))) if is_broken(&e) => again(jobs, e),
             Err((culprit, failure)) => {
                 if let Err(e) = store::rollback(&mut s.conn).await {
-                    jobs.iter_mut().for_each(|j| j.reset());
-                    return Turn::Broken(jobs, e);
+                    return again(jobs, e);
                 }
                 if jobs.len() == 1 {
                     jobs[culprit].refuse(refusal_of(failure));
@@ -195,7 +226,7 @@ impl Writer {
             job.reset();
             let turn = match self.lock(s).await {
                 Ok(head) => match self.catch_up(&mut s.conn, &head).await {
-                    Ok(true) => Box::pin(self.apply(s, &head, vec![job])).await,
+                    Ok(true) => Box::pin(self.apply(s, vec![job])).await,
                     Ok(false) => self.behind(&mut s.conn, vec![job]).await,
                     Err(e) => Turn::Broken(vec![job], e),
                 },
@@ -210,117 +241,41 @@ impl Writer {
         Turn::Fine
     }
 
-    /// Runs each job in order of arrival. On failure says whose.
-    async fn run_jobs(
-        &mut self,
-        conn: &mut PgConnection,
-        head: &Head,
-        jobs: &mut [Box<dyn Job>],
-    ) -> Result<Run, (usize, Failure)> {
-        let Some(place) = self.place.as_ref() else {
-            return Err((0, Failure::Refused(Refusal::internal("a turn without a place"))));
-        };
-        let now = self.shared.clock.now().max(head.time);
-        let mut run = Run { entries: Vec::with_capacity(jobs.len()), wrote: false, time: now };
-        let mut fresh = AuthzFacts::from(-1);
-        let mut i = 0;
-        while i < jobs.len() {
-            if let Some(since) = place.authz.stale(jobs[i].permit()).or_else(|| fresh.stale(jobs[i].permit())) {
-                jobs[i].stale(since);
-                i += 1;
-                continue;
-            }
-            if let Some(first) = jobs[i].hot() {
-                let fits = |j: &dyn Job| {
-                    let still = place.authz.stale(j.permit()).is_none() && fresh.stale(j.permit()).is_none();
-                    still && j.hot().is_some_and(|h| h.kind.name() == first.kind.name())
-                };
-                let length = jobs[i..].iter().take_while(|j| fits(j.as_ref())).count();
-                run.hot(conn, place.index, first.kind, &mut jobs[i..i + length]).await.map_err(|(n, e)| (i + n, e))?;
-                i += length;
-                continue;
-            }
-            let index = place.index + 1 + run.entries.len() as i64;
-            let mut tx = Tx::new(conn, index, now);
-            let done = jobs[i].run(&mut tx, &self.shared.master).await;
-            run.wrote |= tx.wrote();
-            match done {
-                Ok(Some(sealed)) => {
-                    // Whoever comes later in this batch must see what this one changed about permissions.
-                    fresh.note(index, &Touched::decode(&sealed.touched).unwrap_or_default());
-                    run.entries.push(sealed);
-                }
-                Ok(None) => {}
-                Err(failure) => return Err((i, failure)),
-            }
-            i += 1;
-        }
-        Ok(run)
-    }
-
     async fn commit(&mut self, s: &mut Session, jobs: Vec<Box<dyn Job>>, run: Run) -> Turn {
-        let Some(place) = self.place.as_mut() else {
+        if !run.wrote() {
             return finish_read(&mut s.conn, jobs).await;
-        };
-        if run.entries.is_empty() && !run.wrote {
-            return finish_read(&mut s.conn, jobs).await;
-        }
-        let before = place.index;
-        let id = ids::new_id(run.time);
-        let mut frontier = place.frontier.clone();
-        run.entries.iter().for_each(|e| frontier.push(e.hash));
-        if !run.entries.is_empty() {
-            let batch = store::Batch {
-                id,
-                before,
-                root: frontier.root(),
-                frontier: frontier.encode(),
-                time: run.time,
-                entries: &run.entries,
-            };
-            match store::advance(&mut s.conn, &batch).await {
-                Ok(true) => {}
-                Ok(false) => {
-                    let e = sqlx::Error::Protocol("the head moved although it was locked".into());
-                    return again(jobs, e);
-                }
-                Err(e) if is_broken(&e) => return again(jobs, e),
-                Err(e) => {
-                    let _ = store::rollback(&mut s.conn).await;
-                    tracing::error!(error = %e, "the ledger's own statement failed");
-                    return refused(jobs, &Refusal::internal(e));
-                }
-            }
         }
         if let Err(e) = store::commit(&mut s.conn).await {
-            // Unknown: it may have happened (rule 12). Nobody is answered until it is known.
-            self.unknown = Some(Unknown { batch: id, before, jobs, wrote_entries: !run.entries.is_empty() });
+            // Unknown: it may have happened (rule 12). Nobody is answered until it is known. A batch of refusals whose outcomes
+            // were kept has no entries to find it by; it simply runs again.
+            self.unknown = Some(Unknown { batch: run.id(), before: run.before(), jobs, again: None });
             self.shared.metrics.unknown.inc();
             return Turn::Broken(Vec::new(), e);
         }
-        self.advance_place(run, frontier);
+        self.advance_place(run);
         jobs.into_iter().for_each(Job::settle);
         Turn::Fine
     }
 
     /// Moves the place past a batch of ours that committed, and tells the follower.
-    fn advance_place(&mut self, run: Run, frontier: Frontier) {
+    fn advance_place(&mut self, run: Run) {
         let Some(place) = self.place.as_mut() else { return };
         let after = place.index;
-        let mut news = Vec::with_capacity(run.entries.len());
-        for (i, sealed) in run.entries.iter().enumerate() {
+        let done = run.done();
+        let mut news = Vec::with_capacity(done.touched.len());
+        for (i, column) in done.touched.iter().enumerate() {
             let index = after + 1 + i as i64;
-            for t in Touched::decode(&sealed.touched).unwrap_or_default() {
-                place.authz.note(index, std::slice::from_ref(&t));
-                news.push((index, t));
-            }
+            let touched = Touched::decode(column).unwrap_or_default();
+            place.authz.note(index, &touched);
+            news.extend(touched.into_iter().map(|t| (index, t)));
         }
-        place.index = after + run.entries.len() as i64;
-        place.time = run.time;
-        place.frontier = frontier;
-        if !run.entries.is_empty() {
+        done.overlay.merge(&mut place.known);
+        place.index = after + done.touched.len() as i64;
+        place.time = done.time;
+        place.frontier = done.frontier;
+        if place.index > after {
             self.shared.head.store(place.index, Ordering::Release);
-            self.shared.metrics.entries.inc_by(run.entries.len() as u64);
+            self.shared.metrics.entries.inc_by(done.touched.len() as u64);
             self.shared.news(News { after, to: place.index, touched: news });
         }
     }
@@ -334,54 +289,9 @@ impl Writer {
             ));
         }
         let next = self.shared.clock.now().max(head.time);
-        (next.millis() - head.database_time.millis() > AHEAD_MS).then(|| {
+        (next.millis() - head.database_time.millis() > store::AHEAD_MS).then(|| {
             Refusal::new(&problem::CLOCK_UNSURE, "this daemon's clock is more than 5 seconds ahead of the database's; check time synchronisation on both")
         })
-    }
-
-    /// Entry of a session that was ended because it kept the fence too long.
-    fn note_ended(&self, who: &str) {
-        let entry = Entry::ok("ledger:end-session", format!("session/{who}"))
-            .reason("it held the head of the ledger longer than ledger.lock_wait")
-            .signal("warning", format!("ledger/stalled/{who}"));
-        self.shared.record_detached(Caller::daemon("ledger"), entry);
-    }
-}
-
-/// What running a batch's jobs came to.
-struct Run {
-    entries: Vec<Sealed>,
-    /// Rows were written; without entries these are outcomes kept for refusals.
-    wrote: bool,
-    time: Timestamp,
-}
-
-impl Run {
-    /// Decides a run of hot commands on facts that are read at once, and writes what they came to at once. It never touches a
-    /// fact that permission rests on.
-    async fn hot(
-        &mut self,
-        conn: &mut PgConnection,
-        before: i64,
-        kind: &'static dyn Hot,
-        jobs: &mut [Box<dyn Job>],
-    ) -> Result<(), (usize, Failure)> {
-        let keys: Vec<Vec<u8>> = jobs.iter().filter_map(|j| j.hot()).map(|h| h.key).collect();
-        let mut facts = Facts::load(conn, kind, keys.clone()).await.map_err(|e| (0, e.into()))?;
-        let mut rows = Vec::with_capacity(jobs.len());
-        for (n, (job, key)) in jobs.iter_mut().zip(keys).enumerate() {
-            let at = At { index: before + 1 + self.entries.len() as i64, now: self.time };
-            if let Some(made) = job.decide(facts.get(&key), at).map_err(|e| (n, e))? {
-                facts.set(key, made.after);
-                rows.push(made.row);
-                self.entries.push(made.sealed);
-            }
-        }
-        if !rows.is_empty() {
-            self.wrote = true;
-            kind.flush(conn, rows).await.map_err(|e| (0, e.into()))?;
-        }
-        Ok(())
     }
 }
 
@@ -399,14 +309,6 @@ async fn finish_read(conn: &mut PgConnection, jobs: Vec<Box<dyn Job>>) -> Turn {
 fn again(mut jobs: Vec<Box<dyn Job>>, e: sqlx::Error) -> Turn {
     jobs.iter_mut().for_each(|j| j.reset());
     Turn::Broken(jobs, e)
-}
-
-fn refused(mut jobs: Vec<Box<dyn Job>>, refusal: &Refusal) -> Turn {
-    for mut job in jobs.drain(..) {
-        job.refuse(refusal.clone());
-        job.settle();
-    }
-    Turn::Fine
 }
 
 /// Whether the connection, and not the statement, is at fault.

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use sqlx::PgConnection;
 
 use crate::kernel::{BoxFuture, Refusal, crypto, problem};
-use crate::ledger::hot::{self, At, Decided, Fact, Hot, HotKey, Loaded, Row};
+use crate::ledger::hot::{self, At, Column, Decided, Fact, Hot, HotKey, Loaded, Row};
 use crate::ledger::{Command, Entry, Failure, Touch, Tx};
 
 use super::model::{Change, Condition, Deleted, Item, Written};
@@ -57,7 +57,7 @@ impl Command for Put {
         let value = Written { key: self.key.clone(), index: at.index, created_index, version, lease: None };
         let after: Fact = Arc::new(Standing { index: at.index, created_index, version });
         let row = Change { item, deleted: false, previous: was.map_or(0, |w| w.index) };
-        Ok(Decided { value, entry, after: Some(after), row: Box::new(row) })
+        Ok(Decided { value, entry, after: Some(after), row: Some(Box::new(row)) })
     }
 }
 
@@ -96,7 +96,7 @@ impl Command for Delete {
         };
         let value = Deleted { key: self.key.clone(), index: at.index, previous_index: was.index };
         let row = Change { item, deleted: true, previous: was.index };
-        Ok(Decided { value, entry, after: None, row: Box::new(row) })
+        Ok(Decided { value, entry, after: None, row: Some(Box::new(row)) })
     }
 }
 
@@ -110,17 +110,18 @@ impl Hot for Keys {
         KEY
     }
 
+    fn parts(&self) -> &'static str {
+        store::CHANGES
+    }
+
+    fn columns(&self, rows: Vec<Row>) -> Vec<Column> {
+        store::columns(rows.into_iter().filter_map(|r| r.downcast().ok()).map(|c| *c).collect())
+    }
+
     fn load<'a>(&'a self, conn: &'a mut PgConnection, keys: &'a [Vec<u8>]) -> BoxFuture<'a, Loaded> {
         Box::pin(async move {
             let found = store::standings(conn, keys).await?;
             Ok(found.into_iter().map(|(key, standing)| (key, Arc::new(standing) as Fact)).collect())
-        })
-    }
-
-    fn flush<'a>(&'a self, conn: &'a mut PgConnection, rows: Vec<Row>) -> BoxFuture<'a, Result<(), sqlx::Error>> {
-        Box::pin(async move {
-            let changes: Vec<Change> = rows.into_iter().filter_map(|r| r.downcast().ok()).map(|c| *c).collect();
-            store::write(conn, &changes).await
         })
     }
 }

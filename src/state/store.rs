@@ -1,9 +1,11 @@
 //! The room's SQL.
 
-use std::collections::BTreeMap;
+use std::collections::HashMap;
 
 use sqlx::postgres::PgRow;
 use sqlx::{PgConnection, Row as _};
+
+use crate::ledger::hot::Column;
 
 use super::model::{Change, Item};
 
@@ -135,44 +137,51 @@ pub(super) async fn list_current(
     Ok((head, items))
 }
 
-/// Writes changes: of each key the last as its state, of all a history row. A key is either put or deleted, never both: one
-/// statement that did both would leave the row.
-pub(super) async fn write(conn: &mut PgConnection, changes: &[Change]) -> Result<(), sqlx::Error> {
+/// The room's parts of the ledger's statement: of each key the last of a batch's changes becomes its state, each becomes a row
+/// of history. A key is either put or deleted, never both: one statement that did both would leave the row.
+pub(super) const CHANGES: &str = ", kv AS MATERIALIZED (
+        SELECT c.* FROM head, unnest({0}::bytea[], {1}::int8[], {2}::int8[], {3}::int8[], {4}::int8[], {5}::text[],
+                                     {6}::bytea[], {7}::bool[])
+                   AS c (key, index, created_index, version, previous, content_type, value, last)
+    ), kept AS (
+        INSERT INTO state.kv (key, index, created_index, version, content_type, value)
+        SELECT key, index, created_index, version, content_type, value FROM kv WHERE last AND version > 0
+        ON CONFLICT (key) DO UPDATE SET index = excluded.index, created_index = excluded.created_index,
+            version = excluded.version, content_type = excluded.content_type, value = excluded.value
+    ), gone AS (
+        DELETE FROM state.kv USING head WHERE key = ANY ({8}::bytea[])
+    ), history AS (
+        INSERT INTO state.history (key, index, created_index, version, previous, content_type, value)
+        SELECT key, index, created_index, version, previous, content_type, value FROM kv
+    )";
+
+/// The columns of [`CHANGES`].
+pub(super) fn columns(changes: Vec<Change>) -> Vec<Column> {
     // The later of two wins.
-    let last: BTreeMap<&[u8], &Change> = changes.iter().map(|c| (c.item.key.as_slice(), c)).collect();
-    let (gone, kept): (Vec<&Change>, Vec<&Change>) = last.into_values().partition(|c| c.deleted);
-    let gone: Vec<&[u8]> = gone.iter().map(|c| c.item.key.as_slice()).collect();
-    let kept: Vec<&Item> = kept.iter().map(|c| &c.item).collect();
-    let all: Vec<&Item> = changes.iter().map(|c| &c.item).collect();
-    let previous: Vec<i64> = changes.iter().map(|c| c.previous).collect();
-    let query = sqlx::query(
-        "WITH kept AS (
-             INSERT INTO state.kv (key, index, created_index, version, content_type, value)
-             SELECT * FROM unnest($1::bytea[], $2::int8[], $3::int8[], $4::int8[], $5::text[], $6::bytea[])
-             ON CONFLICT (key) DO UPDATE SET index = excluded.index, created_index = excluded.created_index,
-                 version = excluded.version, content_type = excluded.content_type, value = excluded.value
-         ), gone AS (
-             DELETE FROM state.kv WHERE key = ANY ($7::bytea[])
-         )
-         INSERT INTO state.history (key, index, created_index, version, content_type, value, previous)
-         SELECT * FROM unnest($8::bytea[], $9::int8[], $10::int8[], $11::int8[], $12::text[], $13::bytea[], $14::int8[])",
-    );
-    let query = columns(query, &kept).bind(gone);
-    columns(query, &all).bind(previous).execute(conn).await?;
-    Ok(())
-}
-
-type Query<'q> = sqlx::query::Query<'q, sqlx::Postgres, sqlx::postgres::PgArguments>;
-
-/// Items as columns.
-fn columns<'q>(query: Query<'q>, items: &[&'q Item]) -> Query<'q> {
-    query
-        .bind(items.iter().map(|i| i.key.as_slice()).collect::<Vec<_>>())
-        .bind(items.iter().map(|i| i.index).collect::<Vec<_>>())
-        .bind(items.iter().map(|i| i.created_index).collect::<Vec<_>>())
-        .bind(items.iter().map(|i| i.version).collect::<Vec<_>>())
-        .bind(items.iter().map(|i| i.content_type.as_str()).collect::<Vec<_>>())
-        .bind(items.iter().map(|i| i.value.as_slice()).collect::<Vec<_>>())
+    let last: HashMap<&[u8], i64> = changes.iter().map(|c| (c.item.key.as_slice(), c.item.index)).collect();
+    let is_last: Vec<bool> = changes.iter().map(|c| last.get(c.item.key.as_slice()) == Some(&c.item.index)).collect();
+    let gone = changes.iter().zip(&is_last).filter(|(c, last)| c.deleted && **last).map(|(c, _)| c.item.key.clone());
+    let gone = gone.collect();
+    let ints = |of: fn(&Change) -> i64| Column::Ints(changes.iter().map(of).collect());
+    let (index, created) = (ints(|c| c.item.index), ints(|c| c.item.created_index));
+    let (version, previous) = (ints(|c| c.item.version), ints(|c| c.previous));
+    let (mut keys, mut types, mut values) = (Vec::new(), Vec::new(), Vec::new());
+    for change in changes {
+        keys.push(change.item.key);
+        types.push(change.item.content_type);
+        values.push(change.item.value);
+    }
+    vec![
+        Column::Bytes(keys),
+        index,
+        created,
+        version,
+        previous,
+        Column::Texts(types),
+        Column::Bytes(values),
+        Column::Flags(is_last),
+        Column::Bytes(gone),
+    ]
 }
 
 /// Changes after `after` up to `to`, in order, at most `limit`.

@@ -114,7 +114,13 @@ impl Store {
     async fn writable(&self, purpose: &str) -> Result<PgConnectOptions, sqlx::Error> {
         let options = self.0.hosts.writable().await?;
         let idle = self.0.lock_wait.as_millis().to_string();
-        Ok(session(options, &self.0.daemon, purpose, None).options([("idle_in_transaction_session_timeout", idle)]))
+        let options =
+            session(options, &self.0.daemon, purpose, None).options([("idle_in_transaction_session_timeout", idle)]);
+        if purpose != "writer" {
+            return Ok(options);
+        }
+        // Its plans are made once, some while the tables are empty: a plan that reads a whole table must not be kept.
+        Ok(options.options([("enable_seqscan", "off"), ("enable_hashjoin", "off"), ("enable_mergejoin", "off")]))
     }
 
     /// What a database error means to a caller.

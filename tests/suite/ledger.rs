@@ -309,7 +309,8 @@ async fn a_retry_with_the_same_key_gets_the_same_answer() {
 #[tokio::test(flavor = "multi_thread")]
 async fn without_its_database_a_daemon_says_so_and_recovers() {
     let db = database_alone().await;
-    let daemon = Launch::on(db.url()).start().await;
+    // What was sent when the connection died may have happened: for so long it is tried to find out.
+    let daemon = Launch::on(db.url()).env("SOP__LEDGER__WRITE_TIMEOUT", "2s").start().await;
     let client = Client::of(&daemon);
     client.put("k", "0").await.unwrap();
     let pid: i32 = std::fs::read_to_string(db.cluster.data.join("postmaster.pid"))

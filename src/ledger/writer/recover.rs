@@ -1,17 +1,20 @@
 //! What the writer does when something is in the way: a holder that stalls, a record that moved on or went back, a commit
 //! whose fate is unknown, a database that is away.
 
+use std::future::Future;
 use std::time::Duration;
 
 use sqlx::PgConnection;
 use uuid::Uuid;
 
 use crate::kernel::crypto::sha256;
+use crate::kernel::web::Caller;
 use crate::kernel::{Refusal, problem};
+use crate::ledger::{Entry, Shared};
 
-use super::{AuthzFacts, Frontier, Head, Job, PAGE, Place, Session, Turn, Writer, finish_read, store};
+use super::{AuthzFacts, Frontier, Head, Job, Known, PAGE, Place, Run, Session, Turn, Writer, finish_read, store};
 use crate::ledger::follower::News;
-use crate::ledger::store::Holder;
+use crate::ledger::store::{Batch, Holder};
 
 /// A batch whose commit was answered with an error, or not at all.
 pub(super) struct Unknown {
@@ -19,8 +22,18 @@ pub(super) struct Unknown {
     /// The head it was made on.
     pub before: i64,
     pub jobs: Vec<Box<dyn Job>>,
-    /// A batch of refusals whose outcomes were kept has no entries to find it by; it simply runs again.
-    pub wrote_entries: bool,
+    /// The very bytes, if they were sent without the lock.
+    pub again: Option<Box<(Batch, Run)>>,
+}
+
+/// What became of a batch of unknown fate.
+pub(super) enum Settled {
+    /// There was none, or it is known and its callers have heard.
+    Nothing,
+    /// It was written again just now; the lock went with the commit.
+    Committed,
+    /// It did not happen and cannot any more; its jobs are to be decided again.
+    Again(Vec<Box<dyn Job>>),
 }
 
 impl Writer {
@@ -31,40 +44,11 @@ impl Writer {
     /// one that waited beside us may have got the lock a moment ago.
     pub(super) async fn lock(&mut self, s: &mut Session) -> Result<Head, sqlx::Error> {
         let began = self.shared.clock.elapsed();
-        let backend = s.backend;
-        let lock = store::lock_head(&mut s.conn);
-        tokio::pin!(lock);
-        let mut seen = None;
-        let head = loop {
-            tokio::select! {
-                done = &mut lock => break done?,
-                () = tokio::time::sleep(self.shared.lock_wait / 2) => {
-                    seen = self.look(backend, seen).await.unwrap_or_else(|e| {
-                        tracing::warn!(error = %e, "could not look who holds the head of the ledger");
-                        None
-                    });
-                }
-            }
-        };
+        let head = self.shared.unblocked(s.backend, store::lock_head(&mut s.conn)).await?;
         self.shared.metrics.lock.observe(self.shared.clock.elapsed().saturating_sub(began).as_secs_f64());
         head.ok_or_else(|| {
             sqlx::Error::Decode("ledger.head has no row: the database is not one of sop's, or was emptied".into())
         })
-    }
-
-    /// Looks who holds the head, and ends the session if it is the one that was seen before and has not moved.
-    async fn look(&mut self, backend: i32, before: Option<Holder>) -> Result<Option<Holder>, sqlx::Error> {
-        let mut conn = self.shared.store.dedicated("unblock").await?;
-        let Some(holder) = store::holder(&mut conn, backend).await? else { return Ok(None) };
-        if before.as_ref() != Some(&holder) {
-            return Ok(Some(holder));
-        }
-        if store::end_session(&mut conn, holder.pid).await? {
-            tracing::warn!(session = %holder.name, "ended the session {}: it held the head of the ledger too long", holder.name);
-            self.shared.metrics.ended.inc();
-            self.note_ended(&holder.name);
-        }
-        Ok(None)
     }
 
     /// Reads what others wrote since, checks that the head extends what this daemon last saw (rule 13), and drops the facts
@@ -81,7 +65,8 @@ impl Writer {
                 return Ok(false);
             };
             let authz = AuthzFacts::from(head.index);
-            self.place = Some(Place { index: head.index, time: head.time, frontier, authz });
+            let known = Known::default();
+            self.place = Some(Place { index: head.index, time: head.time, frontier, authz, known });
             self.shared.head.store(head.index, std::sync::atomic::Ordering::Release);
             return Ok(true);
         };
@@ -105,6 +90,7 @@ impl Writer {
                 index = e.index;
                 frontier.push(e.hash);
                 place.authz.note(e.index, &e.touched);
+                e.touched.iter().for_each(|t| place.known.drop(t));
                 news.extend(e.touched.into_iter().map(|t| (e.index, t)));
             }
         }
@@ -114,35 +100,58 @@ impl Writer {
         place.frontier = frontier;
         place.index = head.index;
         place.time = head.time;
+        self.foreign = Some(self.shared.clock.elapsed());
         self.shared.head.store(head.index, std::sync::atomic::Ordering::Release);
         self.shared.metrics.caught_up.inc_by(u64::try_from(head.index - start).unwrap_or(0));
         self.shared.news(News { after: start, to: head.index, touched: news });
         Ok(true)
     }
 
-    /// Finds out, under the lock, whether a commit of unknown fate happened. If it did, its callers hear so; if not, its jobs
-    /// are handed back to be decided again.
+    /// Finds out, under the lock, whether a commit of unknown fate happened. If it did, its callers hear so. If not:
     ///
-    /// Deciding again is sound here because the transaction that may have committed held the head's lock until its end: that
-    /// we hold it now means that it has ended, and no late attempt can follow.
-    pub(super) async fn settle_unknown(
-        &mut self,
-        conn: &mut PgConnection,
-    ) -> Result<Option<Vec<Box<dyn Job>>>, sqlx::Error> {
-        let Some((before, batch, wrote)) = self.unknown.as_ref().map(|u| (u.before, u.batch, u.wrote_entries)) else {
-            return Ok(None);
+    /// A transaction that held the head's lock has ended now that we hold it, and no late attempt can follow: its jobs are
+    /// decided again. A statement that was sent without the lock may still be on its way, and would find the head where it
+    /// expects it: so **the same bytes under the same batch id** are written here, and the late one finds the head moved. (A new
+    /// decision might refuse, leave the head where it is, and then the late attempt would commit what was refused.)
+    pub(super) async fn settle_unknown(&mut self, s: &mut Session, head: &Head) -> Result<Settled, sqlx::Error> {
+        let Some((before, batch)) = self.unknown.as_ref().map(|u| (u.before, u.batch)) else {
+            return Ok(Settled::Nothing);
         };
-        let stands = wrote && store::batch_stands(conn, before, batch).await?;
-        let Some(unknown) = self.unknown.take() else { return Ok(None) };
+        let stands = store::batch_stands(&mut s.conn, before, batch).await?;
+        if !stands && self.here(head) && self.unknown.as_ref().is_some_and(|u| u.again.is_some()) {
+            return self.write_again(s).await;
+        }
+        let Some(unknown) = self.unknown.take() else { return Ok(Settled::Nothing) };
         let mut jobs = unknown.jobs;
         if stands {
             tracing::info!(batch = %unknown.batch, "a commit of unknown fate did happen");
             jobs.into_iter().for_each(Job::settle);
-            return Ok(None);
+            return Ok(Settled::Nothing);
         }
         tracing::info!(batch = %unknown.batch, "a commit of unknown fate did not happen; its commands run again");
         jobs.iter_mut().for_each(|j| j.reset());
-        Ok(Some(jobs))
+        Ok(Settled::Again(jobs))
+    }
+
+    /// Whether the head is where this writer knows it.
+    fn here(&self, head: &Head) -> bool {
+        self.place.as_ref().is_some_and(|p| p.index == head.index && p.frontier.root() == head.root)
+    }
+
+    async fn write_again(&mut self, s: &mut Session) -> Result<Settled, sqlx::Error> {
+        let Some(again) = self.unknown.as_ref().and_then(|u| u.again.as_ref()) else { return Ok(Settled::Nothing) };
+        if !store::advance(&mut s.conn, &self.shared.texts, &again.0).await? {
+            return Err(sqlx::Error::Protocol("the head moved although it was locked".into()));
+        }
+        // Until this is answered its fate stays unknown, and the bytes the same.
+        store::commit(&mut s.conn).await?;
+        let Some(Unknown { batch, jobs, again: Some(again), .. }) = self.unknown.take() else {
+            return Ok(Settled::Nothing);
+        };
+        tracing::info!(%batch, "a commit of unknown fate had not happened; it was written again");
+        self.advance_place(again.1);
+        jobs.into_iter().for_each(Job::settle);
+        Ok(Settled::Committed)
     }
 
     /// Refuses to write on a record that does not extend what was acknowledged.
@@ -172,6 +181,52 @@ impl Writer {
             job.settle();
         }
         tokio::time::sleep(Duration::from_millis(50)).await;
+    }
+}
+
+impl Shared {
+    /// Waits for a statement of session `backend` that may wait for the head's lock.
+    pub(super) async fn unblocked<T>(
+        &self,
+        backend: i32,
+        statement: impl Future<Output = Result<T, sqlx::Error>>,
+    ) -> Result<T, sqlx::Error> {
+        tokio::pin!(statement);
+        let mut seen = None;
+        loop {
+            tokio::select! {
+                done = &mut statement => return done,
+                () = tokio::time::sleep(self.lock_wait / 2) => {
+                    seen = self.look(backend, seen).await.unwrap_or_else(|e| {
+                        tracing::warn!(error = %e, "could not look who holds the head of the ledger");
+                        None
+                    });
+                }
+            }
+        }
+    }
+
+    /// Looks who holds the head, and ends the session if it is the one that was seen before and has not moved.
+    async fn look(&self, backend: i32, before: Option<Holder>) -> Result<Option<Holder>, sqlx::Error> {
+        let mut conn = self.store.dedicated("unblock").await?;
+        let Some(holder) = store::holder(&mut conn, backend).await? else { return Ok(None) };
+        if before.as_ref() != Some(&holder) {
+            return Ok(Some(holder));
+        }
+        if store::end_session(&mut conn, holder.pid).await? {
+            tracing::warn!(session = %holder.name, "ended the session {}: it held the head of the ledger too long", holder.name);
+            self.metrics.ended.inc();
+            self.note_ended(&holder.name);
+        }
+        Ok(None)
+    }
+
+    /// Entry of a session that was ended because it kept the fence too long.
+    fn note_ended(&self, who: &str) {
+        let entry = Entry::ok("ledger:end-session", format!("session/{who}"))
+            .reason("it held the head of the ledger longer than ledger.lock_wait")
+            .signal("warning", format!("ledger/stalled/{who}"));
+        self.record_detached(Caller::daemon("ledger"), entry);
     }
 }
 

@@ -1,0 +1,174 @@
+//! The facts that the writer holds in memory, and what a turn makes of them before it has committed.
+//!
+//! Not in memory means unknown, never absent: that a key is absent is a fact of its own (`None`), and known only because it
+//! was read or decided (rule 9).
+
+use std::collections::HashMap;
+
+use super::hot::{Fact, Hot};
+use super::touch::{Touched, What};
+
+/// Facts of one kind: what each key is, or that there is none.
+type Kind = HashMap<Vec<u8>, Option<Fact>>;
+
+/// How many facts a generation takes. Two are held, so at most twice as many.
+const GENERATION: usize = 65_536;
+
+/// The facts as of the writer's place in the record.
+#[derive(Default)]
+pub(super) struct Known {
+    /// What was used last.
+    young: HashMap<&'static str, Kind>,
+    /// What was used before the young ones filled a generation; forgotten when they do so again.
+    old: HashMap<&'static str, Kind>,
+    count: usize,
+}
+
+impl Known {
+    fn get(&self, kind: &'static str, key: &[u8]) -> Option<&Option<Fact>> {
+        self.young.get(kind).and_then(|k| k.get(key)).or_else(|| self.old.get(kind).and_then(|k| k.get(key)))
+    }
+
+    fn set(&mut self, kind: &'static str, key: Vec<u8>, fact: Option<Fact>) {
+        if self.young.entry(kind).or_default().insert(key, fact).is_none() {
+            self.count += 1;
+        }
+        if self.count >= GENERATION {
+            self.old = std::mem::take(&mut self.young);
+            self.count = 0;
+        }
+    }
+
+    /// Forgets what somebody else changed.
+    pub fn drop(&mut self, touched: &Touched) {
+        for generation in [&mut self.young, &mut self.old] {
+            forget(generation, touched);
+        }
+    }
+}
+
+fn forget(facts: &mut HashMap<&'static str, Kind>, touched: &Touched) {
+    let Some(kind) = facts.get_mut(touched.kind.as_str()) else { return };
+    match &touched.what {
+        What::Key(key) => {
+            kind.remove(key);
+        }
+        What::Prefix(prefix) => kind.retain(|key, _| !key.starts_with(prefix)),
+        What::All => kind.clear(),
+    }
+}
+
+/// What a turn read and decided: merged when it committed, thrown away when it did not (rule 4).
+#[derive(Default)]
+pub(super) struct Overlay {
+    changed: HashMap<&'static str, Kind>,
+    /// What an `apply` of this turn touched: what was known of it is known no more (rule 5).
+    dropped: Vec<Touched>,
+}
+
+impl Overlay {
+    /// What is known of a key: `None` if nothing, `Some(None)` that there is none.
+    pub fn get<'a>(&'a self, known: &'a Known, kind: &'static str, key: &[u8]) -> Option<&'a Option<Fact>> {
+        if let Some(fact) = self.changed.get(kind).and_then(|k| k.get(key)) {
+            return Some(fact);
+        }
+        if self.dropped.iter().any(|t| t.covers(kind, key)) {
+            return None;
+        }
+        known.get(kind, key)
+    }
+
+    /// Takes note of what was read or decided.
+    pub fn set(&mut self, kind: &'static dyn Hot, key: Vec<u8>, fact: Option<Fact>) {
+        self.changed.entry(kind.name()).or_default().insert(key, fact);
+    }
+
+    /// Takes note of what was changed by SQL.
+    pub fn drop(&mut self, touched: Vec<Touched>) {
+        touched.iter().for_each(|t| forget(&mut self.changed, t));
+        self.dropped.extend(touched);
+    }
+
+    /// The turn committed: what it knew is known.
+    pub fn merge(self, known: &mut Known) {
+        self.dropped.iter().for_each(|t| known.drop(t));
+        for (kind, facts) in self.changed {
+            for (key, fact) in facts {
+                known.set(kind, key, fact);
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+
+    use super::super::hot::ENTRIES;
+    use super::super::touch::Touch;
+    use super::*;
+
+    const KIND: &str = "entry";
+
+    fn fact(n: i64) -> Option<Fact> {
+        Some(Arc::new(n))
+    }
+
+    fn seen(overlay: &Overlay, known: &Known, key: &str) -> Option<Option<i64>> {
+        let fact = overlay.get(known, KIND, key.as_bytes())?;
+        Some(fact.as_ref().map(|f| *f.downcast_ref::<i64>().unwrap()))
+    }
+
+    fn touched(t: Touch) -> Vec<Touched> {
+        Touched::decode(&Touch::encode(&[t])).unwrap()
+    }
+
+    #[test]
+    fn absent_is_not_unknown() {
+        let mut known = Known::default();
+        let mut turn = Overlay::default();
+        assert_eq!(seen(&turn, &known, "a"), None, "unknown");
+        turn.set(&ENTRIES, b"a".to_vec(), None);
+        assert_eq!(seen(&turn, &known, "a"), Some(None), "known to be absent");
+        turn.merge(&mut known);
+        assert_eq!(seen(&Overlay::default(), &known, "a"), Some(None));
+    }
+
+    #[test]
+    fn a_turn_that_fails_leaves_nothing_and_one_that_commits_its_last_word() {
+        let mut known = Known::default();
+        let mut first = Overlay::default();
+        first.set(&ENTRIES, b"a".to_vec(), fact(1));
+        first.merge(&mut known);
+        let mut failed = Overlay::default();
+        failed.set(&ENTRIES, b"a".to_vec(), fact(2));
+        std::mem::drop(failed);
+        assert_eq!(seen(&Overlay::default(), &known, "a"), Some(Some(1)));
+        let mut turn = Overlay::default();
+        turn.set(&ENTRIES, b"a".to_vec(), fact(3));
+        turn.drop(touched(Touch::prefix(KIND, "a")));
+        assert_eq!(seen(&turn, &known, "a"), None, "SQL may have changed it");
+        turn.set(&ENTRIES, b"a".to_vec(), fact(4));
+        turn.merge(&mut known);
+        assert_eq!(seen(&Overlay::default(), &known, "a"), Some(Some(4)));
+    }
+
+    #[test]
+    fn what_others_touched_is_forgotten_in_both_generations() {
+        let mut known = Known::default();
+        for n in 0..GENERATION {
+            known.set(KIND, format!("k/{n}").into_bytes(), fact(0));
+        }
+        known.set(KIND, b"k/0".to_vec(), fact(1));
+        known.set(KIND, b"j".to_vec(), fact(2));
+        let turn = Overlay::default();
+        assert_eq!((seen(&turn, &known, "k/0"), seen(&turn, &known, "k/1")), (Some(Some(1)), Some(Some(0))));
+        touched(Touch::key(KIND, "k/0")).iter().for_each(|t| known.drop(t));
+        assert_eq!(seen(&turn, &known, "k/0"), None, "not the older word either");
+        touched(Touch::prefix(KIND, "k/")).iter().for_each(|t| known.drop(t));
+        assert_eq!((seen(&turn, &known, "k/1"), seen(&turn, &known, "j")), (None, Some(Some(2))));
+        touched(Touch::all(KIND)).iter().for_each(|t| known.drop(t));
+        assert_eq!(seen(&turn, &known, "j"), None);
+        assert!(known.old.values().chain(known.young.values()).all(HashMap::is_empty));
+    }
+}

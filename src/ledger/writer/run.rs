@@ -1,0 +1,216 @@
+//! Running the commands of a turn: what they decide, in order of arrival, and the statement that writes it.
+
+use sqlx::PgConnection;
+use uuid::Uuid;
+
+use crate::kernel::{Refusal, Timestamp, ids};
+use crate::ledger::command::{Failure, Tx};
+use crate::ledger::entry::Sealed;
+use crate::ledger::facts::AuthzFacts;
+use crate::ledger::hot::{At, Hot, HotKey, Rows, Texts};
+use crate::ledger::job::Job;
+use crate::ledger::known::Overlay;
+use crate::ledger::merkle::Frontier;
+use crate::ledger::store::{self, Batch};
+use crate::ledger::touch::Touched;
+
+use super::{Place, Writer};
+
+/// What running a batch's jobs comes to.
+pub(super) struct Run {
+    id: Uuid,
+    time: Timestamp,
+    /// The index it began at, and the one up to which it was written.
+    before: i64,
+    written: i64,
+    frontier: Frontier,
+    /// Decided and not yet written.
+    entries: Vec<Sealed>,
+    rows: Rows,
+    /// The column `touched` of all its entries.
+    touched: Vec<Vec<u8>>,
+    overlay: Overlay,
+    /// Rows were written by a command itself.
+    wrote: bool,
+}
+
+/// What the place takes over from a run that committed.
+pub(super) struct Done {
+    pub touched: Vec<Vec<u8>>,
+    pub overlay: Overlay,
+    pub time: Timestamp,
+    pub frontier: Frontier,
+}
+
+impl Run {
+    pub fn new(place: &Place, now: Timestamp) -> Self {
+        let time = now.max(place.time);
+        Self {
+            id: ids::new_id(time),
+            time,
+            before: place.index,
+            written: place.index,
+            frontier: place.frontier.clone(),
+            entries: Vec::new(),
+            rows: Rows::default(),
+            touched: Vec::new(),
+            overlay: Overlay::default(),
+            wrote: false,
+        }
+    }
+
+    pub fn id(&self) -> Uuid {
+        self.id
+    }
+
+    pub fn before(&self) -> i64 {
+        self.before
+    }
+
+    /// Whether there is anything to commit.
+    pub fn wrote(&self) -> bool {
+        self.wrote || self.has_entries()
+    }
+
+    pub fn has_entries(&self) -> bool {
+        !self.touched.is_empty()
+    }
+
+    pub fn done(self) -> Done {
+        Done { touched: self.touched, overlay: self.overlay, time: self.time, frontier: self.frontier }
+    }
+
+    fn next(&self) -> At {
+        At { index: self.written + 1 + self.entries.len() as i64, now: self.time }
+    }
+
+    fn push(&mut self, sealed: Sealed) {
+        self.frontier.push(sealed.hash);
+        self.touched.push(sealed.touched.clone());
+        self.entries.push(sealed);
+    }
+
+    /// Reads the facts that these commands decide on and that are not known, one statement a kind. They go into the overlay:
+    /// only a commit proves that they were read at the place we think we are.
+    pub async fn learn(&mut self, conn: &mut PgConnection, place: &Place, keys: &[HotKey]) -> Result<(), sqlx::Error> {
+        let mut unknown: Vec<(&'static dyn Hot, Vec<Vec<u8>>)> = Vec::new();
+        for HotKey { kind, key } in keys {
+            if self.overlay.get(&place.known, kind.name(), key).is_some() {
+                continue;
+            }
+            // Until it is read, it is not there; what is read replaces this.
+            self.overlay.set(*kind, key.clone(), None);
+            match unknown.iter_mut().find(|(k, _)| k.name() == kind.name()) {
+                Some((_, keys)) => keys.push(key.clone()),
+                None => unknown.push((*kind, vec![key.clone()])),
+            }
+        }
+        for (kind, keys) in unknown {
+            for (key, fact) in kind.load(conn, &keys).await? {
+                self.overlay.set(kind, key, Some(fact));
+            }
+        }
+        Ok(())
+    }
+
+    /// Decides a hot command.
+    pub fn decide(&mut self, place: &Place, job: &mut dyn Job, HotKey { kind, key }: HotKey) -> Result<(), Failure> {
+        let at = self.next();
+        let fact = self.overlay.get(&place.known, kind.name(), &key).and_then(Option::as_ref);
+        if let Some(made) = job.decide(fact, at)? {
+            self.overlay.set(kind, key, made.after);
+            if let Some(row) = made.row {
+                self.rows.push(kind, row);
+            }
+            self.push(made.sealed);
+        }
+        Ok(())
+    }
+
+    /// What is decided and not yet written, as a batch.
+    pub fn batch(&mut self) -> Batch {
+        let entries = std::mem::take(&mut self.entries);
+        let before = self.written;
+        self.written += entries.len() as i64;
+        Batch {
+            id: self.id,
+            before,
+            root: self.frontier.root(),
+            frontier: self.frontier.encode(),
+            time: self.time,
+            entries,
+            columns: std::mem::take(&mut self.rows).columns(),
+        }
+    }
+
+    /// Writes what is decided, under the lock.
+    async fn flush(&mut self, conn: &mut PgConnection, texts: &Texts) -> Result<(), Failure> {
+        if self.entries.is_empty() {
+            return Ok(());
+        }
+        let batch = self.batch();
+        if store::advance(conn, texts, &batch).await? {
+            return Ok(());
+        }
+        Err(sqlx::Error::Protocol("the head moved although it was locked".into()).into())
+    }
+}
+
+impl Writer {
+    /// Runs each job in order of arrival, under the lock, and writes what they come to. On failure says whose.
+    pub(super) async fn run_jobs(
+        &mut self,
+        conn: &mut PgConnection,
+        jobs: &mut [Box<dyn Job>],
+    ) -> Result<Run, (usize, Failure)> {
+        let Some(place) = self.place.as_ref() else {
+            return Err((0, Failure::Refused(Refusal::internal("a turn without a place"))));
+        };
+        let texts = &self.shared.texts;
+        let mut run = Run::new(place, self.shared.clock.now());
+        let mut fresh = AuthzFacts::from(-1);
+        let mut i = 0;
+        while i < jobs.len() {
+            // Hot commands that follow each other read what they do not know in one statement.
+            let mut keys: Vec<HotKey> = jobs[i..].iter().map_while(|j| j.hot()).collect();
+            if !keys.is_empty() {
+                run.learn(conn, place, &keys).await.map_err(|e| (i, e.into()))?;
+                for key in keys.drain(..) {
+                    match place.authz.stale(jobs[i].permit()).or_else(|| fresh.stale(jobs[i].permit())) {
+                        Some(since) => jobs[i].stale(since),
+                        None => run.decide(place, jobs[i].as_mut(), key).map_err(|e| (i, e))?,
+                    }
+                    i += 1;
+                }
+                continue;
+            }
+            if let Some(since) = place.authz.stale(jobs[i].permit()).or_else(|| fresh.stale(jobs[i].permit())) {
+                jobs[i].stale(since);
+                i += 1;
+                continue;
+            }
+            // SQL of its own sees what the commands before it did (rule 5).
+            if !run.rows.is_empty() {
+                run.flush(conn, texts).await.map_err(|e| (i, e))?;
+            }
+            let at = run.next();
+            let mut tx = Tx::new(conn, at.index, at.now);
+            let done = jobs[i].run(&mut tx, &self.shared.master).await;
+            run.wrote |= tx.wrote();
+            match done {
+                Ok(Some(sealed)) => {
+                    // Whoever comes later in this batch must see what this one changed, about permissions too.
+                    let touched = Touched::decode(&sealed.touched).unwrap_or_default();
+                    fresh.note(at.index, &touched);
+                    run.overlay.drop(touched);
+                    run.push(sealed);
+                }
+                Ok(None) => {}
+                Err(failure) => return Err((i, failure)),
+            }
+            i += 1;
+        }
+        run.flush(conn, texts).await.map_err(|e| (0, e))?;
+        Ok(run)
+    }
+}
