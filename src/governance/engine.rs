@@ -22,8 +22,9 @@ pub const SYSTEM: &str = include_str!("../../config/policies/system.cedar");
 pub struct Engine {
     policies: PolicySet,
     schema: Schema,
-    /// The actions and their groups, which every request needs.
-    actions: Entities,
+    /// Each action with the groups it is in. A question brings only its own: closing over all of them anew for each question
+    /// cost more than deciding it.
+    actions: HashMap<EntityUid, Vec<Entity>>,
     /// What the annotation `@id` calls each policy.
     names: HashMap<String, String>,
     id: String,
@@ -37,8 +38,10 @@ pub struct Question<'a> {
     pub action: (&'a str, &'a str),
     /// To what.
     pub resource: &'a EntityName,
-    /// What else.
+    /// What else, as JSON.
     pub context: Map<String, Value>,
+    /// What else, as Cedar has it.
+    pub plain: Vec<(String, RestrictedExpression)>,
 }
 
 /// Its answer.
@@ -69,7 +72,12 @@ impl Engine {
             .policies()
             .map(|p| (p.id().to_string(), p.annotation("id").map_or_else(|| p.id().to_string(), str::to_owned)))
             .collect();
-        let actions = schema.action_entities().map_err(|e| e.to_string())?;
+        let all = schema.action_entities().map_err(|e| e.to_string())?;
+        let with_groups = |action: &Entity| {
+            let groups = all.ancestors(&action.uid()).into_iter().flatten().filter_map(|group| all.get(group)).cloned();
+            (action.uid(), std::iter::once(action.clone()).chain(groups).collect())
+        };
+        let actions = all.iter().map(with_groups).collect();
         Ok(Self { policies, schema, actions, names, id: "system".to_owned() })
     }
 
@@ -97,15 +105,21 @@ impl Engine {
     ///
     /// # Errors
     /// 400 when a name or a value cannot be Cedar's.
-    pub fn ask(&self, question: &Question<'_>, entities: Vec<Arc<Entity>>) -> Result<Answered, Refusal> {
+    pub fn ask(&self, question: Question<'_>, entities: Vec<Arc<Entity>>) -> Result<Answered, Refusal> {
         let principal = uid(question.principal)?;
         let action = uid_of(question.action.0, question.action.1)?;
         let resource = uid(question.resource)?;
-        let context = Context::from_json_value(Value::Object(question.context.clone()), None)
-            .map_err(|e| Refusal::malformed("/context", e.to_string()))?;
+        let wrong = |e: &dyn std::fmt::Display| Refusal::malformed("/context", e.to_string());
+        let mut context = Context::from_pairs(question.plain).map_err(|e| wrong(&e))?;
+        if !question.context.is_empty() {
+            let given = Context::from_json_value(Value::Object(question.context), None).map_err(|e| wrong(&e))?;
+            context = context.merge(given).map_err(|e| wrong(&e))?;
+        }
+        let actions = self.actions.get(&action).cloned().unwrap_or_default();
         let request = Request::new(principal, action, resource, context, None)
             .map_err(|e| Refusal::malformed("", e.to_string()))?;
-        let all = self.actions.clone().add_entities(entities.into_iter().map(Arc::unwrap_or_clone), None);
+        let all =
+            Entities::from_entities(actions.into_iter().chain(entities.into_iter().map(Arc::unwrap_or_clone)), None);
         let all = all.map_err(|e| Refusal::malformed("", format!("the entities do not go together: {e}")))?;
         let response = Authorizer::new().is_authorized(&request, &self.policies, &all);
         let name =
@@ -191,7 +205,13 @@ mod tests {
         }
         engine
             .ask(
-                &Question { principal: &principal, action: ("Sop::Action", action), resource: &resource, context },
+                Question {
+                    principal: &principal,
+                    action: ("Sop::Action", action),
+                    resource: &resource,
+                    context,
+                    plain: Vec::new(),
+                },
                 entities,
             )
             .unwrap()

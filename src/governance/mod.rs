@@ -14,12 +14,14 @@ mod decisions;
 pub mod engine;
 pub mod entities;
 pub mod http;
+mod remembered;
 mod snapshot;
 mod store;
 
 use std::collections::HashMap;
 use std::sync::Arc;
 
+use cedar_policy::RestrictedExpression;
 use prometheus::{IntCounterVec, Opts, Registry};
 use serde_json::{Map, Value, json};
 
@@ -33,6 +35,7 @@ use authzen::{Evaluation, Semantic};
 use decisions::{Record, Recorder};
 use engine::{Engine, Question};
 use entities::Shown;
+use remembered::{Answer, Remembered};
 use snapshot::Held;
 pub use snapshot::Snapshot;
 
@@ -42,6 +45,7 @@ pub struct Rules {
     snapshot: Arc<Snapshot>,
     clock: Clock,
     decided: IntCounterVec,
+    remembered: Remembered,
 }
 
 impl Rules {
@@ -59,7 +63,7 @@ impl Rules {
                 decided.with_label_values(&[origin, outcome]).inc_by(0);
             }
         }
-        Ok(Self { engine: Engine::shipped()?, snapshot, clock, decided })
+        Ok(Self { engine: Engine::shipped()?, snapshot, clock, decided, remembered: Remembered::new() })
     }
 
     fn count(&self, origin: &str, allowed: bool) {
@@ -75,25 +79,8 @@ impl Rules {
         depends.push(authz_fact(b"bundle"));
         let (mut policies, mut denied) = (Vec::new(), None);
         for (i, ask) in asks.iter().enumerate() {
-            let resource = EntityName { kind: format!("Sop::{}", ask.kind), id: ask.name.clone() };
-            let mut given = HashMap::new();
-            if self.snapshot.held(&resource).is_none() {
-                let entity = Arc::new(stand_in(&resource)?);
-                given.insert(resource.clone(), Held { entity, parents: Vec::new(), refers: Vec::new() });
-            }
-            let slice = self.snapshot.slice(&[caller.principal(), &resource], &given);
-            depends.extend(slice.names.iter().map(|n| authz_fact(entities::fact(n).as_bytes())));
-            let mut context = ask.context.clone();
-            context.insert("scopes".into(), caller.scopes().into());
-            context.insert("method".into(), caller.request().method.clone().into());
-            context.insert("path".into(), caller.request().path.clone().into());
-            let question = Question {
-                principal: caller.principal(),
-                action: ("Sop::Action", ask.action),
-                resource: &resource,
-                context,
-            };
-            let answer = self.engine.ask(&question, slice.entities)?;
+            let answer = self.decide_one(caller, ask)?;
+            depends.extend(answer.depends);
             if !answer.allowed {
                 denied = Some(i);
                 policies = answer.policies;
@@ -115,6 +102,43 @@ impl Rules {
             resource: EntityName { kind: format!("Sop::{}", ask.kind), id: ask.name.clone() },
         });
         Ok(Permit { allowed: denied.is_none(), at, depends, decision, denied })
+    }
+
+    /// Decides one ask, or remembers what was decided.
+    fn decide_one(&self, caller: &Caller, ask: &Ask) -> Result<Answer, Refusal> {
+        // Before anything is read: what changes from here on makes what is remembered worthless.
+        let version = self.snapshot.version();
+        let asked = remembered::question(caller, ask);
+        if let Some(answer) = asked.as_ref().and_then(|q| self.remembered.get(q, version)) {
+            return Ok(answer);
+        }
+        let resource = EntityName { kind: format!("Sop::{}", ask.kind), id: ask.name.clone() };
+        let mut given = HashMap::new();
+        if self.snapshot.held(&resource).is_none() {
+            let entity = Arc::new(stand_in(&resource)?);
+            given.insert(resource.clone(), Held { entity, parents: Vec::new(), refers: Vec::new() });
+        }
+        let slice = self.snapshot.slice(&[caller.principal(), &resource], &given);
+        let depends = slice.names.iter().map(|n| authz_fact(entities::fact(n).as_bytes())).collect();
+        let text = |s: &String| RestrictedExpression::new_string(s.clone());
+        let plain = vec![
+            ("scopes".to_owned(), RestrictedExpression::new_set(caller.scopes().iter().map(text))),
+            ("method".to_owned(), text(&caller.request().method)),
+            ("path".to_owned(), text(&caller.request().path)),
+        ];
+        let question = Question {
+            principal: caller.principal(),
+            action: ("Sop::Action", ask.action),
+            resource: &resource,
+            context: ask.context.clone(),
+            plain,
+        };
+        let answer = self.engine.ask(question, slice.entities)?;
+        let answer = Answer { version, allowed: answer.allowed, policies: answer.policies, depends };
+        if let Some(question) = asked {
+            self.remembered.keep(question, answer.clone());
+        }
+        Ok(answer)
     }
 
     /// Answers an AuthZEN evaluation.
@@ -152,9 +176,14 @@ impl Rules {
             context.insert("scopes".into(), attrs.map_or_else(|| json!([]), |a| a["attrs"]["scopes"].clone()));
         }
         let action = if system { "Sop::Action" } else { "Action" };
-        let question =
-            Question { principal: &e.subject.name, action: (action, &e.action.0), resource: &e.resource.name, context };
-        self.engine.ask(&question, slice.entities)
+        let question = Question {
+            principal: &e.subject.name,
+            action: (action, &e.action.0),
+            resource: &e.resource.name,
+            context,
+            plain: Vec::new(),
+        };
+        self.engine.ask(question, slice.entities)
     }
 }
 

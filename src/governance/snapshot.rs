@@ -1,6 +1,7 @@
 //! What this daemon holds in memory to decide: every entity, as of the index the follower is at.
 
 use std::collections::{HashMap, HashSet};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, PoisonError, RwLock};
 
 use cedar_policy::Entity;
@@ -53,6 +54,8 @@ fn references(value: &Value, out: &mut Vec<EntityName>) {
 #[derive(Default)]
 pub struct Snapshot {
     entities: RwLock<HashMap<EntityName, Held>>,
+    /// Grows with each change.
+    version: AtomicU64,
 }
 
 /// The entities a question can reach, and every name that was looked for: a change of any of them may change the answer.
@@ -62,6 +65,15 @@ pub(super) struct Slice {
 }
 
 impl Snapshot {
+    /// Which state this is. Read before anything else is: what is read after it is of this version or a newer one.
+    pub(super) fn version(&self) -> u64 {
+        self.version.load(Ordering::Acquire)
+    }
+
+    fn changed(&self) {
+        self.version.fetch_add(1, Ordering::AcqRel);
+    }
+
     /// What can be reached from `roots` by parents and references; `given` stand in for what is stored.
     pub(super) fn slice(&self, roots: &[&EntityName], given: &HashMap<EntityName, Held>) -> Slice {
         let all = self.entities.read().unwrap_or_else(PoisonError::into_inner);
@@ -113,6 +125,7 @@ impl Snapshot {
                 }
             };
         }
+        self.changed();
     }
 }
 
@@ -150,6 +163,7 @@ impl Projection for Snapshot {
             {
                 let mut all = self.entities.write().unwrap_or_else(PoisonError::into_inner);
                 names.iter().for_each(|n| drop(all.remove(n)));
+                self.changed();
             }
             self.put(rows);
             Ok(())

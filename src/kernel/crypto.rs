@@ -28,6 +28,8 @@ pub enum Domain {
     Commitment = 3,
     /// The body of a segment's entry: root of its records and commitment to its details.
     Segment = 4,
+    /// Several texts as one, each with its length before it.
+    Tuple = 5,
 }
 
 /// SHA-256 over a domain prefix and the parts.
@@ -37,6 +39,18 @@ pub fn hash(domain: Domain, parts: &[&[u8]]) -> Hash {
     c.update(&[domain as u8]);
     for p in parts {
         c.update(p);
+    }
+    to_hash(c.finish().as_ref())
+}
+
+/// SHA-256 over several texts, so that no two lists of texts give the same.
+#[must_use]
+pub fn hash_tuple<'a>(parts: impl IntoIterator<Item = &'a str>) -> Hash {
+    let mut c = digest::Context::new(&digest::SHA256);
+    c.update(&[Domain::Tuple as u8]);
+    for p in parts {
+        c.update(&(p.len() as u64).to_be_bytes());
+        c.update(p.as_bytes());
     }
     to_hash(c.finish().as_ref())
 }

@@ -72,7 +72,7 @@ async fn get(
     headers: HeaderMap,
 ) -> Result<Response, Refusal> {
     let (index, item) = state.get(&caller, &key, Moment { at: q.at }).await?;
-    Ok(value_response(index, item, &headers))
+    Ok(value_response(index, &item, &headers))
 }
 
 /// Ask about a key without its value
@@ -87,18 +87,18 @@ async fn head(
 ) -> Result<Response, Refusal> {
     let (index, item) = state.get(&caller, &key, Moment { at: q.at }).await?;
     // The server leaves the body out of the answer to a HEAD and keeps its length.
-    Ok(value_response(index, item, &headers))
+    Ok(value_response(index, &item, &headers))
 }
 
-fn value_response(index: i64, item: Item, headers: &HeaderMap) -> Response {
+fn value_response(index: i64, item: &Item, headers: &HeaderMap) -> Response {
     let tag = format!("\"{}\"", item.index);
     let known = headers.get(header::IF_NONE_MATCH).and_then(|v| v.to_str().ok()).is_some_and(|v| v == tag || v == "*");
     let mut response = if known {
         StatusCode::NOT_MODIFIED.into_response()
     } else {
-        let mut response = item.value.into_response();
+        let mut response = item.value.clone().into_response();
         let kept =
-            HeaderValue::try_from(item.content_type).unwrap_or(HeaderValue::from_static("application/octet-stream"));
+            HeaderValue::try_from(&item.content_type).unwrap_or(HeaderValue::from_static("application/octet-stream"));
         response.headers_mut().insert(header::CONTENT_TYPE, kept);
         response
     };

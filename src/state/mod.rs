@@ -13,8 +13,11 @@ pub mod http;
 pub mod kv;
 mod metrics;
 pub mod model;
+mod recent;
 mod store;
 mod watch;
+
+use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
 use sqlx::PgConnection;
@@ -40,7 +43,7 @@ pub struct Moment {
 pub struct State {
     ledger: Ledger,
     store: Store,
-    hub: std::sync::Arc<Hub>,
+    hub: Arc<Hub>,
     metrics: Metrics,
 }
 
@@ -63,7 +66,7 @@ struct Cursor {
 impl State {
     /// On the ledger; `hub` is the projection that feeds watches.
     #[must_use]
-    pub fn new(ledger: Ledger, store: Store, hub: std::sync::Arc<Hub>, metrics: Metrics) -> Self {
+    pub fn new(ledger: Ledger, store: Store, hub: Arc<Hub>, metrics: Metrics) -> Self {
         Self { ledger, store, hub, metrics }
     }
 
@@ -98,18 +101,18 @@ impl State {
     ///
     /// # Errors
     /// 404 when it is not there, 400 beyond the head, 410 before the compaction mark.
-    pub async fn get(&self, caller: &Caller, key: &str, moment: Moment) -> Result<(i64, Item), Refusal> {
+    pub async fn get(&self, caller: &Caller, key: &str, moment: Moment) -> Result<(i64, Arc<Item>), Refusal> {
         self.ledger.permit(caller, &[Ask::new("state:get", "Key", key)]).await?;
         self.metrics.count("get");
         let head = self.ledger.index();
-        let mut conn = self.connection().await?;
         let (index, item) = match moment.at {
-            None => (head, store::current(&mut conn, key.as_bytes()).await.map_err(|e| self.store.refusal(e))?),
+            None => (head, self.present(key.as_bytes()).await?),
             Some(at) => {
                 self.in_history(at, head)?;
+                let mut conn = self.connection().await?;
                 let item = store::as_of(&mut conn, key.as_bytes(), at).await.map_err(|e| self.store.refusal(e))?;
                 self.not_compacted(&mut conn, at).await?;
-                (at, item)
+                (at, item.map(Arc::new))
             }
         };
         match item {
@@ -158,6 +161,21 @@ impl State {
             .filter(|_| more)
             .map(|last| cursor::encode(&Cursor { at: index, key: crate::kernel::crypto::base64(&last.key) }));
         Ok(Page { index, items, next })
+    }
+
+    /// The key as it is, from memory if nothing changed it since it was read.
+    async fn present(&self, key: &[u8]) -> Result<Option<Arc<Item>>, Refusal> {
+        let recent = &self.hub.recent;
+        if let Some(item) = recent.get(key) {
+            return Ok(Some(item));
+        }
+        let changes = recent.changes(key);
+        let mut conn = self.connection().await?;
+        let item = store::current(&mut conn, key).await.map_err(|e| self.store.refusal(e))?.map(Arc::new);
+        if let Some(item) = &item {
+            recent.keep(changes, item);
+        }
+        Ok(item)
     }
 
     async fn connection(&self) -> Result<sqlx::pool::PoolConnection<sqlx::Postgres>, Refusal> {

@@ -13,6 +13,7 @@ use crate::kernel::{BoxFuture, Refusal, problem};
 use crate::ledger::{Projection, Touched};
 
 use super::model::Change;
+use super::recent::Recent;
 use super::{State, kv, store};
 
 /// Groups of changes a watcher may be behind before it is cut off. It resumes where it was.
@@ -26,6 +27,8 @@ const BOOKMARK: Duration = Duration::from_secs(5);
 #[derive(Default)]
 pub struct Hub {
     inner: Mutex<Inner>,
+    /// What was read lately, kept true by the same news.
+    pub(super) recent: Recent,
 }
 
 #[derive(Default)]
@@ -97,8 +100,9 @@ impl Projection for Hub {
         conn: &'a mut PgConnection,
         after: i64,
         to: i64,
-        _: &'a [(i64, Touched)],
+        touched: &'a [(i64, Touched)],
     ) -> BoxFuture<'a, Result<(), sqlx::Error>> {
+        self.recent.changed(touched);
         Box::pin(async move {
             let watched = {
                 let mut inner = self.lock();
