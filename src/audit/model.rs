@@ -1,5 +1,8 @@
 //! The nouns of the room: an entry as it is stored, as it is found, as it is shown.
 
+use std::borrow::Cow;
+
+use serde::Deserialize;
 use serde_json::{Map, Value};
 
 use crate::kernel::Timestamp;
@@ -20,6 +23,31 @@ pub struct Stored {
     pub segment: Option<Vec<u8>>,
 }
 
+/// What the search takes from a leaf, without making anything of the rest.
+#[derive(Default, Deserialize)]
+struct Leaf<'a> {
+    #[serde(borrow)]
+    time: Cow<'a, str>,
+    #[serde(borrow)]
+    room: Cow<'a, str>,
+    #[serde(borrow)]
+    action: Cow<'a, str>,
+    #[serde(borrow)]
+    outcome: Cow<'a, str>,
+}
+
+/// What the search takes from the details.
+#[derive(Default, Deserialize)]
+#[serde(default)]
+struct Brief<'a> {
+    #[serde(borrow)]
+    actor: Cow<'a, str>,
+    #[serde(borrow)]
+    resource: Cow<'a, str>,
+    #[serde(borrow)]
+    request_id: Cow<'a, str>,
+}
+
 impl Stored {
     fn objects(&self) -> (Map<String, Value>, Option<Map<String, Value>>) {
         let leaf = serde_json::from_slice(&self.leaf).unwrap_or_default();
@@ -29,19 +57,18 @@ impl Stored {
     /// What the search keeps of it.
     #[must_use]
     pub fn found(&self) -> Found {
-        let (leaf, details) = self.objects();
-        let details = details.unwrap_or_default();
-        let text =
-            |m: &Map<String, Value>, name: &str| m.get(name).and_then(Value::as_str).unwrap_or_default().to_owned();
+        let leaf: Leaf<'_> = serde_json::from_slice(&self.leaf).unwrap_or_default();
+        let details = self.details.as_ref().and_then(|d| serde_json::from_slice(d).ok());
+        let details: Brief<'_> = details.unwrap_or_default();
         Found {
             index: self.index,
-            time: Timestamp::parse(&text(&leaf, "time")).unwrap_or_default(),
-            room: text(&leaf, "room"),
-            action: text(&leaf, "action"),
-            outcome: text(&leaf, "outcome"),
-            actor: text(&details, "actor"),
-            resource: text(&details, "resource"),
-            request_id: text(&details, "request_id"),
+            time: Timestamp::parse(&leaf.time).unwrap_or_default(),
+            room: leaf.room.into_owned(),
+            action: leaf.action.into_owned(),
+            outcome: leaf.outcome.into_owned(),
+            actor: details.actor.into_owned(),
+            resource: details.resource.into_owned(),
+            request_id: details.request_id.into_owned(),
         }
     }
 

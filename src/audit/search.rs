@@ -13,7 +13,7 @@ use super::model::{Found, Stored};
 use super::{Metrics, store};
 
 /// Entries taken at a time.
-const PAGE: i64 = 2000;
+const PAGE: i64 = 500;
 /// How long nothing may be heard before it looks all the same.
 const POLL: Duration = Duration::from_millis(500);
 /// Pause between two rounds: many small ones would cost the writer more than a few large ones.

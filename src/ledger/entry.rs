@@ -5,10 +5,10 @@
 //! them with a salt, so that they can be erased with the tree intact.
 
 use serde::{Deserialize, Serialize};
-use serde_json::{Map, Value, json};
+use serde_json::{Map, Value};
 
 use crate::kernel::crypto::{self, Domain, Hash};
-use crate::kernel::web::{Caller, Decision};
+use crate::kernel::web::{Caller, Decision, EntityName};
 use crate::kernel::{Refusal, Timestamp};
 
 use super::touch::Touch;
@@ -60,7 +60,8 @@ pub struct Entry {
     pub(super) signal: Option<Signal>,
     pub(super) segment: Option<Segment>,
     pub(super) touched: Vec<Touch>,
-    pub(super) decision: Option<Decision>,
+    /// The decision it rests on, canonical JSON.
+    pub(super) decision: Option<Vec<u8>>,
 }
 
 /// The records that an entry stands for: their root (of [`super::segment`]) and number.
@@ -130,11 +131,61 @@ impl Entry {
         self
     }
 
-    /// Keeps the decision it rests on; the ledger sets it for commands of callers.
+    /// Keeps the decision it rests on, as [`decided`] wrote it; the ledger sets it for commands of callers.
     #[must_use]
-    pub fn decided(mut self, decision: Option<Decision>) -> Self {
+    pub(super) fn with_decision(mut self, decision: Option<Vec<u8>>) -> Self {
         self.decision = decision;
         self
+    }
+}
+
+/// A decision as the record keeps it. Made before the command queues, so that the writer need not.
+pub(super) fn decided(d: &Decision) -> Vec<u8> {
+    let name = |n: &EntityName| {
+        let mut o = Object::new();
+        o.member("id", &n.id);
+        o.member("type", &n.kind);
+        o.end()
+    };
+    let mut o = Object::new();
+    o.member("action", &d.action);
+    o.member("at", &d.at);
+    o.member("bundle", &d.bundle);
+    o.member("id", &d.id);
+    o.member("policies", &d.policies);
+    o.raw("principal", &name(&d.principal));
+    o.raw("resource", &name(&d.resource));
+    o.end()
+}
+
+/// An object of canonical JSON whose members are given in the order of their names.
+struct Object(Vec<u8>);
+
+impl Object {
+    fn new() -> Self {
+        let mut out = Vec::with_capacity(512);
+        out.push(b'{');
+        Self(out)
+    }
+
+    fn raw(&mut self, name: &str, value: &[u8]) {
+        if self.0.len() > 1 {
+            self.0.push(b',');
+        }
+        write_scalar(&name, &mut self.0);
+        self.0.push(b':');
+        self.0.extend_from_slice(value);
+    }
+
+    /// A scalar, or a list of scalars.
+    fn member(&mut self, name: &str, value: &impl Serialize) {
+        self.raw(name, b"");
+        write_scalar(value, &mut self.0);
+    }
+
+    fn end(mut self) -> Vec<u8> {
+        self.0.push(b'}');
+        self.0
     }
 }
 
@@ -177,30 +228,43 @@ impl Entry {
     /// When the operating system has no random bytes.
     pub fn seal(self, caller: &Caller, time: Timestamp) -> Result<Sealed, Refusal> {
         let request = caller.request();
-        let mut details = Map::new();
-        details.insert("actor".into(), caller.actor().into());
-        details.insert("resource".into(), self.resource.into());
-        let mut put = |name: &str, value: Option<Value>| {
-            if let Some(v) = value {
-                details.insert(name.to_owned(), v);
-            }
-        };
-        put("reason", self.reason.map(Value::from));
-        put("request_id", (!request.id.is_empty()).then(|| request.id.clone().into()));
-        put("trace_id", request.trace_id.clone().map(Value::from));
-        put("decision", self.decision.and_then(|d| serde_json::to_value(d).ok()));
-        put("signal", self.signal.and_then(|s| serde_json::to_value(s).ok()));
-        put("records", self.segment.as_ref().map(|s| s.count.into()));
-        put("change", (!self.change.is_empty()).then_some(Value::Object(self.change)));
-        let details = canonical(&Value::Object(details));
+        let mut details = Object::new();
+        details.member("actor", &caller.actor());
+        if !self.change.is_empty() {
+            details.raw("change", &canonical(&Value::Object(self.change)));
+        }
+        if let Some(decision) = &self.decision {
+            details.raw("decision", decision);
+        }
+        if let Some(reason) = &self.reason {
+            details.member("reason", reason);
+        }
+        if let Some(segment) = &self.segment {
+            details.member("records", &segment.count);
+        }
+        if !request.id.is_empty() {
+            details.member("request_id", &request.id);
+        }
+        details.member("resource", &self.resource);
+        if let Some(signal) = self.signal.and_then(|s| serde_json::to_value(s).ok()) {
+            details.raw("signal", &canonical(&signal));
+        }
+        if let Some(trace) = &request.trace_id {
+            details.member("trace_id", trace);
+        }
+        let details = details.end();
         let salt = crypto::random::<32>()?;
         let segment = self.segment.map(|s| s.root);
         let body = body(&commitment(&salt, &details), segment.as_ref());
         let room = self.action.split(':').next().unwrap_or(self.action);
-        let leaf = canonical(&json!({
-            "v": 1, "time": time.to_string(), "room": room, "action": self.action,
-            "outcome": self.outcome.as_str(), "body": crypto::base64(body),
-        }));
+        let mut leaf = Object::new();
+        leaf.member("action", &self.action);
+        leaf.member("body", &crypto::base64(body));
+        leaf.member("outcome", &self.outcome.as_str());
+        leaf.member("room", &room);
+        leaf.member("time", &time);
+        leaf.member("v", &1);
+        let leaf = leaf.end();
         debug_assert!(leaf.len() <= LEAF_MAX);
         let hash = crypto::hash(Domain::Leaf, &[&leaf]);
         Ok(Sealed { leaf, hash, salt, details, segment, touched: Touch::encode(&self.touched) })
@@ -254,7 +318,35 @@ fn write_scalar(value: &impl Serialize, out: &mut Vec<u8>) {
 
 #[cfg(test)]
 mod tests {
+    use serde_json::json;
+
     use super::*;
+
+    #[test]
+    fn a_decision_and_details_are_canonical() {
+        let name = |kind: &str, id: &str| EntityName { kind: kind.into(), id: id.into() };
+        let decision = Decision {
+            id: uuid::Uuid::nil(),
+            at: 7,
+            bundle: vec!["system".into()],
+            policies: vec!["a\"b".into(), "c".into()],
+            principal: name("Sop::Client", "é\n"),
+            action: "state:put".into(),
+            resource: name("Sop::Key", "k"),
+        };
+        let written = decided(&decision);
+        assert_eq!(written, canonical(&serde_json::to_value(&decision).unwrap()));
+        let entry = Entry::ok("a:b", "c/d").reason("r").signal("info", "f").change("z", 1).change("a", "x");
+        let segment = Segment { root: [7; 32], count: 3 };
+        let sealed = entry
+            .segment(segment)
+            .with_decision(Some(written))
+            .seal(&Caller::daemon("test"), Timestamp::from_millis(0))
+            .unwrap();
+        let details: Value = serde_json::from_slice(&sealed.details).unwrap();
+        assert_eq!(canonical(&details), sealed.details);
+        assert_eq!((details["records"].as_i64(), &details["decision"]["at"]), (Some(3), &json!(7)));
+    }
 
     #[test]
     fn the_leaf_commits_to_the_details() {

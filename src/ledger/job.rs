@@ -10,7 +10,7 @@ use crate::kernel::web::{Caller, Permit};
 use crate::kernel::{BoxFuture, Refusal, Timestamp};
 
 use super::command::{Command, Committed, Failure, Tx};
-use super::entry::Sealed;
+use super::entry::{self, Sealed};
 use super::hot::{At, Decided, Fact, HotKey, Made};
 use super::store;
 
@@ -68,6 +68,8 @@ pub(super) struct Ticket<C: Command> {
     command: C,
     caller: Caller,
     permit: Permit,
+    /// The decision as the record keeps it.
+    decision: Option<Vec<u8>>,
     keyed: bool,
     state: State<C::Out>,
     reply: oneshot::Sender<Heard<C>>,
@@ -77,7 +79,8 @@ impl<C: Command> Ticket<C> {
     /// `keyed` says whether the request's `Idempotency-Key` is about this command (not about a denial of it).
     pub fn new(command: C, caller: Caller, permit: Permit, keyed: bool) -> (Box<Self>, oneshot::Receiver<Heard<C>>) {
         let (reply, heard) = oneshot::channel();
-        (Box::new(Self { command, caller, permit, keyed, state: State::Waiting, reply }), heard)
+        let decision = permit.decision.as_ref().map(entry::decided);
+        (Box::new(Self { command, caller, permit, decision, keyed, state: State::Waiting, reply }), heard)
     }
 
     async fn execute(&mut self, tx: &mut Tx<'_>, master: &MasterKey) -> Result<Option<Sealed>, Failure> {
@@ -98,7 +101,7 @@ impl<C: Command> Ticket<C> {
         match self.command.apply(tx).await {
             Ok((value, entry)) => {
                 let (index, time) = (tx.index(), tx.now());
-                let sealed = entry.decided(self.permit.decision.clone()).seal(&self.caller, time)?;
+                let sealed = entry.with_decision(self.decision.clone()).seal(&self.caller, time)?;
                 if let Some(key) = &key {
                     let raw = serde_json::value::to_raw_value(&value).map_err(Refusal::internal)?;
                     let outcome = seal_outcome(master, &Stored::Ok(raw))?;
@@ -173,7 +176,7 @@ impl<C: Command> Job for Ticket<C> {
     fn decide(&mut self, fact: Option<&Fact>, at: At) -> Result<Option<Made>, Failure> {
         match self.command.decide(fact, at) {
             Ok(Decided { value, entry, after, row }) => {
-                let sealed = entry.decided(self.permit.decision.clone()).seal(&self.caller, at.now)?;
+                let sealed = entry.with_decision(self.decision.clone()).seal(&self.caller, at.now)?;
                 self.state = State::Done(Committed { index: at.index, time: at.now, value, replayed: false });
                 Ok(Some(Made { sealed, after, row }))
             }

@@ -55,7 +55,7 @@ async fn put(
 ) -> Result<Answer<Written>, Refusal> {
     let content_type = content_type(&headers)?;
     let condition = condition(conditions)?;
-    let done = state.put(&caller, kv::Put { key, value: value.to_vec(), content_type, condition }).await?;
+    let done = state.put(&caller, kv::Put::new(key, value.to_vec(), content_type, condition)).await?;
     let tag = done.value.index;
     Ok(Answer::ok(done.value).at(done.index).tagged(tag))
 }

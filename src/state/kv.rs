@@ -24,6 +24,17 @@ pub struct Put {
     pub content_type: String,
     /// What must hold.
     pub condition: Condition,
+    /// Digest of the value, made before the command queues.
+    digest: String,
+}
+
+impl Put {
+    /// A put of `value`.
+    #[must_use]
+    pub fn new(key: String, value: Vec<u8>, content_type: String, condition: Condition) -> Self {
+        let digest = crypto::base64(crypto::sha256(&value));
+        Self { key, value, content_type, condition, digest }
+    }
 }
 
 impl Command for Put {
@@ -52,7 +63,7 @@ impl Command for Put {
         let entry = Entry::ok("state:put", format!("key/{}", self.key))
             .change("size", self.value.len())
             .change("version", version)
-            .change("sha256", crypto::base64(crypto::sha256(&self.value)))
+            .change("sha256", self.digest.clone())
             .touch(Touch::key(KEY, self.key.as_bytes()));
         let value = Written { key: self.key.clone(), index: at.index, created_index, version, lease: None };
         let after: Fact = Arc::new(Standing { index: at.index, created_index, version });
