@@ -17,6 +17,7 @@ use crate::kernel::supervisor::{Supervisor, Task};
 use crate::kernel::web::{Ask, Authority, Caller, Permit, RequestInfo};
 use crate::kernel::{BoxFuture, Clock, Refusal, jose, problem};
 use crate::ledger::{self, Ledger};
+use crate::nexus::{self, Board, Nexus};
 use crate::state::{self, Hub, State};
 use crate::store::{self, Store};
 use crate::telemetry;
@@ -99,6 +100,7 @@ struct Views {
     entities: Arc<governance::Snapshot>,
     clients: Arc<token::Snapshot>,
     keys: Arc<Hub>,
+    board: Arc<Board>,
     rules: Arc<Rules>,
 }
 
@@ -111,7 +113,7 @@ impl Ground<'_> {
         let entities = Arc::new(governance::Snapshot::default());
         let rules = Arc::new(Rules::new(entities.clone(), self.clock.clone(), &self.registry)?);
         let clients = Arc::new(token::Snapshot::new(self.master.clone()));
-        let views = Views { entities, clients, keys: Arc::new(Hub::new()), rules };
+        let views = Views { entities, clients, keys: Arc::new(Hub::new()), board: Arc::default(), rules };
         let ledger = self.ledger(&views).await?;
         let (gate, routes) = self.rooms(&ledger, views, &bound.url).await?;
         self.serve(&ledger, gate, routes, bound, announce)
@@ -129,7 +131,7 @@ impl Ground<'_> {
             lock_wait: settings.lock_wait.get(),
             write_timeout: settings.write_timeout.get(),
             // Entities before clients: a client that is known has its entity.
-            projections: vec![views.entities.clone(), views.clients.clone(), views.keys.clone()],
+            projections: vec![views.entities.clone(), views.clients.clone(), views.keys.clone(), views.board.clone()],
         };
         let ledger = Ledger::start(parts, &self.tasks).await.map_err(said)?;
         let check = self.master.check_value();
@@ -166,6 +168,15 @@ impl Ground<'_> {
         files::admin(&self.config.data.dir, url, &token).await?;
         let counted = state::Metrics::new(&self.registry).map_err(|e| e.to_string())?;
         let state = State::new(ledger.clone(), self.store.clone(), views.keys, counted);
+        let parts = nexus::Parts {
+            ledger: ledger.clone(),
+            store: self.store.clone(),
+            clock: self.clock.clone(),
+            board: views.board,
+            metrics: nexus::Metrics::new(&self.registry).map_err(|e| e.to_string())?,
+            retention_interval: self.config.nexus.retention_interval.get(),
+        };
+        let nexus = Nexus::start(parts, &self.tasks);
         let gate = Arc::new_cyclic(|own| Gate {
             token: token.clone(),
             rules: views.rules,
@@ -175,7 +186,8 @@ impl Ground<'_> {
         let routes = audit::http::routes(audit)
             .merge(governance::http::routes(governance))
             .merge(token::http::routes(token))
-            .merge(state::http::routes(state));
+            .merge(state::http::routes(state))
+            .merge(nexus::http::routes(nexus));
         Ok((gate, routes))
     }
 

@@ -11,6 +11,7 @@ pub mod config;
 pub mod governance;
 pub mod kernel;
 pub mod ledger;
+pub mod nexus;
 pub mod state;
 pub mod store;
 pub mod telemetry;

@@ -61,6 +61,7 @@ pub struct Config {
     pub token: Token,
     pub governance: Governance,
     pub state: State,
+    pub nexus: Nexus,
     pub disk: Disk,
     pub telemetry: Telemetry,
 }
@@ -142,6 +143,12 @@ pub struct Governance {}
 #[derive(Clone, Debug, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct State {}
+
+#[derive(Clone, Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Nexus {
+    pub retention_interval: Span,
+}
 
 #[derive(Clone, Debug, Deserialize)]
 #[serde(deny_unknown_fields)]

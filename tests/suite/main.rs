@@ -17,6 +17,7 @@ mod audit;
 mod crash;
 mod governance;
 mod ledger;
+mod nexus;
 mod proxy;
 mod state;
 mod token;

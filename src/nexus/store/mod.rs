@@ -1,0 +1,4 @@
+//! The room's SQL.
+
+pub(super) mod services;
+pub(super) mod topics;
