@@ -12,6 +12,7 @@ CREATE TABLE nexus.instances (
     created_index int8  NOT NULL,
     index         int8  NOT NULL,            -- of the last change anyone can see
     beat          int8  NOT NULL,            -- of the last sign of life
+    checked       bool  NOT NULL,            -- it has checks of its own
     PRIMARY KEY (service, id)
 ) WITH (fillfactor = 70);
 

@@ -12,6 +12,7 @@ use crate::api::{self, Authenticator, Bound, Check, Limits, Readiness};
 use crate::audit::{self, Audit};
 use crate::config::{Config, Loaded};
 use crate::governance::{self, Governance, Rules};
+use crate::health::{self, Health};
 use crate::kernel::crypto::MasterKey;
 use crate::kernel::supervisor::{Supervisor, Task};
 use crate::kernel::web::{Ask, Authority, Caller, Permit, RequestInfo};
@@ -177,6 +178,15 @@ impl Ground<'_> {
             retention_interval: self.config.nexus.retention_interval.get(),
         };
         let nexus = Nexus::start(parts, &self.tasks);
+        let parts = health::Parts {
+            ledger: ledger.clone(),
+            store: self.store.clone(),
+            clock: self.clock.clone(),
+            nexus: nexus.clone(),
+            metrics: health::Metrics::new(&self.registry).map_err(|e| e.to_string())?,
+            probes: self.config.health.probes,
+        };
+        let health = Health::start(parts, &self.tasks)?;
         let gate = Arc::new_cyclic(|own| Gate {
             token: token.clone(),
             rules: views.rules,
@@ -187,7 +197,8 @@ impl Ground<'_> {
             .merge(governance::http::routes(governance))
             .merge(token::http::routes(token))
             .merge(state::http::routes(state))
-            .merge(nexus::http::routes(nexus));
+            .merge(nexus::http::routes(nexus))
+            .merge(health::http::routes(health));
         Ok((gate, routes))
     }
 

@@ -9,6 +9,7 @@ pub mod boot;
 pub mod cli;
 pub mod config;
 pub mod governance;
+pub mod health;
 pub mod kernel;
 pub mod ledger;
 pub mod nexus;

@@ -62,6 +62,7 @@ pub struct Config {
     pub governance: Governance,
     pub state: State,
     pub nexus: Nexus,
+    pub health: Health,
     pub disk: Disk,
     pub telemetry: Telemetry,
 }
@@ -152,6 +153,12 @@ pub struct Nexus {
 
 #[derive(Clone, Debug, Deserialize)]
 #[serde(deny_unknown_fields)]
+pub struct Health {
+    pub probes: usize,
+}
+
+#[derive(Clone, Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct Disk {
     pub guard_percent: u8,
     pub reserve_mb: u64,
@@ -185,6 +192,7 @@ impl Config {
         positive("server.concurrency", self.server.concurrency)?;
         positive("server.rate", self.server.rate as usize)?;
         positive("database.readers", self.database.readers as usize)?;
+        positive("health.probes", self.health.probes)?;
         if self.disk.guard_percent > 100 {
             return Err("disk.guard_percent is a percentage, at most 100".to_owned());
         }

@@ -12,6 +12,7 @@ pub mod clock;
 pub mod crypto;
 pub mod ids;
 pub mod jose;
+pub mod probe;
 pub mod problem;
 pub mod refusal;
 pub mod secret;

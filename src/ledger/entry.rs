@@ -40,6 +40,9 @@ impl Outcome {
     }
 }
 
+/// The kind of touch of an entry that carries a signal.
+pub const SIGNAL: &str = "signal";
+
 /// Something that should open an incident: health follows entries that carry one.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Signal {
@@ -120,7 +123,9 @@ impl Entry {
     /// Should open an incident.
     #[must_use]
     pub fn signal(mut self, severity: &str, fingerprint: impl Into<String>) -> Self {
-        self.signal = Some(Signal { severity: severity.to_owned(), fingerprint: fingerprint.into() });
+        let fingerprint = fingerprint.into();
+        self.touched.push(Touch::key(SIGNAL, fingerprint.as_bytes()));
+        self.signal = Some(Signal { severity: severity.to_owned(), fingerprint });
         self
     }
 

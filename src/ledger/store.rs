@@ -10,7 +10,7 @@ use crate::kernel::Timestamp;
 use crate::kernel::crypto::Hash;
 use crate::kernel::web::Idempotency;
 
-use super::entry::Sealed;
+use super::entry::{SIGNAL, Sealed};
 use super::hot::{self, Column, Hot, Row, Texts};
 use super::touch::Touched;
 
@@ -199,6 +199,28 @@ pub(super) async fn entries_after(
             Ok(Advance { index: row.try_get("index")?, hash: hash(row.try_get("hash")?)?, touched })
         })
         .collect()
+}
+
+/// Details of entries in (`after`, `to`] that carry a signal, in order, at most `limit`.
+pub(super) async fn signals(
+    conn: &mut PgConnection,
+    after: i64,
+    to: i64,
+    limit: i64,
+) -> Result<Vec<(i64, Vec<u8>)>, sqlx::Error> {
+    // A touch begins with the length of its kind and the kind.
+    let rows = sqlx::query(
+        "SELECT e.index, d.details FROM ledger.entries AS e JOIN ledger.details AS d USING (index)
+         WHERE e.index > $1 AND e.index <= $2 AND position($3 IN e.touched) > 0 AND d.details IS NOT NULL
+         ORDER BY e.index LIMIT $4",
+    )
+    .bind(after)
+    .bind(to)
+    .bind([&[SIGNAL.len() as u8], SIGNAL.as_bytes()].concat())
+    .bind(limit)
+    .fetch_all(conn)
+    .await?;
+    rows.iter().map(|r| Ok((r.try_get("index")?, r.try_get("details")?))).collect()
 }
 
 /// A stored outcome.

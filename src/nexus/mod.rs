@@ -137,6 +137,15 @@ impl Nexus {
         service_rows::of(&mut conn, service).await.map_err(|e| self.store.refusal(e))
     }
 
+    /// Instances with checks of their own, for whoever runs them.
+    ///
+    /// # Errors
+    /// 503 when the database is away.
+    pub async fn checked(&self) -> Result<Vec<Instance>, Refusal> {
+        let mut conn = self.connection().await?;
+        service_rows::checked(&mut conn).await.map_err(|e| self.store.refusal(e))
+    }
+
     async fn service(&self, caller: &Caller, service: &str) -> Result<Vec<Instance>, Refusal> {
         self.ledger.permit(caller, &[Ask::new("nexus:service-read", "Service", service)]).await?;
         let all = self.instances(service).await?;

@@ -5,6 +5,7 @@ use serde_json::value::RawValue;
 use serde_json::{Map, Value};
 use uuid::Uuid;
 
+use crate::kernel::probe::Probe;
 use crate::kernel::web::faulty;
 use crate::kernel::{Fault, Refusal, ids};
 
@@ -24,10 +25,9 @@ pub struct Registration {
     #[serde(default)]
     #[schema(value_type = Object)]
     pub meta: Map<String, Value>,
-    /// How its health is to be looked at; kept as given
+    /// How its health is looked at; without any it is fit as long as it beats
     #[serde(default)]
-    #[schema(value_type = Vec<Object>)]
-    pub checks: Vec<Value>,
+    pub checks: Vec<Probe>,
     /// Seconds without a heartbeat after which it is gone, 1-86,400
     pub ttl: f64,
 }
@@ -61,6 +61,7 @@ impl Registration {
         if self.checks.len() > 16 {
             faults.push(Fault::new("/checks", "an instance has at most 16 checks"));
         }
+        self.checks.iter().enumerate().for_each(|(i, c)| c.faults(&format!("/checks/{i}"), &mut faults));
         faulty(faults).map_or(Ok(()), Err)
     }
 

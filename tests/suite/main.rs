@@ -16,6 +16,7 @@ mod support;
 mod audit;
 mod crash;
 mod governance;
+mod health;
 mod ledger;
 mod nexus;
 mod proxy;

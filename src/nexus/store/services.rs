@@ -38,6 +38,13 @@ pub(in crate::nexus) async fn of(conn: &mut PgConnection, service: &str) -> Resu
     rows.iter().map(instance).collect()
 }
 
+/// Instances that have checks of their own.
+pub(in crate::nexus) async fn checked(conn: &mut PgConnection) -> Result<Vec<Instance>, sqlx::Error> {
+    let sql = format!("SELECT {COLUMNS} FROM nexus.instances WHERE checked ORDER BY service, id LIMIT 10000");
+    let rows = sqlx::query(sqlx::AssertSqlSafe(sql)).fetch_all(conn).await?;
+    rows.iter().map(instance).collect()
+}
+
 /// Services in order of the name, after `after`.
 pub(in crate::nexus) async fn list(
     conn: &mut PgConnection,
@@ -67,10 +74,11 @@ pub(in crate::nexus) async fn put(
 ) -> Result<(), sqlx::Error> {
     let kept = serde_json::to_vec(&instance.registration).map_err(|e| sqlx::Error::Encode(Box::new(e)))?;
     sqlx::query(
-        "INSERT INTO nexus.instances (service, id, instance, ttl_ms, passing, why, created_index, index, beat)
-         VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9)
+        "INSERT INTO nexus.instances (service, id, instance, ttl_ms, passing, why, created_index, index, beat, checked)
+         VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10)
          ON CONFLICT (service, id) DO UPDATE SET instance = excluded.instance, ttl_ms = excluded.ttl_ms,
-             passing = excluded.passing, why = excluded.why, index = excluded.index, beat = excluded.beat",
+             passing = excluded.passing, why = excluded.why, index = excluded.index, beat = excluded.beat,
+             checked = excluded.checked",
     )
     .bind(&instance.service)
     .bind(&instance.id)
@@ -81,6 +89,7 @@ pub(in crate::nexus) async fn put(
     .bind(instance.created_index)
     .bind(instance.index)
     .bind(beat)
+    .bind(!instance.registration.checks.is_empty())
     .execute(&mut *conn)
     .await?;
     tell(conn, instance, instance.index, event).await

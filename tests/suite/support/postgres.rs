@@ -155,6 +155,12 @@ impl Database {
         PgConnection::connect_with(&self.cluster.options(&self.name, "sop")).await.expect("the database answers")
     }
 
+    /// Under a name of one's own.
+    pub async fn connect_as(&self, name: &str) -> PgConnection {
+        let options = PgConnectOptions::from_str(&self.url()).expect("url").application_name(name);
+        PgConnection::connect_with(&options).await.expect("the database answers")
+    }
+
     /// As the daemon's own role, through a proxy, under a name that faults look for.
     pub async fn connect_via(&self, proxy: &Proxy, name: &str) -> PgConnection {
         let options = PgConnectOptions::from_str(&self.url_via(proxy)).expect("url").application_name(name);
