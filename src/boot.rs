@@ -234,6 +234,16 @@ impl Ground<'_> {
                 Ok(())
             }
         }));
+        // What is started last stops first: those who wait for news go, and the sockets are soon drained.
+        let closing = ledger.closing();
+        self.tasks.start(Task::restarting("api/waits", move |stop| {
+            let closing = closing.clone();
+            async move {
+                stop.cancelled().await;
+                closing.cancel();
+                Ok(())
+            }
+        }));
         announce(&bound.url);
         let _ = sd_notify::notify(&[sd_notify::NotifyState::Ready]);
         Ok(())

@@ -81,12 +81,23 @@ pub(crate) async fn run(global: &Global, command: AuditCommand) -> anyhow::Resul
             say(text.trim_end());
             Ok(())
         }
-        AuditCommand::Save { dir, details } => save(global, client, &dir, details).await,
+        AuditCommand::Save { dir, details } => {
+            let (checkpoint, fetched) = save(client, &dir, details).await?;
+            if global.json {
+                say(json!({"entries": checkpoint.size, "fetched": fetched, "dir": dir}));
+            } else {
+                let (entries, origin, dir) = (checkpoint.size, checkpoint.origin, dir.display());
+                say(format!(
+                    "saved {entries} entries of {origin} in {dir} ({fetched} files new); check them with: sop verify {dir}"
+                ));
+            }
+            Ok(())
+        }
     }
 }
 
 /// Mirrors checkpoint, key, tiles and entry bundles under the paths they are served at. Full tiles that are there are kept.
-async fn save(global: &Global, client: Client, dir: &Path, details: bool) -> anyhow::Result<()> {
+pub(super) async fn save(client: Client, dir: &Path, details: bool) -> anyhow::Result<(Checkpoint, u64)> {
     let source = Source::Daemon(client);
     let key_text = source.text("key").await?;
     let key = VerifierKey::parse(&key_text).context("the log's key cannot be read")?;
@@ -110,18 +121,7 @@ async fn save(global: &Global, client: Client, dir: &Path, details: bool) -> any
     }
     write(&dir.join("key"), key_text.as_bytes())?;
     write(&dir.join("checkpoint"), note.as_bytes())?;
-    if global.json {
-        say(json!({"entries": checkpoint.size, "fetched": fetched, "dir": dir}));
-    } else {
-        say(format!(
-            "saved {} entries of {} in {} ({fetched} files new); check them with: sop verify {}",
-            checkpoint.size,
-            checkpoint.origin,
-            dir.display(),
-            dir.display()
-        ));
-    }
-    Ok(())
+    Ok((checkpoint, fetched))
 }
 
 async fn save_details(client: &Client, dir: &Path, size: u64) -> anyhow::Result<()> {

@@ -11,6 +11,7 @@ use reqwest::Method;
 use serde_json::{Value, json};
 
 use super::client::Client;
+use super::process::Sop;
 use super::{Global, say};
 use load::{Figures, Request};
 
@@ -56,7 +57,7 @@ const KEYS: usize = 10_000;
 
 pub(crate) async fn run(global: &Global, args: BenchArgs) -> anyhow::Result<()> {
     // Ours is a daemon of its own in a folder that is thrown away, with PostgreSQL waiting for the disk as ever.
-    let ours = server::Sop::start().await?;
+    let ours = Sop::start("bench").await?;
     let client = Client::find(&Global { data_dir: Some(ours.dir().to_owned()), ..global.clone() }).await?;
     let requests = ours_requests(args.what, &client, ours.dir()).await?;
     let peer = match args.peer {

@@ -59,6 +59,13 @@ impl Client {
         Ok(client)
     }
 
+    /// At a daemon that is known, as a client that is known.
+    pub async fn at(url: &str, id: &str, secret: &str) -> anyhow::Result<Self> {
+        let mut client = Self { http: reqwest::Client::builder().build()?, url: url.to_owned(), token: None };
+        client.token = Some(client.authenticate(id, secret).await?);
+        Ok(client)
+    }
+
     async fn authenticate(&self, id: &str, secret: &str) -> anyhow::Result<String> {
         #[derive(Deserialize)]
         struct Token {

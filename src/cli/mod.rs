@@ -11,6 +11,10 @@ mod audit;
 mod bench;
 mod check;
 mod client;
+mod demo;
+mod health;
+mod nexus;
+mod process;
 mod serve;
 mod state;
 mod status;
@@ -63,6 +67,14 @@ enum Command {
     /// Read and change keys
     #[command(subcommand)]
     State(state::StateCommand),
+    /// See services, send and take messages
+    #[command(subcommand)]
+    Nexus(nexus::NexusCommand),
+    /// See how everything is
+    #[command(subcommand)]
+    Health(health::HealthCommand),
+    /// Play a day of LOGOS against a daemon, and verify the record of it offline
+    Demo(demo::DemoArgs),
     /// Measure a daemon of its own, beside a peer
     Bench(bench::BenchArgs),
     /// Print a completion script for a shell
@@ -92,6 +104,9 @@ pub fn run() -> ExitCode {
             Command::Verify(args) => verify::run(&global, args).await,
             Command::Audit(command) => audit::run(&global, command).await,
             Command::State(command) => state::run(&global, command).await,
+            Command::Nexus(command) => nexus::run(&global, command).await,
+            Command::Health(command) => health::run(&global, command).await,
+            Command::Demo(args) => demo::run(&global, args).await,
             Command::Bench(args) => bench::run(&global, args).await,
             Command::Completions { shell } => {
                 clap_complete::generate(shell, &mut Cli::command(), "sop", &mut std::io::stdout());

@@ -10,7 +10,7 @@ use serde_json::{Value, json};
 use crate::audit::note::{Checkpoint, VerifierKey};
 use crate::audit::proof::Proof;
 use crate::audit::tiles::{self, WIDTH, place};
-use crate::audit::verify::{Verifier, Wrong};
+use crate::audit::verify::{Verified, Verifier, Wrong};
 use crate::kernel::Clock;
 use crate::kernel::crypto::from_base64;
 
@@ -80,7 +80,6 @@ pub(crate) async fn run(global: &Global, args: VerifyArgs) -> anyhow::Result<()>
         Some(key) => key,
         None => VerifierKey::parse(&source.text("key").await?).context("the log's key cannot be read")?,
     };
-    let checkpoint = Checkpoint::open(&source.text("checkpoint").await?, &key).map_err(Wrong::Signature)?;
     let seen = match &args.since {
         Some(file) => {
             let note = std::fs::read_to_string(file).with_context(|| format!("{} cannot be read", file.display()))?;
@@ -88,20 +87,7 @@ pub(crate) async fn run(global: &Global, args: VerifyArgs) -> anyhow::Result<()>
         }
         None => None,
     };
-    let size = checkpoint.size;
-    let mut verifier = Verifier::new(checkpoint, seen)?;
-    while verifier.next() < size {
-        let from = verifier.next();
-        let (bundle, hashes, name) = piece(&source, from, size).await?;
-        verifier.bundle(&bundle, &hashes, &name)?;
-        if verifier.next() == from {
-            bail!(Wrong::Index(from));
-        }
-        if let Source::Folder(_) = &source {
-            details(&source, &mut verifier, from, &bundle).await?;
-        }
-    }
-    let verified = verifier.finish()?;
+    let verified = log(&source, &key, seen).await?;
     let took = clock.elapsed().saturating_sub(began).as_secs_f64();
     if global.json {
         say(json!({"verified": verified, "seconds": took, "key": key.to_string()}));
@@ -112,6 +98,25 @@ pub(crate) async fn run(global: &Global, args: VerifyArgs) -> anyhow::Result<()>
         ));
     }
     Ok(())
+}
+
+/// Checks a whole log.
+pub(super) async fn log(source: &Source, key: &VerifierKey, seen: Option<Checkpoint>) -> anyhow::Result<Verified> {
+    let checkpoint = Checkpoint::open(&source.text("checkpoint").await?, key).map_err(Wrong::Signature)?;
+    let size = checkpoint.size;
+    let mut verifier = Verifier::new(checkpoint, seen)?;
+    while verifier.next() < size {
+        let from = verifier.next();
+        let (bundle, hashes, name) = piece(source, from, size).await?;
+        verifier.bundle(&bundle, &hashes, &name)?;
+        if verifier.next() == from {
+            bail!(Wrong::Index(from));
+        }
+        if let Source::Folder(_) = source {
+            details(source, &mut verifier, from, &bundle).await?;
+        }
+    }
+    Ok(verifier.finish()?)
 }
 
 /// The entry bundle from `from` on, the hashes of the tile beside it, and the tile's name.

@@ -33,7 +33,7 @@ use std::time::Duration;
 use tokio::sync::{Mutex, mpsc, oneshot, watch};
 
 use crate::kernel::crypto::MasterKey;
-use crate::kernel::supervisor::{self, Supervisor, Task};
+use crate::kernel::supervisor::{self, Stop, Supervisor, Task};
 use crate::kernel::web::{Ask, Caller};
 use crate::kernel::{Clock, Refusal, problem};
 use crate::store::Store;
@@ -104,6 +104,7 @@ pub struct Ledger {
     shared: Arc<Shared>,
     checks: mpsc::Sender<fence::Asked>,
     at: watch::Receiver<i64>,
+    closing: Stop,
 }
 
 /// What the ledger's tasks share.
@@ -178,7 +179,7 @@ impl Ledger {
         let mut follower = Follower::new(shared.clone(), parts.projections, heard, at_tx);
         follower.load().await.map_err(|e| shared.store.refusal(e))?;
         start_tasks(tasks, &shared, follower, jobs, asked);
-        let ledger = Self { shared, checks, at };
+        let ledger = Self { shared, checks, at, closing: Stop::new() };
         if ledger.index() < 0 {
             ledger.begin().await?;
         }
@@ -349,6 +350,12 @@ impl Ledger {
     #[must_use]
     pub fn watch_index(&self) -> watch::Receiver<i64> {
         self.at.clone()
+    }
+
+    /// Cancelled when the daemon begins to stop: whoever waits for news answers and goes.
+    #[must_use]
+    pub fn closing(&self) -> Stop {
+        self.closing.clone()
     }
 
     /// Why the ledger does not write now, if it does not.

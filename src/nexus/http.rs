@@ -419,8 +419,7 @@ async fn said(
     if !(1..=1000).contains(&body.ids.len()) {
         return Err(Refusal::malformed("/ids", "1 to 1000 ids are wanted"));
     }
-    let done = nexus.say(caller, topic, group, body.ids, word).await?;
-    Ok((done.index, done.value))
+    nexus.say(caller, topic, group, body.ids, word).await
 }
 
 /// Acknowledge messages; the answer names those that were still the caller's

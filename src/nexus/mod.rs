@@ -276,6 +276,7 @@ impl Nexus {
         let ask = [Ask::new("nexus:pull", "Topic", topic)];
         self.ledger.permit(caller, &ask).await?;
         let until = self.clock.elapsed() + wait;
+        let closing = self.ledger.closing();
         // Heard before the rows are looked at, so that nothing that comes in between is missed.
         let mut news = self.board.topic(topic);
         loop {
@@ -307,7 +308,11 @@ impl Nexus {
             }
             let nap = next.unwrap_or(left).max(Duration::from_millis(5)).min(left);
             // Whether it is time or news: look again.
-            let _ = tokio::time::timeout(nap, news.changed()).await;
+            tokio::select! {
+                () = closing.cancelled() => return Ok((index, Vec::new())),
+                _ = news.changed() => {}
+                () = tokio::time::sleep(nap) => {}
+            }
         }
     }
 
@@ -330,16 +335,21 @@ impl Nexus {
         group: String,
         ids: Vec<Uuid>,
         word: Word,
-    ) -> Result<Committed<Vec<Uuid>>, Refusal> {
+    ) -> Result<(i64, Vec<Uuid>), Refusal> {
         let ask = Ask::new("nexus:ack", "Topic", topic.clone());
         let say = Say { topic, group, ids, consumer: caller.actor().to_owned(), word };
-        let done = self.ledger.write(caller, &[ask], say).await?;
+        let done = match self.ledger.write(caller, &[ask], say).await {
+            Ok(done) => done,
+            // None of them is the caller's: nothing changed, and nothing is recorded.
+            Err(r) if r.problem() == &problem::CONFLICT => return Ok((self.ledger.index(), Vec::new())),
+            Err(r) => return Err(r),
+        };
         match word {
             Word::Ack => self.metrics.messages("acked", done.value.len()),
             Word::Nack => self.metrics.messages("nacked", done.value.len()),
             Word::Extend => {}
         }
-        Ok(done)
+        Ok((done.index, done.value))
     }
 
     /// Drops what is past its topic's retention. On several daemons at once it does no harm: each step is a command.

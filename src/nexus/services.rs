@@ -48,12 +48,15 @@ impl Command for Register {
     async fn apply(&mut self, tx: &mut Tx<'_>) -> Result<(Registered, Entry), Failure> {
         let was = store::one(tx.read(), &self.service, &self.id).await?;
         let index = tx.index();
+        let checks = &self.registration.checks;
+        let same = was.as_ref().filter(|w| !checks.is_empty() && w.registration.checks == *checks);
         let instance = Instance {
             service: self.service.clone(),
             id: self.id.clone(),
             registration: self.registration.clone(),
-            status: Status::Passing,
-            why: "registered".to_owned(),
+            // One whose checks are the same is as fit as it was.
+            status: same.map_or(Status::Passing, |w| w.status),
+            why: same.map_or_else(|| "registered".to_owned(), |w| w.why.clone()),
             index,
             created_index: was.as_ref().map_or(index, |w| w.created_index),
         };

@@ -7,7 +7,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::value::RawValue;
 use uuid::Uuid;
 
-use crate::kernel::{Refusal, Timestamp};
+use crate::kernel::{Refusal, Timestamp, problem};
 use crate::ledger::{Command, Entry, Failure, Touch, Tx};
 
 use super::board::{GROUP, MESSAGE};
@@ -272,27 +272,28 @@ impl Command for Say {
             Word::Nack => "nexus:nack",
             Word::Extend => "nexus:extend",
         };
-        if !ours.is_empty() {
-            if self.word == Word::Ack {
-                store::drop_deliveries(tx.write(), &self.topic, &self.group, &ours).await?;
-            } else {
-                let wait = |attempt: i64| match self.word {
-                    Word::Extend => cursor.ack_wait_ms,
-                    _ => (cursor.backoff_ms << (attempt - 1).clamp(0, 16)).min(BACKOFF_MOST.max(cursor.backoff_ms)),
-                };
-                let holder = (self.word == Word::Extend).then_some(self.consumer.as_str());
-                let again = |(index, position, id, attempt): &(i64, i64, Uuid, i64)| Delivery {
-                    index: *index,
-                    position: *position,
-                    id: *id,
-                    attempt: *attempt,
-                    due_ms: now + wait(*attempt),
-                    holder,
-                    dead: false,
-                };
-                let rows: Vec<Delivery<'_>> = held.iter().map(again).collect();
-                store::put_deliveries(tx.write(), &self.topic, &self.group, &rows).await?;
-            }
+        if ours.is_empty() {
+            return Err(Refusal::new(&problem::CONFLICT, "none of these messages is with the caller").into());
+        }
+        if self.word == Word::Ack {
+            store::drop_deliveries(tx.write(), &self.topic, &self.group, &ours).await?;
+        } else {
+            let wait = |attempt: i64| match self.word {
+                Word::Extend => cursor.ack_wait_ms,
+                _ => (cursor.backoff_ms << (attempt - 1).clamp(0, 16)).min(BACKOFF_MOST.max(cursor.backoff_ms)),
+            };
+            let holder = (self.word == Word::Extend).then_some(self.consumer.as_str());
+            let again = |(index, position, id, attempt): &(i64, i64, Uuid, i64)| Delivery {
+                index: *index,
+                position: *position,
+                id: *id,
+                attempt: *attempt,
+                due_ms: now + wait(*attempt),
+                holder,
+                dead: false,
+            };
+            let rows: Vec<Delivery<'_>> = held.iter().map(again).collect();
+            store::put_deliveries(tx.write(), &self.topic, &self.group, &rows).await?;
         }
         let entry = Entry::ok(action, format!("topic/{}/{}", self.topic, self.group))
             .change("messages", ours.iter().map(Uuid::to_string).collect::<Vec<_>>())
@@ -315,7 +316,7 @@ impl Command for Retire {
 
     async fn apply(&mut self, tx: &mut Tx<'_>) -> Result<(u64, Entry), Failure> {
         let to = store::expired(tx.read(), &self.topic, self.before, STEP).await?.ok_or_else(nothing)?;
-        let gone = store::retire(tx.write(), &self.topic, to).await?;
+        let gone = store::retire(tx.write(), &self.topic, to, self.before).await?;
         let entry = Entry::ok("nexus:retire", format!("topic/{}", self.topic))
             .change("messages", gone)
             .change("up_to_index", to.0)

@@ -97,6 +97,7 @@ impl Watch {
     }
 
     async fn step(&mut self) -> Result<Event, Refusal> {
+        let closing = self.nexus.ledger.closing();
         loop {
             if let Some((index, event, instance)) = self.backlog.pop_front() {
                 self.sent = index;
@@ -118,6 +119,9 @@ impl Watch {
             let reflected = self.nexus.ledger.index();
             tokio::select! {
                 biased;
+                () = closing.cancelled() => {
+                    return Err(Refusal::unavailable("the daemon is stopping; resume with `after`"));
+                }
                 heard = self.news.changed() => {
                     heard.map_err(|_| Refusal::unavailable("the daemon is stopping"))?;
                     self.look = true;

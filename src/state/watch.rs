@@ -8,6 +8,7 @@ use sqlx::PgConnection;
 use tokio::sync::mpsc;
 use tokio::time::{Interval, MissedTickBehavior, interval};
 
+use crate::kernel::supervisor::Stop;
 use crate::kernel::web::{Ask, Caller};
 use crate::kernel::{BoxFuture, Refusal, problem};
 use crate::ledger::{Projection, Touched};
@@ -149,6 +150,7 @@ pub struct Watch {
     backlog: VecDeque<Vec<Change>>,
     /// Its first tick is at once: a watcher hears where it stands before anything happens.
     bookmark: Interval,
+    closing: Stop,
     ended: bool,
 }
 
@@ -188,6 +190,7 @@ impl State {
             hear,
             backlog: VecDeque::new(),
             bookmark,
+            closing: self.ledger.closing(),
             ended: false,
         })
     }
@@ -228,6 +231,9 @@ impl Watch {
             let reflected = self.state.ledger.index();
             tokio::select! {
                 biased;
+                () = self.closing.cancelled() => {
+                    return Err(Refusal::unavailable("the daemon is stopping; resume with `after`"));
+                }
                 heard = self.hear.recv() => match heard {
                     Some(changes) => {
                         let index = changes.last().map_or(0, |c| c.item.index);

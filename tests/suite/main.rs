@@ -15,6 +15,7 @@ mod support;
 
 mod audit;
 mod crash;
+mod demo;
 mod governance;
 mod health;
 mod ledger;

@@ -421,7 +421,7 @@ pub(in crate::nexus) async fn expired(
 ) -> Result<Option<(i64, i64)>, sqlx::Error> {
     let row = sqlx::query(
         "SELECT index, position FROM (
-             SELECT index, position FROM nexus.messages WHERE topic = $1 AND time_ms < $2 ORDER BY index, position LIMIT $3
+             SELECT index, position FROM nexus.messages WHERE topic = $1 AND time_ms < $2 AND deliver_ms < $2 ORDER BY index, position LIMIT $3
          ) AS old ORDER BY index DESC, position DESC LIMIT 1",
     )
     .bind(topic)
@@ -432,16 +432,27 @@ pub(in crate::nexus) async fn expired(
     row.map(|r| Ok((r.try_get("index")?, r.try_get("position")?))).transpose()
 }
 
-/// Drops messages up to a place, with what is left of their deliveries.
-pub(in crate::nexus) async fn retire(conn: &mut PgConnection, topic: &str, to: (i64, i64)) -> Result<u64, sqlx::Error> {
-    for sql in [
-        "DELETE FROM nexus.deliveries WHERE topic = $1 AND (index, position) <= ($2, $3)",
-        "DELETE FROM nexus.messages WHERE topic = $1 AND (index, position) <= ($2, $3)",
-    ] {
-        let done = sqlx::query(sql).bind(topic).bind(to.0).bind(to.1).execute(&mut *conn).await?;
-        if sql.contains("messages") {
-            return Ok(done.rows_affected());
-        }
-    }
-    Ok(0)
+/// Drops messages up to a place, with what is left of their deliveries; those that are not due yet stay.
+pub(in crate::nexus) async fn retire(
+    conn: &mut PgConnection,
+    topic: &str,
+    to: (i64, i64),
+    before: Timestamp,
+) -> Result<u64, sqlx::Error> {
+    let done = sqlx::query(
+        "WITH gone AS (
+             DELETE FROM nexus.messages WHERE topic = $1 AND (index, position) <= ($2, $3) AND deliver_ms < $4
+             RETURNING index, position
+         ), undelivered AS (
+             DELETE FROM nexus.deliveries AS d USING gone WHERE d.topic = $1 AND d.index = gone.index AND d.position = gone.position
+         )
+         SELECT count(*) FROM gone",
+    )
+    .bind(topic)
+    .bind(to.0)
+    .bind(to.1)
+    .bind(before.millis())
+    .fetch_one(conn)
+    .await?;
+    Ok(u64::try_from(done.try_get::<i64, _>(0)?).unwrap_or(0))
 }

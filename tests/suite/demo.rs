@@ -1,0 +1,83 @@
+//! The demo plays against a daemon that runs, and its record verifies.
+
+use serde_json::Value;
+
+use crate::support::client::Client;
+use crate::support::daemon::{Daemon, Launch};
+use crate::support::postgres::database;
+use crate::support::record;
+
+async fn sop(daemon: &Daemon, args: &[&str]) -> (bool, String) {
+    let mut command = tokio::process::Command::new(env!("CARGO_BIN_EXE_sop"));
+    command.args(["--data-dir"]).arg(&daemon.launch.dir).args(args);
+    let done = command.output().await.unwrap();
+    (done.status.success(), String::from_utf8_lossy(&[done.stdout, done.stderr].concat()).into_owned())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_day_of_logos_leaves_a_record_that_verifies() {
+    let db = database().await;
+    let daemon = Launch::on(db.url()).start().await;
+    let client = Client::of(&daemon);
+    let (fine, said) = sop(&daemon, &["demo", "--speed", "40", "--json"]).await;
+    assert!(fine, "{said}");
+    let done: Value = serde_json::from_str(&said).unwrap();
+    assert!(done["verified"]["entries"].as_u64() > Some(300), "{said}");
+    assert_eq!(done["verified"]["entries"], done["verified"]["details"]);
+    assert!(done["verified"]["denied"].as_u64() >= Some(2) && done["refused"].as_u64() >= Some(3), "{said}");
+    assert!(done["receipts"].as_u64() >= Some(15), "{said}");
+    for action in ["nexus:expire", "health:status", "token:operation-use", "governance:evaluate"] {
+        let (_, page) = client.get(&format!("/v1/audit/entries?action={action}")).await;
+        assert!(!page["items"].as_array().unwrap().is_empty(), "no {action}");
+    }
+    let (_, incidents) = client.get("/v1/health/incidents").await;
+    assert_eq!(incidents["items"][0]["status"], "resolved", "who failed came back: {incidents}");
+    assert_eq!(client.get("/v1/nexus/services").await.1["items"], serde_json::json!([]), "all have left");
+    // Once more, with some of them, as lines.
+    let (fine, said) = sop(&daemon, &["demo", "--speed", "100", "--protocols", "SOP,SCP"]).await;
+    assert!(fine, "{said}");
+    assert!(said.contains("13:00  SCP  takes") && said.contains("delivered again"), "{said}");
+    assert!(said.contains("verified offline with sop/") && !said.contains("ARP"), "{said}");
+    let (fine, said) = sop(&daemon, &["demo", "--protocols", "XYZ"]).await;
+    assert!(!fine && said.contains("there is no protocol XYZ"), "{said}");
+    record::check(&db).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn services_messages_and_checks_from_the_command_line() {
+    let db = database().await;
+    let daemon = Launch::on(db.url()).start().await;
+    let client = Client::of(&daemon);
+    for (path, body) in [
+        ("/v1/nexus/services/arp%2Fplan/instances/i", serde_json::json!({"address": "http://h:1", "ttl": 60})),
+        ("/v1/nexus/topics/a%2Fb", serde_json::json!({"retention": 60})),
+        ("/v1/nexus/topics/a%2Fb/groups/g", serde_json::json!({})),
+        ("/v1/health/checks/nightly", serde_json::json!({"kind": "ttl", "service": "jobs"})),
+    ] {
+        assert_eq!(client.json(reqwest::Method::PUT, path, &body).await.0, 201);
+    }
+    assert_eq!(sop(&daemon, &["nexus", "services"]).await, (true, "arp/plan\t1 of 1 passing\n".into()));
+    assert!(sop(&daemon, &["nexus", "service", "arp/plan", "--healthy"]).await.1.contains("http://h:1\tpassing"));
+    let (fine, said) = sop(&daemon, &["nexus", "publish", "a/b", "höllo", "--id", "ä 1", "--type", "x"]).await;
+    assert!(fine && said.contains(" at index "), "{said}");
+    let (_, said) = sop(&daemon, &["nexus", "pull", "a/b", "g", "--json"]).await;
+    let got: Value = serde_json::from_str(&said).unwrap();
+    assert_eq!(got["event"]["id"], "ä 1");
+    let id = got["id"].as_str().unwrap();
+    assert!(sop(&daemon, &["nexus", "ack", "a/b", "g", id]).await.0);
+    assert!(!sop(&daemon, &["nexus", "ack", "a/b", "g", id]).await.0, "it is dealt with");
+    assert!(!sop(&daemon, &["nexus", "publish", "absent", "x"]).await.0);
+    let (fine, said) = sop(&daemon, &["health", "service", "jobs"]).await;
+    assert!(!fine && said.contains("jobs is unknown"), "{said}");
+    assert!(sop(&daemon, &["health", "report", "nightly", "critical", "--output", "no space"]).await.0);
+    let (_, said) = sop(&daemon, &["health", "incidents"]).await;
+    assert!(said.contains("\topen\twarning\t") && said.contains("no space"), "{said}");
+    let id = said.split('\t').next().unwrap().to_owned();
+    assert!(sop(&daemon, &["health", "acknowledge", &id, "--note", "looking"]).await.0);
+    assert!(sop(&daemon, &["health", "report", "nightly", "passing"]).await.0);
+    assert_eq!(sop(&daemon, &["health", "service", "jobs"]).await, (true, "jobs is passing\n".into()));
+    assert_eq!(sop(&daemon, &["health", "incidents"]).await, (true, String::new()));
+    assert!(sop(&daemon, &["health", "incidents", "--all"]).await.1.contains("resolved"));
+    assert!(sop(&daemon, &["health", "checks"]).await.1.starts_with("nightly\tpassing\t"));
+    record::check(&db).await;
+}
