@@ -8,7 +8,7 @@ use std::time::Duration;
 use tokio::signal::unix::{SignalKind, signal};
 use utoipa_axum::router::OpenApiRouter;
 
-use crate::api::{self, Authenticator, Bound, Check, Limits, Readiness};
+use crate::api::{self, Authenticator, Bound, Certificates, Check, Limits, Readiness};
 use crate::audit::{self, Audit};
 use crate::config::{Config, Loaded};
 use crate::governance::{self, Governance, Rules};
@@ -38,13 +38,29 @@ pub async fn serve(loaded: Loaded, announce: impl FnOnce(&str)) -> Result<(), St
     telemetry::start(&config.telemetry)?;
     let mut signals = Signals::new()?;
     let _folder = store::take_folder(&config.data.dir)?;
-    let bound = Bound::bind(&config.server.listen).await?;
+    let certificates = Certificates::load(&config.server)?;
+    let bound = Bound::bind(&config.server.listen, certificates.clone()).await?;
+    let metrics = match &config.server.metrics_listen {
+        Some(listen) => Some(Bound::bind_plain(listen).await?),
+        None => None,
+    };
+    let front = Front { bound, metrics, certificates };
     let store = Store::open(config).await?;
     // Whatever goes wrong from here on, the private cluster is stopped.
-    let done = run(config, &store, bound, announce, &mut signals).await;
+    let done = run(config, &store, front, announce, &mut signals).await;
     store.stop().await;
     done
 }
+
+/// The sockets.
+struct Front {
+    bound: Bound,
+    metrics: Option<Bound>,
+    certificates: Option<Arc<Certificates>>,
+}
+
+/// How often it is looked whether the certificate's files changed.
+const CERTIFICATES: Duration = Duration::from_secs(2);
 
 /// What everything else stands on.
 struct Ground<'a> {
@@ -59,7 +75,7 @@ struct Ground<'a> {
 async fn run(
     config: &Config,
     store: &Store,
-    bound: Bound,
+    front: Front,
     announce: impl FnOnce(&str),
     signals: &mut Signals,
 ) -> Result<(), String> {
@@ -76,7 +92,7 @@ async fn run(
         master: Arc::new(files::master_key(config)?),
     };
     store.start_tasks(config, &ground.tasks, &ground.clock);
-    let started = ground.start(bound, announce).await;
+    let started = ground.start(front, announce).await;
     if started.is_err() {
         ground.tasks.stop(STOP_EACH).await;
         return started;
@@ -110,14 +126,14 @@ fn said(refusal: Refusal) -> String {
 }
 
 impl Ground<'_> {
-    async fn start(&self, bound: Bound, announce: impl FnOnce(&str)) -> Result<(), String> {
+    async fn start(&self, front: Front, announce: impl FnOnce(&str)) -> Result<(), String> {
         let entities = Arc::new(governance::Snapshot::default());
         let rules = Arc::new(Rules::new(entities.clone(), self.clock.clone(), &self.registry)?);
         let clients = Arc::new(token::Snapshot::new(self.master.clone()));
         let views = Views { entities, clients, keys: Arc::new(Hub::new()), board: Arc::default(), rules };
         let ledger = self.ledger(&views).await?;
-        let (gate, routes) = self.rooms(&ledger, views, &bound.url).await?;
-        self.serve(&ledger, gate, routes, bound, announce)
+        let (gate, routes) = self.rooms(&ledger, views, &front.bound.url).await?;
+        self.serve(&ledger, gate, routes, front, announce)
     }
 
     async fn ledger(&self, views: &Views) -> Result<Ledger, String> {
@@ -207,14 +223,32 @@ impl Ground<'_> {
         ledger: &Ledger,
         gate: Arc<Gate>,
         routes: OpenApiRouter,
-        bound: Bound,
+        front: Front,
         announce: impl FnOnce(&str),
     ) -> Result<(), String> {
+        let Front { bound, metrics, certificates } = front;
         let server = &self.config.server;
+        let readiness = readiness(self.store, ledger, &self.clock, certificates.clone());
+        if let Some(metrics) = metrics {
+            self.listen(
+                "metrics",
+                metrics,
+                api::plain_pages(readiness.clone(), self.tasks.clone(), self.registry.clone()),
+            );
+        }
+        if let Some(certificates) = certificates {
+            self.tasks.start(Task::periodic("api/certificates", CERTIFICATES, move || {
+                let certificates = certificates.clone();
+                async move {
+                    certificates.refresh();
+                    Ok(())
+                }
+            }));
+        }
         let parts = api::Parts {
             ledger: ledger.clone(),
             authenticator: gate,
-            readiness: readiness(self.store, ledger, &self.clock),
+            readiness,
             tasks: self.tasks.clone(),
             registry: self.registry.clone(),
             clock: self.clock.clone(),
@@ -223,17 +257,8 @@ impl Ground<'_> {
         };
         let router = api::router(parts, routes).map_err(said)?;
         files::daemon(&self.config.data.dir, &bound.url)?;
-        let (arrival, drain) = (server.request_timeout.get(), server.drain.get());
-        let listener = Arc::new(tokio::sync::Mutex::new(Some(bound.listener)));
-        self.tasks.start(Task::fatal("api", move |stop| {
-            let (listener, router) = (listener.clone(), router.clone());
-            async move {
-                let taken = listener.lock().await.take();
-                let listener = taken.ok_or("the sockets were closed")?;
-                listener.serve(router, arrival, drain, stop).await;
-                Ok(())
-            }
-        }));
+        let url = bound.url.clone();
+        self.listen("api", bound, router);
         // What is started last stops first: those who wait for news go, and the sockets are soon drained.
         let closing = ledger.closing();
         self.tasks.start(Task::restarting("api/waits", move |stop| {
@@ -244,15 +269,41 @@ impl Ground<'_> {
                 Ok(())
             }
         }));
-        announce(&bound.url);
+        announce(&url);
         let _ = sd_notify::notify(&[sd_notify::NotifyState::Ready]);
+        self.watchdog();
         Ok(())
+    }
+
+    /// Serves a socket; the daemon does not go on without it.
+    fn listen(&self, name: &'static str, bound: Bound, router: axum::Router) {
+        let server = &self.config.server;
+        let (arrival, drain) = (server.request_timeout.get(), server.drain.get());
+        let listener = Arc::new(tokio::sync::Mutex::new(Some(bound.listener)));
+        self.tasks.start(Task::fatal(name, move |stop| {
+            let (listener, router) = (listener.clone(), router.clone());
+            async move {
+                let taken = listener.lock().await.take();
+                let listener = taken.ok_or("the sockets were closed")?;
+                listener.serve(router, arrival, drain, stop).await;
+                Ok(())
+            }
+        }));
+    }
+
+    /// Tells systemd that the daemon is alive, twice in each of its intervals, if it asks for that: that this task gets its
+    /// turn shows that the others do.
+    fn watchdog(&self) {
+        let Some(interval) = sd_notify::watchdog_enabled() else { return };
+        self.tasks.start(Task::periodic("systemd/watchdog", interval / 2, || async {
+            sd_notify::notify(&[sd_notify::NotifyState::Watchdog]).map_err(Into::into)
+        }));
     }
 }
 
-fn readiness(store: &Store, ledger: &Ledger, clock: &Clock) -> Readiness {
+fn readiness(store: &Store, ledger: &Ledger, clock: &Clock, certificates: Option<Arc<Certificates>>) -> Readiness {
     let (s, l, c, full) = (store.clone(), ledger.clone(), clock.clone(), store.clone());
-    Readiness::new(vec![
+    let mut all = vec![
         Check {
             name: "database",
             look: Box::new(move || {
@@ -307,7 +358,23 @@ fn readiness(store: &Store, ledger: &Ledger, clock: &Clock) -> Readiness {
                 })
             }),
         },
-    ])
+    ];
+    if let Some(certificates) = certificates {
+        all.push(Check {
+            name: "certificate",
+            look: Box::new(move || {
+                let fault = certificates.fault();
+                // The old one is served on: the daemon is ready, and says what is the matter.
+                Box::pin(async move {
+                    Ok(fault.map_or_else(
+                        || "served as its files have it".to_owned(),
+                        |f| format!("the old one is served: {f}"),
+                    ))
+                })
+            }),
+        });
+    }
+    Readiness::new(all)
 }
 
 /// SIGTERM and SIGINT.

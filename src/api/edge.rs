@@ -16,6 +16,8 @@ use futures_util::FutureExt as _;
 use governor::clock::DefaultClock;
 use governor::state::keyed::DashMapStateStore;
 use governor::{Quota, RateLimiter};
+use tower_http::compression::CompressionLayer;
+use tower_http::compression::predicate::{DefaultPredicate, Predicate as _, SizeAbove};
 use tracing::Instrument as _;
 
 use crate::kernel::web::{BodyLimit, Caller, Idempotency, RequestInfo, SOP_INDEX, pairs, problem_response, read_body};
@@ -25,6 +27,9 @@ use crate::ledger::Ledger;
 use super::metrics::Metrics;
 use super::serve::Peer;
 use super::{Authenticator, Limits, Parts};
+
+/// Answers smaller than this are not worth the work, bytes.
+const COMPRESS_ABOVE: u64 = 1024;
 
 const REQUEST_ID: &str = "x-request-id";
 
@@ -71,6 +76,7 @@ pub(super) fn around(router: Router, shared: Arc<Shared>) -> Router {
             Refusal::new(&problem::METHOD_NOT_ALLOWED, format!("this path does not take {method}; see Allow"))
         })
         .layer(middleware::from_fn_with_state(shared, edge))
+        .layer(CompressionLayer::new().compress_when(DefaultPredicate::new().and(SizeAbove::new(COMPRESS_ABOVE))))
 }
 
 /// Counts a request while it is answered.
@@ -158,7 +164,11 @@ async fn inside(shared: &Shared, mut request: Request, next: Next, mut info: Req
         return Err(Refusal::new(&problem::URI_TOO_LONG, "the request target has more than 8 KiB"));
     }
     request.extensions_mut().insert(info.clone());
-    let wants = wants_caller(request.method(), request.uri().path(), shared.public_entries);
+    let mut wants = wants_caller(request.method(), request.uri().path(), shared.public_entries);
+    // From elsewhere, what the daemon counts is for those it knows.
+    if request.uri().path() == "/metrics" && info.peer.is_some_and(|p| !p.to_canonical().is_loopback()) {
+        wants = Wants::Somebody;
+    }
     if wants == Wants::Nobody {
         shared.check_rate(Who::Address(info.peer))?;
         return Ok(next.run(request).await);

@@ -11,6 +11,7 @@ mod daemon;
 mod edge;
 mod metrics;
 mod serve;
+mod tls;
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -27,6 +28,7 @@ use crate::ledger::Ledger;
 
 pub use daemon::{Check, Readiness};
 pub use serve::{Bound, Listener};
+pub use tls::Certificates;
 
 /// Says who a caller is.
 pub trait Authenticator: Send + Sync {
@@ -91,6 +93,11 @@ impl Limits {
     license(name = "Apache-2.0", identifier = "Apache-2.0")
 ))]
 struct Document;
+
+/// The pages of the daemon that show no one's data, for a listener of their own.
+pub fn plain_pages(readiness: Readiness, tasks: Supervisor, registry: prometheus::Registry) -> Router {
+    daemon::routes(readiness, tasks, registry).split_for_parts().0
+}
 
 /// Puts the rooms' routes, the daemon's own and the layers together. The routes feed the OpenAPI document by the same lines.
 ///

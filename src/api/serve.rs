@@ -1,8 +1,9 @@
-//! The accept loops: loopback TCP and unix sockets, one HTTP/1.1 connection a task, drained when the daemon stops.
+//! The accept loops: TCP (with TLS, or on loopback) and unix sockets, one HTTP/1.1 connection a task, drained when the daemon stops.
 
 use std::net::{IpAddr, SocketAddr};
 use std::os::unix::fs::PermissionsExt as _;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::Duration;
 
 use axum::Router;
@@ -14,14 +15,16 @@ use tower::ServiceExt as _;
 
 use crate::kernel::supervisor::{self, Stop};
 
+use super::tls::Certificates;
+
 /// The other end of a connection; `None` on a unix socket.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Peer(pub Option<IpAddr>);
 
 /// A socket that is bound and not yet served.
 pub enum Listener {
-    /// TCP on loopback.
-    Tcp(TcpListener),
+    /// TCP, with TLS if there are certificates.
+    Tcp(TcpListener, Option<Arc<Certificates>>),
     /// A unix socket, removed when the daemon stops.
     Unix(UnixListener, PathBuf),
 }
@@ -30,7 +33,7 @@ pub enum Listener {
 pub struct Bound {
     /// The socket.
     pub listener: Listener,
-    /// `http://127.0.0.1:7070`, `unix:/run/sop.sock`.
+    /// `https://10.0.0.7:7070`, `http://127.0.0.1:7070`, `unix:/run/sop.sock`.
     pub url: String,
 }
 
@@ -39,7 +42,7 @@ impl Bound {
     ///
     /// # Errors
     /// With a sentence for the operator.
-    pub async fn bind(listen: &str) -> Result<Self, String> {
+    pub async fn bind(listen: &str, tls: Option<Arc<Certificates>>) -> Result<Self, String> {
         if let Some(path) = listen.strip_prefix("unix:") {
             return bind_unix(Path::new(path));
         }
@@ -51,15 +54,31 @@ impl Bound {
                 .and_then(|mut found| found.next())
                 .ok_or_else(|| format!("server.listen: {listen:?} is not ADDR:PORT or unix:PATH"))?,
         };
-        if !address.ip().is_loopback() {
+        if !address.ip().is_loopback() && tls.is_none() {
             return Err(format!(
-                "server.listen: {address} is not a loopback address, and plain HTTP would show every token on the way; listen on 127.0.0.1 or a unix socket behind a TLS proxy"
+                "server.listen: {address} is not a loopback address, and plain HTTP would show every token on the way; set server.tls_cert and server.tls_key, or listen on 127.0.0.1 or a unix socket"
             ));
         }
-        let listener = TcpListener::bind(address).await.map_err(|e| format!("{address} cannot be listened on: {e}"))?;
-        let bound = listener.local_addr().map_err(|e| e.to_string())?;
-        Ok(Self { listener: Listener::Tcp(listener), url: format!("http://{bound}") })
+        let scheme = if tls.is_some() { "https" } else { "http" };
+        let (listener, bound) = tcp(address).await?;
+        Ok(Self { listener: Listener::Tcp(listener, tls), url: format!("{scheme}://{bound}") })
     }
+
+    /// Binds for pages that show no one's data: plain, on any address.
+    ///
+    /// # Errors
+    /// With a sentence for the operator.
+    pub async fn bind_plain(listen: &str) -> Result<Self, String> {
+        let address = listen.parse().map_err(|_| format!("server.metrics_listen: {listen:?} is not ADDR:PORT"))?;
+        let (listener, bound) = tcp(address).await?;
+        Ok(Self { listener: Listener::Tcp(listener, None), url: format!("http://{bound}") })
+    }
+}
+
+async fn tcp(address: SocketAddr) -> Result<(TcpListener, SocketAddr), String> {
+    let listener = TcpListener::bind(address).await.map_err(|e| format!("{address} cannot be listened on: {e}"))?;
+    let bound = listener.local_addr().map_err(|e| e.to_string())?;
+    Ok((listener, bound))
 }
 
 fn bind_unix(path: &Path) -> Result<Bound, String> {
@@ -85,13 +104,27 @@ impl Listener {
         let tracker = TaskTracker::new();
         let limits = Connection { arrival };
         match &self {
-            Self::Tcp(listener) => loop {
+            Self::Tcp(listener, tls) => loop {
                 let accepted = tokio::select! { a = listener.accept() => a, () = stop.cancelled() => break };
                 match accepted {
                     Ok((stream, peer)) => {
                         // Without this an answer waits for the acknowledgement of the one before it.
                         let _ = stream.set_nodelay(true);
-                        spawn(&tracker, stream, Peer(Some(peer.ip())), router.clone(), limits, stop.clone());
+                        let peer = Peer(Some(peer.ip()));
+                        match tls {
+                            None => spawn(&tracker, stream, peer, router.clone(), limits, stop.clone()),
+                            Some(tls) => {
+                                let (tls, router, stop) = (tls.acceptor(), router.clone(), stop.clone());
+                                supervisor::detach(tracker.track_future(async move {
+                                    // A handshake that takes its time keeps nobody but itself waiting.
+                                    match tokio::time::timeout(arrival, tls.accept(stream)).await {
+                                        Ok(Ok(stream)) => connection(stream, peer, router, limits, stop).await,
+                                        Ok(Err(e)) => tracing::debug!(error = %e, "a TLS handshake failed"),
+                                        Err(_) => tracing::debug!("a TLS handshake did not come to an end in time"),
+                                    }
+                                }));
+                            }
+                        }
                     }
                     Err(e) => refused(&e).await,
                 }

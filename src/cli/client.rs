@@ -51,7 +51,7 @@ impl Client {
             (Some(id), Some(secret)) => Some((id, secret)),
             _ => admin.map(|a| (a.client_id, a.client_secret)),
         };
-        let http = reqwest::Client::builder().build()?;
+        let http = http()?;
         let mut client = Self { http, url: url.trim_end_matches('/').to_owned(), token: None };
         if let Some((id, secret)) = credential {
             client.token = Some(client.authenticate(&id, &secret).await?);
@@ -61,7 +61,7 @@ impl Client {
 
     /// At a daemon that is known, as a client that is known.
     pub async fn at(url: &str, id: &str, secret: &str) -> anyhow::Result<Self> {
-        let mut client = Self { http: reqwest::Client::builder().build()?, url: url.to_owned(), token: None };
+        let mut client = Self { http: http()?, url: url.to_owned(), token: None };
         client.token = Some(client.authenticate(id, secret).await?);
         Ok(client)
     }
@@ -112,6 +112,17 @@ impl Client {
     pub async fn json(&self, request: RequestBuilder) -> anyhow::Result<Value> {
         Ok(self.send(request).await?.json().await?)
     }
+}
+
+/// Trusts the machine's authorities, and those in the file that `SOP_CA_FILE` names.
+fn http() -> anyhow::Result<reqwest::Client> {
+    let mut builder = reqwest::Client::builder();
+    if let Some(file) = config::environment("SOP_CA_FILE") {
+        let pem = std::fs::read(&file).with_context(|| format!("{file} cannot be read"))?;
+        let certificates = reqwest::Certificate::from_pem_bundle(&pem);
+        builder = builder.tls_certs_merge(certificates.with_context(|| format!("{file} holds no certificates"))?);
+    }
+    Ok(builder.build()?)
 }
 
 fn read<T: for<'de> Deserialize<'de>>(path: &Path) -> anyhow::Result<Option<T>> {

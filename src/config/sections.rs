@@ -71,6 +71,14 @@ pub struct Config {
 #[serde(deny_unknown_fields)]
 pub struct Server {
     pub listen: String,
+    #[serde(deserialize_with = "optional")]
+    pub tls_cert: Option<PathBuf>,
+    #[serde(deserialize_with = "optional")]
+    pub tls_key: Option<PathBuf>,
+    #[serde(deserialize_with = "optional")]
+    pub tls_client_ca: Option<PathBuf>,
+    #[serde(deserialize_with = "optional")]
+    pub metrics_listen: Option<String>,
     pub drain: Span,
     pub request_timeout: Span,
     pub body_limit: usize,

@@ -16,6 +16,7 @@ mod support;
 mod audit;
 mod crash;
 mod demo;
+mod front;
 mod governance;
 mod health;
 mod ledger;

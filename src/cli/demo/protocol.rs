@@ -145,10 +145,13 @@ impl Protocol {
         if again > 0 {
             let waited = got.len() - again;
             let what =
-                format!("takes {waited} messages that waited, and {again} that it had when it failed, delivered again");
+                format!("takes what waited: {waited} new, and {again} that it had when it failed, delivered again");
             said.push((self.role_id.clone(), what));
         } else if hour.is_multiple_of(6) && !got.is_empty() {
-            said.push((self.role_id.clone(), format!("writes its hour, tells {next}, takes {} messages", got.len())));
+            said.push((
+                self.role_id.clone(),
+                format!("writes its hour, tells {next}, takes its messages ({})", got.len()),
+            ));
         }
         Ok(said)
     }

@@ -43,6 +43,20 @@ impl Launch {
         Self { dir: reaper::folder("d"), url: String::new(), env: Vec::new() }
     }
 
+    /// Starts it although it will not: what it says.
+    pub async fn refused(self) -> String {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_sop"));
+        command
+            .args(["serve", "--data-dir"])
+            .arg(&self.dir)
+            .env("SOP__DATABASE__URL", &self.url)
+            .envs(self.env.clone());
+        let done = tokio::time::timeout(Duration::from_secs(30), command.kill_on_drop(true).output()).await;
+        let done = done.expect("it ends").expect("sop runs");
+        assert!(!done.status.success(), "it was content");
+        String::from_utf8_lossy(&done.stderr).into_owned()
+    }
+
     /// Starts it and waits (30 s) for the line that says where it listens.
     pub async fn start(self) -> Daemon {
         let mut child = Command::new(env!("CARGO_BIN_EXE_sop"))
