@@ -359,22 +359,20 @@ fn readiness(store: &Store, ledger: &Ledger, clock: &Clock, certificates: Option
             }),
         },
     ];
-    if let Some(certificates) = certificates {
-        all.push(Check {
-            name: "certificate",
-            look: Box::new(move || {
-                let fault = certificates.fault();
-                // The old one is served on: the daemon is ready, and says what is the matter.
-                Box::pin(async move {
-                    Ok(fault.map_or_else(
-                        || "served as its files have it".to_owned(),
-                        |f| format!("the old one is served: {f}"),
-                    ))
-                })
-            }),
-        });
-    }
+    all.extend(certificates.map(certificate));
     Readiness::new(all)
+}
+
+/// Whether what is served is what the files hold. If not, the old one is served on: the daemon is ready, and says so.
+fn certificate(certificates: Arc<Certificates>) -> Check {
+    let look = move || -> BoxFuture<'static, Result<String, String>> {
+        let fault = certificates.fault();
+        Box::pin(async move {
+            Ok(fault
+                .map_or_else(|| "served as its files have it".to_owned(), |f| format!("the old one is served: {f}")))
+        })
+    };
+    Check { name: "certificate", look: Box::new(look) }
 }
 
 /// SIGTERM and SIGINT.

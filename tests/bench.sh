@@ -13,5 +13,9 @@ Medians of interleaved rounds; the machine is shared and noisy, so look at the r
 TXT
 $sop bench state-put --clients 1,8,32,128 "${peer[@]}" --seconds "$seconds"
 $sop bench state-get --clients 1,8,32,128 "${peer[@]}" --seconds "$seconds"
+$sop bench state-put --daemons 2 --clients 128 --seconds "$seconds"
 $sop bench evaluate --clients 8,32,128 --seconds "$seconds"
 $sop bench token --clients 8,32 --seconds "$seconds"
+$sop bench publish --clients 8,32,128 --seconds "$seconds"
+$sop bench checkpoint --seconds "$seconds"
+$sop bench verify --seconds "$seconds"

@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use axum::Router;
 use axum::extract::{MatchedPath, Request, State};
-use axum::http::{HeaderMap, HeaderValue, Method, header};
+use axum::http::{HeaderMap, HeaderValue, Method, StatusCode, header};
 use axum::middleware::{self, Next};
 use axum::response::{IntoResponse, Response};
 use futures_util::FutureExt as _;
@@ -25,6 +25,7 @@ use crate::kernel::{Clock, Refusal, crypto, ids, problem};
 use crate::ledger::Ledger;
 
 use super::metrics::Metrics;
+use super::refused::Refused;
 use super::serve::Peer;
 use super::{Authenticator, Limits, Parts};
 
@@ -49,6 +50,7 @@ pub(super) struct Shared {
     in_flight: AtomicUsize,
     metrics: Metrics,
     public_entries: bool,
+    pub(super) refused: Refused,
 }
 
 impl Shared {
@@ -63,6 +65,7 @@ impl Shared {
             in_flight: AtomicUsize::new(0),
             metrics: Metrics::new(&parts.registry).map_err(Refusal::internal)?,
             public_entries: parts.public_entries,
+            refused: Refused::default(),
         })
     }
 }
@@ -117,7 +120,7 @@ async fn edge(State(shared): State<Arc<Shared>>, mut request: Request, next: Nex
         idempotency: None,
         fencing: None,
     };
-    let id = info.id.clone();
+    let (id, peer) = (info.id.clone(), info.peer);
     request.extensions_mut().insert(BodyLimit(shared.limits.body));
     let span =
         tracing::info_span!("request", id = %id, method = %method, route = %route, trace = info.trace_id.as_deref());
@@ -150,6 +153,9 @@ async fn edge(State(shared): State<Arc<Shared>>, mut request: Request, next: Nex
     }
     let took = shared.clock.elapsed().saturating_sub(began);
     let status = response.status();
+    if status == StatusCode::UNAUTHORIZED {
+        shared.refused.note(peer, &path);
+    }
     shared.metrics.timer(&route).observe(took.as_secs_f64());
     shared.metrics.requests.with_label_values(&[method.as_str(), &route, status.as_str()]).inc();
     let _in = span.entered();

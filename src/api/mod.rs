@@ -10,6 +10,7 @@
 mod daemon;
 mod edge;
 mod metrics;
+mod refused;
 mod serve;
 mod tls;
 
@@ -71,6 +72,8 @@ pub struct Limits {
     pub rate: u32,
     /// A request must arrive whole within this.
     pub arrival: Duration,
+    /// How often requests that were not authenticated become entries.
+    pub refusals: Duration,
 }
 
 impl Limits {
@@ -82,6 +85,7 @@ impl Limits {
             concurrency: server.concurrency,
             rate: server.rate,
             arrival: server.request_timeout.get(),
+            refusals: server.refusals_interval.get(),
         }
     }
 }
@@ -105,6 +109,7 @@ pub fn plain_pages(readiness: Readiness, tasks: Supervisor, registry: prometheus
 /// When a metric is registered twice.
 pub fn router(parts: Parts, rooms: OpenApiRouter) -> Result<Router, Refusal> {
     let shared = Arc::new(edge::Shared::new(&parts)?);
+    shared.refused.start(&parts.ledger, parts.limits.refusals, &parts.tasks);
     let own = daemon::routes(parts.readiness, parts.tasks, parts.registry);
     let (router, document) = OpenApiRouter::with_openapi(Document::openapi()).merge(rooms).merge(own).split_for_parts();
     let router = router.merge(daemon::document(&document));

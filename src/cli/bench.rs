@@ -1,6 +1,7 @@
 //! `sop bench`: an honest load generator. Keep-alive connections, a warm-up, interleaved rounds with a peer, medians.
 
 mod load;
+mod record;
 mod server;
 
 use std::time::Duration;
@@ -26,6 +27,12 @@ enum What {
     Evaluate,
     /// Access tokens by client_credentials
     Token,
+    /// CloudEvents of 80 bytes to one topic, acknowledged when durable
+    Publish,
+    /// From the answer to a put to the signed checkpoint that covers it, at 1,000 entries a second
+    Checkpoint,
+    /// A saved log, checked offline
+    Verify,
 }
 
 /// What is measured beside us.
@@ -47,6 +54,9 @@ pub(crate) struct BenchArgs {
     /// Rounds of each, interleaved; the median is shown
     #[arg(long, default_value_t = 3)]
     rounds: usize,
+    /// Share the load between so many daemons on one database
+    #[arg(long, default_value_t = 1)]
+    daemons: usize,
     /// Measure this beside us, in the same run
     #[arg(long)]
     peer: Option<Peer>,
@@ -60,31 +70,62 @@ pub(crate) async fn run(global: &Global, args: BenchArgs) -> anyhow::Result<()> 
     let ours = Sop::start("bench").await?;
     let client = Client::find(&Global { data_dir: Some(ours.dir().to_owned()), ..global.clone() }).await?;
     let requests = ours_requests(args.what, &client, ours.dir()).await?;
+    if !global.json {
+        say(format!("\n## {}\n", args.what.to_possible_value().map(|v| v.get_name().to_owned()).unwrap_or_default()));
+    }
+    match args.what {
+        What::Checkpoint => record::checkpoint(global, &client, args.seconds).await?,
+        What::Verify => record::whole(global, &ours, client, &requests, args.seconds).await?,
+        _ => load(global, &args, &ours, &requests).await?,
+    }
+    ours.stop().await;
+    Ok(())
+}
+
+/// Rounds of load, interleaved with the peer's.
+async fn load(global: &Global, args: &BenchArgs, ours: &Sop, requests: &Request) -> anyhow::Result<()> {
+    let mut others = Vec::new();
+    for _ in 1..args.daemons {
+        others.push(ours.beside("bench").await?);
+    }
     let peer = match args.peer {
         Some(Peer::Etcd) => Some(server::Etcd::start().await?),
         None => None,
     };
     let theirs = peer.as_ref().and_then(|p| etcd_requests(args.what).map(|r| (p.address(), r)));
     if !global.json {
-        say(format!("\n## {}\n", args.what.to_possible_value().map(|v| v.get_name().to_owned()).unwrap_or_default()));
         say("| clients | who | a second | p50 ms | p99 ms | ratio |\n|---|---|---|---|---|---|");
     }
-    for clients in args.clients {
+    for clients in args.clients.iter().copied() {
         let (mut a, mut b) = (Vec::new(), Vec::new());
         for _ in 0..args.rounds {
-            a.push(load::round(ours.address(), &requests, clients, Duration::from_secs(args.seconds)).await?);
+            let length = Duration::from_secs(args.seconds);
+            if others.is_empty() {
+                a.push(load::round(ours.address(), requests, clients, length).await?);
+            } else {
+                let all = std::iter::once(ours).chain(&others);
+                let each = all.map(|d| load::round(d.address(), requests, clients / args.daemons, length));
+                a.push(Figures::shared(futures_util::future::try_join_all(each).await?));
+            }
             if let Some((address, requests)) = &theirs {
                 b.push(load::round(address, requests, clients, Duration::from_secs(args.seconds)).await?);
             }
         }
         let (a, b) = (Figures::median(a), (!b.is_empty()).then(|| Figures::median(b)));
-        show(global, clients, "sop", &a, b.as_ref().map(|b| a.rate / b.rate));
+        let who = if others.is_empty() {
+            "sop".to_owned()
+        } else {
+            format!("sop x {}, smallest share {:.0} %", args.daemons, 100.0 * a.share)
+        };
+        show(global, clients, &who, &a, b.as_ref().map(|b| a.rate / b.rate));
         if let Some(b) = &b {
             show(global, clients, "etcd", b, None);
         }
     }
     drop(peer);
-    ours.stop().await;
+    for other in others {
+        other.stop().await;
+    }
     Ok(())
 }
 
@@ -105,7 +146,21 @@ async fn ours_requests(what: What, client: &Client, dir: &std::path::Path) -> an
     let token = client.token().context("the bench has no token")?.to_owned();
     let bearer = format!("Authorization: Bearer {token}\r\n");
     Ok(match what {
-        What::StatePut => {
+        What::Publish => {
+            client
+                .send(client.request(Method::PUT, "/v1/nexus/topics/bench").json(&json!({"retention": 3600})))
+                .await?;
+            let headers = format!("{bearer}Content-Type: application/cloudevents+json\r\n");
+            let run = uuid::Uuid::new_v4();
+            Request::new(move |n| {
+                let body = format!(
+                    r#"{{"specversion":"1.0","id":"{run}-{n}","source":"/bench","type":"t","data":{{"n":{n},"text":"{}"}}}}"#,
+                    "x".repeat(60)
+                );
+                load::http("POST", "/v1/nexus/topics/bench/messages", &headers, &body)
+            })
+        }
+        What::StatePut | What::Checkpoint | What::Verify => {
             Request::new(move |n| load::http("PUT", &format!("/v1/state/kv/bench/{}", n % KEYS), &bearer, &value(n)))
         }
         What::StateGet => {
@@ -152,7 +207,7 @@ fn etcd_requests(what: What) -> Option<Request> {
                 &json!({"key": base64(format!("bench/{}", n % 1000))}).to_string(),
             )
         })),
-        What::Evaluate | What::Token => None,
+        _ => None,
     }
 }
 

@@ -19,11 +19,27 @@ pub(super) struct Sop {
 impl Sop {
     /// Starts it on a free port; `purpose` is in the folder's name.
     pub async fn start(purpose: &str) -> anyhow::Result<Self> {
+        Self::with(purpose, &[]).await
+    }
+
+    /// Another on the same database.
+    pub async fn beside(&self, purpose: &str) -> anyhow::Result<Self> {
+        let (run, key) = (self.dir.join("run"), self.dir.join("master.key"));
+        let url = format!("postgres:///sop?host={}&user=sop&port=5432", run.display());
+        Self::with(
+            purpose,
+            &[("SOP__DATABASE__URL", url), ("SOP__SECRETS__MASTER_KEY_FILE", key.display().to_string())],
+        )
+        .await
+    }
+
+    async fn with(purpose: &str, env: &[(&str, String)]) -> anyhow::Result<Self> {
         let dir = folder(purpose)?;
         let mut child = Command::new("/proc/self/exe")
             .args(["serve", "--listen", "127.0.0.1:0", "--data-dir"])
             .arg(&dir)
             .env("SOP__SERVER__RATE", "1000000")
+            .envs(env.iter().map(|(name, value)| (name, value)))
             .stdin(Stdio::null())
             .stdout(Stdio::piped())
             .stderr(Stdio::null())

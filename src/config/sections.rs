@@ -84,6 +84,7 @@ pub struct Server {
     pub body_limit: usize,
     pub rate: u32,
     pub concurrency: usize,
+    pub refusals_interval: Span,
 }
 
 #[derive(Clone, Debug, Deserialize)]

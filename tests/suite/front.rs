@@ -207,3 +207,59 @@ async fn what_is_watched_is_what_there_is() {
         assert!(n >= 5, "{file}: {n}");
     }
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn who_is_not_known_fills_no_record() {
+    let db = database().await;
+    let daemon = Launch::on(db.url()).env("SOP__SERVER__REFUSALS_INTERVAL", "2s").start().await;
+    let client = Client::of(&daemon);
+    let guess = |n: usize| {
+        let request = client.bare(Method::GET, "/v1/state/kv/x").bearer_auth(format!("guess-{n}"));
+        async move { assert_eq!(request.send().await.unwrap().status(), 401) }
+    };
+    futures_util::future::join_all((0..200).map(guess)).await;
+    let form = [("grant_type", "client_credentials")];
+    let answer = client.bare(Method::POST, "/oauth2/token").basic_auth("nobody", Some("x")).form(&form).send().await;
+    assert_eq!(answer.unwrap().status(), 401);
+    let entries = || async {
+        let (_, page) = client.get("/v1/audit/entries?action=api:refuse").await;
+        page["items"].as_array().unwrap().clone()
+    };
+    let counted =
+        |all: &[Value]| -> i64 { all.iter().filter_map(|e| e["details"]["change"]["requests"].as_i64()).sum() };
+    until("the entries", Duration::from_secs(10), || async { counted(&entries().await) == 201 }).await;
+    let all = entries().await;
+    // Two reasons; the guesses may have fallen into two intervals.
+    assert!(all.len() <= 4, "{all:?}");
+    assert!(all.iter().all(|e| e["resource"] == "address/127.0.0.0/24" && e["outcome"] == "denied"));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_disk_that_is_nearly_full_stops_writes_and_nothing_else() {
+    // The guard looks at the disk of the data folder, so it is for a PostgreSQL that has its data there.
+    let mut daemon = Launch::alone().start().await;
+    let client = Client::of(&daemon);
+    client.put("k", "v").await.unwrap();
+    let token = client.token().await;
+    daemon.terminate(Duration::from_secs(20)).await;
+    let launch = daemon.launch.clone();
+    // A guard that every disk has passed.
+    let mut full = launch.clone().env("SOP__DISK__GUARD_PERCENT", "0").start().await;
+    let there = client.clone_at(&full.url);
+    let ask = |method, path: &str| there.bare(method, path).bearer_auth(&token).body("w").send();
+    until("the guard to look", Duration::from_secs(10), || async {
+        ask(Method::PUT, "/v1/state/kv/k").await.unwrap().status() == 507
+    })
+    .await;
+    let refused = ask(Method::PUT, "/v1/state/kv/k").await.unwrap();
+    assert!(refused.headers().contains_key("retry-after"));
+    assert_eq!(refused.json::<Value>().await.unwrap()["type"], "/problems/storage-full");
+    assert_eq!(ask(Method::GET, "/v1/state/kv/k").await.unwrap().text().await.unwrap(), "v", "reads go on");
+    let ready = there.bare(Method::GET, "/readyz?verbose").send().await.unwrap();
+    assert_eq!(ready.status(), 503);
+    assert!(ready.text().await.unwrap().contains("[-] disk: nearly full"));
+    full.terminate(Duration::from_secs(20)).await;
+    let mut again = launch.start().await;
+    client.clone_at(&again.url).put("k", "w").await.expect("with room it goes on");
+    again.terminate(Duration::from_secs(20)).await;
+}

@@ -37,6 +37,8 @@ pub(super) struct Figures {
     pub p50: f64,
     pub p99: f64,
     pub failed: usize,
+    /// The smallest part that one of several daemons had.
+    pub share: f64,
 }
 
 impl Figures {
@@ -52,6 +54,20 @@ impl Figures {
             p50: middle(|r| r.p50),
             p99: middle(|r| r.p99),
             failed: rounds.iter().map(|r| r.failed).sum(),
+            share: middle(|r| r.share),
+        }
+    }
+
+    /// Of daemons that shared the load at the same time.
+    pub fn shared(each: Vec<Self>) -> Self {
+        let rate: f64 = each.iter().map(|r| r.rate).sum();
+        let most = |f: fn(&Self) -> f64| each.iter().map(f).fold(0.0, f64::max);
+        Self {
+            rate,
+            p50: most(|r| r.p50),
+            p99: most(|r| r.p99),
+            failed: each.iter().map(|r| r.failed).sum(),
+            share: each.iter().map(|r| r.rate / rate).fold(1.0, f64::min),
         }
     }
 }
@@ -82,7 +98,7 @@ pub(super) async fn round(
     }
     all.sort_unstable();
     let at = |q: f64| all[((all.len() - 1) as f64 * q) as usize].as_secs_f64() * 1e3;
-    Ok(Figures { rate: all.len() as f64 / length.as_secs_f64(), p50: at(0.5), p99: at(0.99), failed })
+    Ok(Figures { rate: all.len() as f64 / length.as_secs_f64(), p50: at(0.5), p99: at(0.99), failed, share: 1.0 })
 }
 
 async fn client(

@@ -16,14 +16,13 @@ use super::stage::Stage;
 use super::{lower, text};
 
 /// Seconds an instance lives without a heartbeat, and a message is left with who pulled it.
-const TTL: f64 = 2.0;
+const TTL: f64 = 3.0;
 /// How often it gives a sign of life.
 const BEAT: Duration = Duration::from_millis(500);
 
 /// A protocol that plays.
 pub(super) struct Protocol {
     role_id: String,
-    role_name: String,
     lower: String,
     scope: String,
     client: Arc<Client>,
@@ -53,7 +52,6 @@ impl Protocol {
         stage.line("boot", &role.id, &format!("{} is client {id} with scope {}", role.name, role.scope));
         Ok(Self {
             role_id: role.id.clone(),
-            role_name: role.name.clone(),
             lower: own,
             scope: role.scope.clone(),
             client: Arc::new(client),
@@ -105,9 +103,7 @@ impl Protocol {
 
     /// Registers its instance and says that it is well.
     pub async fn ready(&self) -> anyhow::Result<()> {
-        let body = json!({"address": format!("demo:{}", self.lower), "ttl": TTL, "meta": {"name": self.role_name}});
-        let path = format!("/v1/nexus/services/{}/instances/1", self.lower);
-        self.client.json(self.client.request(Method::PUT, &path).json(&body)).await?;
+        register(&self.client, &self.lower).await?;
         self.report("passing", "ready").await?;
         self.up.store(true, Ordering::Relaxed);
         Ok(())
@@ -214,16 +210,22 @@ impl Protocol {
     /// Leaves the registry, and takes its check and its client along. The indexes of what it changed.
     pub async fn shut_down(self, admin: &Client, stage: &Stage) -> anyhow::Result<Vec<i64>> {
         self.up.store(false, Ordering::Relaxed);
-        for path in [
-            format!("/v1/nexus/services/{}/instances/1", self.lower),
-            format!("/v1/health/checks/{}", self.lower),
-            format!("/oauth2/register/{}", self.client_id),
-        ] {
+        // Whoever fell silent has left already.
+        let path = format!("/v1/nexus/services/{}/instances/1", self.lower);
+        let _ = admin.send(admin.request(Method::DELETE, &path)).await;
+        for path in [format!("/v1/health/checks/{}", self.lower), format!("/oauth2/register/{}", self.client_id)] {
             admin.send(admin.request(Method::DELETE, &path)).await?;
         }
         stage.line("24:00", &self.role_id, "has left");
         Ok(self.indexes.into_inner().unwrap_or_else(PoisonError::into_inner))
     }
+}
+
+async fn register(client: &Client, lower: &str) -> anyhow::Result<()> {
+    let body = json!({"address": format!("demo:{lower}"), "ttl": TTL});
+    let path = format!("/v1/nexus/services/{lower}/instances/1");
+    client.json(client.request(Method::PUT, &path).json(&body)).await?;
+    Ok(())
 }
 
 /// Gives signs of life for all that are up, until cancelled.
@@ -239,8 +241,10 @@ pub(super) fn keep_alive(all: &[Protocol]) -> Stop {
                 }
                 if up.load(Ordering::Relaxed) {
                     let path = format!("/v1/nexus/services/{lower}/instances/1/heartbeat");
-                    // One that is lost is made up for by the next.
-                    let _ = client.json(client.request(Method::POST, &path).json(&json!({}))).await;
+                    // Who comes too late, on a machine that had no time for it, registers anew.
+                    if client.json(client.request(Method::POST, &path).json(&json!({}))).await.is_err() {
+                        let _ = register(&client, &lower).await;
+                    }
                 }
             }
         });

@@ -1,0 +1,114 @@
+//! What the record costs to follow and to check: entry to signed checkpoint, and a whole log offline.
+
+use std::time::Duration;
+
+use anyhow::Context as _;
+use reqwest::Method;
+use serde_json::json;
+
+use crate::audit::note::{Checkpoint, VerifierKey};
+use crate::cli::client::Client;
+use crate::cli::process::{Sop, folder};
+use crate::cli::verify::{self, Source};
+use crate::cli::{Global, audit, say};
+use crate::kernel::Clock;
+use crate::kernel::supervisor::{Stop, detach};
+
+use super::load::{self, Request};
+
+/// Entries a second while checkpoints are timed.
+const PACE: u64 = 1000;
+
+/// How long from the answer to a put until a signed checkpoint covers it.
+pub(super) async fn checkpoint(global: &Global, client: &Client, seconds: u64) -> anyhow::Result<()> {
+    let clock = Clock::system();
+    let key = client.send(client.request(Method::GET, "/log/key")).await?.text().await?;
+    let key = VerifierKey::parse(&key).context("the log's key cannot be read")?;
+    let stop = Stop::new();
+    let (url, done, c) = (client.url().to_owned(), stop.clone(), clock.clone());
+    let watching = detach(async move {
+        let http = reqwest::Client::new();
+        let mut seen: Vec<(u64, Duration)> = Vec::new();
+        while !done.is_cancelled() {
+            let text = http.get(format!("{url}/log/checkpoint")).send().await?.text().await?;
+            let size = Checkpoint::open(&text, &key).map_err(anyhow::Error::msg)?.size;
+            if seen.last().is_none_or(|(last, _)| *last < size) {
+                seen.push((size, c.elapsed()));
+            }
+            tokio::time::sleep(Duration::from_millis(2)).await;
+        }
+        anyhow::Ok(seen)
+    });
+    let mut puts = Vec::new();
+    let mut tick = tokio::time::interval(Duration::from_millis(10));
+    for n in 0..seconds * 100 {
+        tick.tick().await;
+        for i in 0..PACE / 100 {
+            let request = client.request(Method::PUT, &format!("/v1/state/kv/paced/{i}")).body(n.to_string());
+            let clock = clock.clone();
+            puts.push(detach(async move {
+                let index = request.send().await?.json::<serde_json::Value>().await?["index"].as_u64();
+                anyhow::Ok((index.context("a put has no index")?, clock.elapsed()))
+            }));
+        }
+    }
+    let mut lags = Vec::new();
+    let mut all = Vec::new();
+    for put in puts {
+        all.push(put.await??);
+    }
+    tokio::time::sleep(Duration::from_millis(300)).await;
+    stop.cancel();
+    let seen = watching.await??;
+    for (index, answered) in all {
+        if let Some((_, at)) = seen.iter().find(|(size, _)| *size > index) {
+            lags.push(at.saturating_sub(answered).as_secs_f64() * 1e3);
+        }
+    }
+    lags.sort_by(f64::total_cmp);
+    let at = |q: f64| lags.get(((lags.len().saturating_sub(1)) as f64 * q) as usize).copied().unwrap_or(f64::NAN);
+    if global.json {
+        say(json!({"entries": lags.len(), "a_second": PACE, "p50_ms": at(0.5), "p99_ms": at(0.99)}));
+    } else {
+        say(format!(
+            "{} entries at {PACE} a second: signed {:.0} ms (p50), {:.0} ms (p99) after their answers.",
+            lags.len(),
+            at(0.5),
+            at(0.99)
+        ));
+    }
+    Ok(())
+}
+
+/// Writes for some seconds, saves the log, and times its verification.
+pub(super) async fn whole(
+    global: &Global,
+    ours: &Sop,
+    client: Client,
+    puts: &Request,
+    seconds: u64,
+) -> anyhow::Result<()> {
+    load::round(ours.address(), puts, 128, Duration::from_secs(seconds * 3)).await?;
+    let key = client.send(client.request(Method::GET, "/log/key")).await?.text().await?;
+    let key = VerifierKey::parse(&key).context("the log's key cannot be read")?;
+    let dir = folder("bench-log")?;
+    // The last checkpoint is on its way.
+    tokio::time::sleep(Duration::from_secs(1)).await;
+    audit::save(client, &dir, false).await?;
+    let clock = Clock::system();
+    let mut best = f64::INFINITY;
+    let mut entries = 0;
+    for _ in 0..3 {
+        let began = clock.elapsed();
+        entries = verify::log(&Source::Folder(dir.clone()), &key, None).await?.entries;
+        best = best.min(clock.elapsed().saturating_sub(began).as_secs_f64());
+    }
+    let _ = std::fs::remove_dir_all(&dir);
+    let rate = entries as f64 / best;
+    if global.json {
+        say(json!({"entries": entries, "seconds": best, "a_second": rate}));
+    } else {
+        say(format!("{entries} entries of a saved folder verified in {best:.2} s: {rate:.0} a second."));
+    }
+    Ok(())
+}
