@@ -49,6 +49,10 @@ impl Snapshot {
         self.view().clients.contains_key(id)
     }
 
+    pub(super) fn has_clients(&self) -> bool {
+        !self.view().clients.is_empty()
+    }
+
     pub(super) fn signer(&self) -> Option<Arc<TokenKey>> {
         self.view().keys.first().cloned()
     }
