@@ -16,6 +16,7 @@ pub(crate) struct Client {
     http: reqwest::Client,
     url: String,
     token: Option<String>,
+    credential: Option<(String, String)>,
 }
 
 /// `DIR/admin.json`.
@@ -52,16 +53,16 @@ impl Client {
             _ => admin.map(|a| (a.client_id, a.client_secret)),
         };
         let http = http()?;
-        let mut client = Self { http, url: url.trim_end_matches('/').to_owned(), token: None };
-        if let Some((id, secret)) = credential {
-            client.token = Some(client.authenticate(&id, &secret).await?);
+        let mut client = Self { http, url: url.trim_end_matches('/').to_owned(), token: None, credential };
+        if let Some((id, secret)) = &client.credential {
+            client.token = Some(client.authenticate(id, secret).await?);
         }
         Ok(client)
     }
 
     /// At a daemon that is known, as a client that is known.
     pub async fn at(url: &str, id: &str, secret: &str) -> anyhow::Result<Self> {
-        let mut client = Self { http: http()?, url: url.to_owned(), token: None };
+        let mut client = Self { http: http()?, url: url.to_owned(), token: None, credential: None };
         client.token = Some(client.authenticate(id, secret).await?);
         Ok(client)
     }
@@ -95,6 +96,14 @@ impl Client {
             Some(token) => request.bearer_auth(token),
             None => request,
         }
+    }
+
+    /// A form about a token, with the client's own credential, as OAuth has it.
+    pub fn credentialed(&self, path: &str, token: &str) -> anyhow::Result<RequestBuilder> {
+        let (id, secret) =
+            self.credential.as_ref().context("there is no credential: set SOP_CLIENT_ID and SOP_CLIENT_SECRET")?;
+        let request = self.http.post(format!("{}{path}", self.url)).basic_auth(id, Some(secret));
+        Ok(request.form(&[("token", token)]))
     }
 
     /// Sends, and turns a refusal into an error that says what was wrong and what to do.

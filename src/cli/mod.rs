@@ -14,10 +14,12 @@ mod client;
 mod demo;
 mod health;
 mod nexus;
+mod policy;
 mod process;
 mod serve;
 mod state;
 mod status;
+mod token;
 mod verify;
 
 use std::path::PathBuf;
@@ -67,6 +69,12 @@ enum Command {
     /// Read and change keys
     #[command(subcommand)]
     State(state::StateCommand),
+    /// Clients, access tokens, operation tokens
+    #[command(subcommand)]
+    Token(token::TokenCommand),
+    /// Ask the policy, see and change the entities it knows
+    #[command(subcommand)]
+    Policy(policy::PolicyCommand),
     /// See services, send and take messages
     #[command(subcommand)]
     Nexus(nexus::NexusCommand),
@@ -104,6 +112,8 @@ pub fn run() -> ExitCode {
             Command::Verify(args) => verify::run(&global, args).await,
             Command::Audit(command) => audit::run(&global, command).await,
             Command::State(command) => state::run(&global, command).await,
+            Command::Token(command) => token::run(&global, command).await,
+            Command::Policy(command) => policy::run(&global, command).await,
             Command::Nexus(command) => nexus::run(&global, command).await,
             Command::Health(command) => health::run(&global, command).await,
             Command::Demo(args) => demo::run(&global, args).await,

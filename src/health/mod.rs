@@ -27,7 +27,7 @@ use crate::kernel::web::{Ask, Caller, cursor};
 use crate::kernel::{Clock, Refusal, problem};
 use crate::ledger::{Committed, Ledger};
 use crate::nexus::Nexus;
-use crate::nexus::model::{Instance, Status as Fitness};
+use crate::nexus::model::{Fitness, Instance};
 use crate::store::Store;
 
 pub use metrics::Metrics;

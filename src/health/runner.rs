@@ -40,7 +40,11 @@ struct Seen {
     state: Option<bool>,
 }
 
-type Looked = (What, i64, Result<String, String>);
+/// `None`: this daemon stood still while it looked, which says nothing about what it looked at.
+type Looked = (What, i64, Option<Result<String, String>>);
+
+/// Who has not looked for so long has not watched the time pass: it was frozen, and reports could not reach it either.
+const GAP: Duration = Duration::from_secs(2);
 
 /// The memory of one term: begun anew whenever the claim is taken.
 struct Runner {
@@ -52,6 +56,7 @@ struct Runner {
     /// Last report of each ttl check, and since when it stands still.
     reports: HashMap<String, (i64, Duration)>,
     checks: HashMap<String, Check>,
+    looked: Duration,
 }
 
 /// Starts it.
@@ -74,6 +79,7 @@ async fn run(health: Health, prober: Prober, probes: usize, stop: Stop) -> Resul
         seen: HashMap::new(),
         reports: HashMap::new(),
         checks: HashMap::new(),
+        looked: Duration::ZERO,
     };
     let mut tick = tokio::time::interval(TICK);
     tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
@@ -111,6 +117,9 @@ impl Runner {
         };
         let instances = self.health.nexus.checked().await.map_err(refused)?;
         let now = self.health.clock.elapsed();
+        if now.saturating_sub(std::mem::replace(&mut self.looked, now)) > GAP {
+            self.reports.clear();
+        }
         let mut wanted: HashMap<What, (Probe, i64)> = HashMap::new();
         self.checks.clear();
         for check in all {
@@ -147,10 +156,13 @@ impl Runner {
             // Missed looks are not made up for.
             seen.due = (seen.due + seen.probe.interval()).max(now + seen.probe.interval() / 2);
             let (what, probe, revision) = (what.clone(), seen.probe.clone(), seen.revision);
-            let (prober, tell) = (self.prober.clone(), self.tell.clone());
+            let (prober, tell, clock) = (self.prober.clone(), self.tell.clone(), self.health.clock.clone());
             detach(async move {
+                let began = clock.elapsed();
                 let result = prober.look(&probe).await;
                 drop(permit);
+                let most = Duration::try_from_secs_f64(probe.timeout).unwrap_or_default() + GAP;
+                let result = (clock.elapsed().saturating_sub(began) <= most).then_some(result);
                 let _ = tell.send((what, revision, result)).await;
             });
         }
@@ -177,9 +189,10 @@ impl Runner {
 
     /// Takes a result in.
     async fn take(&mut self, (what, revision, result): Looked) -> Result<(), TaskError> {
-        self.health.metrics.probed(result.is_ok());
         let Some(seen) = self.seen.get_mut(&what).filter(|s| s.revision == revision) else { return Ok(()) };
         seen.in_flight = false;
+        let Some(result) = result else { return Ok(()) };
+        self.health.metrics.probed(result.is_ok());
         (seen.good, seen.bad) = if result.is_ok() { (seen.good + 1, 0) } else { (0, seen.bad + 1) };
         let state = if seen.good >= seen.probe.rise {
             Some(true)

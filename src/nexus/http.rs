@@ -20,7 +20,7 @@ use crate::kernel::{Fault, Refusal, ids};
 use super::Nexus;
 use super::events::{self, Brought};
 use super::model::{
-    Beaten, Group, GroupBody, Instance, Message, Published, Registration, Service, Status, Topic, TopicBody,
+    Beaten, Fitness, Group, GroupBody, Instance, Message, Published, Registration, Service, Topic, TopicBody,
 };
 use super::topics::Word;
 use super::watch::{Event, Watch};
@@ -104,7 +104,7 @@ async fn read_service(
 ) -> Result<Answer<ServiceShown>, Refusal> {
     let [service] = names([name])?;
     let mut instances = nexus.service(&caller, &service).await?;
-    instances.retain(|i| !q.healthy || i.status == Status::Passing);
+    instances.retain(|i| !q.healthy || i.status == Fitness::Passing);
     Ok(Answer::ok(ServiceShown { service, instances }))
 }
 

@@ -75,7 +75,7 @@ impl Registration {
 /// How an instance is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
 #[serde(rename_all = "snake_case")]
-pub enum Status {
+pub enum Fitness {
     /// Fit to be called.
     Passing,
     /// Not to be called.
@@ -93,7 +93,7 @@ pub struct Instance {
     #[serde(flatten)]
     pub registration: Registration,
     /// How it is.
-    pub status: Status,
+    pub status: Fitness,
     /// Why.
     pub why: String,
     /// Index of its last visible change.

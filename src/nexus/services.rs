@@ -15,7 +15,7 @@ use crate::store::Store;
 
 use super::board::SERVICE;
 use super::metrics::Metrics;
-use super::model::{Beaten, Instance, Registration, Status};
+use super::model::{Beaten, Fitness, Instance, Registration};
 use super::store::services as store;
 
 fn resource(service: &str, id: &str) -> String {
@@ -55,7 +55,7 @@ impl Command for Register {
             id: self.id.clone(),
             registration: self.registration.clone(),
             // One whose checks are the same is as fit as it was.
-            status: same.map_or(Status::Passing, |w| w.status),
+            status: same.map_or(Fitness::Passing, |w| w.status),
             why: same.map_or_else(|| "registered".to_owned(), |w| w.why.clone()),
             index,
             created_index: was.as_ref().map_or(index, |w| w.created_index),
@@ -94,7 +94,7 @@ impl Command for End {
         };
         let index = tx.index();
         instance.index = index;
-        instance.status = Status::Critical;
+        instance.status = Fitness::Critical;
         event.clone_into(&mut instance.why);
         store::remove(tx.write(), &instance, index, event).await?;
         let mut entry =
@@ -120,7 +120,7 @@ impl Command for SetHealth {
     async fn apply(&mut self, tx: &mut Tx<'_>) -> Result<(Instance, Entry), Failure> {
         let found = store::one(tx.read(), &self.service, &self.id).await?;
         let mut instance = found.ok_or_else(|| absent(&self.service, &self.id))?;
-        let status = if self.passing { Status::Passing } else { Status::Critical };
+        let status = if self.passing { Fitness::Passing } else { Fitness::Critical };
         if instance.status == status {
             return Err(Refusal::new(&problem::CONFLICT, "the instance is like that already").into());
         }
@@ -252,6 +252,8 @@ impl Command for Beaters {
 const LOOK: Duration = Duration::from_millis(500);
 /// How long the claim on it lasts without renewal.
 const CLAIM: Duration = Duration::from_secs(3);
+/// Who has not looked for so long has not watched the time pass: it was frozen, and heartbeats could not reach it either.
+const GAP: Duration = Duration::from_secs(2);
 
 /// Ends instances that were silent for their whole time to live, as this daemon watched it pass on its own clock.
 pub(super) fn expire(store: Store, ledger: Ledger, clock: Clock, metrics: Metrics, tasks: &Supervisor) {
@@ -260,6 +262,7 @@ pub(super) fn expire(store: Store, ledger: Ledger, clock: Clock, metrics: Metric
         async move {
             let mut claim = ledger.claim("nexus/expiry", CLAIM);
             let mut seen: HashMap<(String, String), (i64, Duration)> = HashMap::new();
+            let mut looked = clock.elapsed();
             loop {
                 tokio::select! {
                     () = stop.cancelled() => {
@@ -267,6 +270,10 @@ pub(super) fn expire(store: Store, ledger: Ledger, clock: Clock, metrics: Metric
                         return Ok(());
                     }
                     () = tokio::time::sleep(LOOK) => {}
+                }
+                let now = clock.elapsed();
+                if now.saturating_sub(std::mem::replace(&mut looked, now)) > GAP {
+                    seen.clear();
                 }
                 if claim.held().await? {
                     look(&store, &ledger, &clock, &metrics, &mut seen).await?;

@@ -111,7 +111,7 @@ async fn metadata(Room(room): Room<Token>, headers: HeaderMap) -> Response {
         "introspection_endpoint_auth_signing_alg_values_supported": algorithms,
         "revocation_endpoint_auth_methods_supported": methods,
         "revocation_endpoint_auth_signing_alg_values_supported": algorithms,
-        "scopes_supported": ["admin", "state", "state:read", "state:write", "audit", "audit:read", "governance", "governance:read", "token", "token:read"],
+        "scopes_supported": ["admin", "state", "state:read", "state:write", "audit", "audit:read", "governance", "governance:read", "token", "token:read", "nexus", "nexus:read", "nexus:write", "health", "health:read", "health:write"],
     });
     ([(header::CONTENT_TYPE, "application/json")], body.to_string()).into_response()
 }

@@ -14,8 +14,8 @@
 mod support;
 
 mod audit;
+mod cli;
 mod crash;
-mod demo;
 mod front;
 mod governance;
 mod health;

@@ -151,6 +151,29 @@ async fn silence_is_noticed_though_the_daemon_that_looked_is_killed() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_daemon_that_stood_still_has_watched_nobody_fall_silent() {
+    let (db, daemon, client) = start().await;
+    let path = "/v1/nexus/services/s/instances/1";
+    assert_eq!(client.json(Method::PUT, path, &json!({"address": "x", "ttl": 2})).await.0, 201);
+    let held = || async {
+        let n: i64 = sqlx::query_scalar("SELECT count(*) FROM ledger.claims WHERE name = 'nexus/expiry'")
+            .fetch_one(&mut db.connect().await)
+            .await
+            .unwrap();
+        n == 1
+    };
+    until("it to look", Duration::from_secs(5), held).await;
+    daemon.freeze();
+    tokio::time::sleep(Duration::from_secs(4)).await;
+    daemon.thaw();
+    // Nobody could give a sign of life while the only daemon slept: a full time is granted anew.
+    tokio::time::sleep(Duration::from_millis(700)).await;
+    let (status, answer) = client.json(Method::POST, &format!("{path}/heartbeat"), &json!({})).await;
+    assert_eq!(status, 200, "{answer}");
+    record::check(&db).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_message_is_delivered_until_it_is_acknowledged() {
     let (db, _daemon, client) = start().await;
     let path = group(&client, &json!({"ack_wait": 0.5, "backoff": 0.3, "max_attempts": 3})).await;

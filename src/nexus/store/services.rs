@@ -3,7 +3,7 @@
 use sqlx::postgres::PgRow;
 use sqlx::{PgConnection, Row as _};
 
-use crate::nexus::model::{Instance, Registration, Service, Status};
+use crate::nexus::model::{Fitness, Instance, Registration, Service};
 
 fn instance(row: &PgRow) -> Result<Instance, sqlx::Error> {
     let bytes: Vec<u8> = row.try_get("instance")?;
@@ -13,7 +13,7 @@ fn instance(row: &PgRow) -> Result<Instance, sqlx::Error> {
         service: row.try_get("service")?,
         id: row.try_get("id")?,
         registration,
-        status: if passing { Status::Passing } else { Status::Critical },
+        status: if passing { Fitness::Passing } else { Fitness::Critical },
         why: row.try_get("why")?,
         index: row.try_get("index")?,
         created_index: row.try_get("created_index")?,
@@ -84,7 +84,7 @@ pub(in crate::nexus) async fn put(
     .bind(&instance.id)
     .bind(kept)
     .bind(instance.registration.ttl_ms())
-    .bind(instance.status == Status::Passing)
+    .bind(instance.status == Fitness::Passing)
     .bind(&instance.why)
     .bind(instance.created_index)
     .bind(instance.index)
@@ -100,7 +100,7 @@ pub(in crate::nexus) async fn set_status(conn: &mut PgConnection, instance: &Ins
     sqlx::query("UPDATE nexus.instances SET passing = $3, why = $4, index = $5 WHERE service = $1 AND id = $2")
         .bind(&instance.service)
         .bind(&instance.id)
-        .bind(instance.status == Status::Passing)
+        .bind(instance.status == Fitness::Passing)
         .bind(&instance.why)
         .bind(instance.index)
         .execute(&mut *conn)

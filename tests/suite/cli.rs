@@ -1,4 +1,4 @@
-//! The demo plays against a daemon that runs, and its record verifies.
+//! The command line: the demo against a daemon that runs, and the rooms from a shell.
 
 use serde_json::Value;
 
@@ -79,5 +79,44 @@ async fn services_messages_and_checks_from_the_command_line() {
     assert_eq!(sop(&daemon, &["health", "incidents"]).await, (true, String::new()));
     assert!(sop(&daemon, &["health", "incidents", "--all"]).await.1.contains("resolved"));
     assert!(sop(&daemon, &["health", "checks"]).await.1.starts_with("nightly\tpassing\t"));
+    record::check(&db).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn clients_tokens_and_the_policy_from_the_command_line() {
+    let db = database().await;
+    let daemon = Launch::on(db.url()).start().await;
+    let client = Client::of(&daemon);
+    let (fine, said) = sop(&daemon, &["token", "register", "reader", "--scope", "state:read", "--json"]).await;
+    assert!(fine, "{said}");
+    let made: Value = serde_json::from_str(&said).unwrap();
+    let (id, secret) = (made["client_id"].as_str().unwrap(), made["client_secret"].as_str().unwrap());
+    let token = client.with(id, secret).token().await;
+    assert_eq!(sop(&daemon, &["token", "introspect", &token]).await.1, format!("active: {id} with scope state:read\n"));
+    let name = format!("Sop::Client::{id}");
+    let (fine, said) = sop(&daemon, &["policy", "ask", &name, "state:get", "Sop::Key::a/b"]).await;
+    assert!(fine && said.contains("may state:get Sop::Key::a/b: by state:read; decision "), "{said}");
+    let (fine, said) = sop(&daemon, &["policy", "ask", &name, "state:put", "Sop::Key::a/b"]).await;
+    assert!(!fine && said.contains("may not state:put Sop::Key::a/b: no policy permits it"), "{said}");
+    assert!(sop(&daemon, &["policy", "put", "user::ada", "--attrs", "{\"n\": 1}", "--parent", "group::staff"]).await.0);
+    let (_, said) = sop(&daemon, &["policy", "entity", "user::ada"]).await;
+    let entity: Value = serde_json::from_str(&said).unwrap();
+    assert_eq!(
+        (&entity["attrs"]["n"], &entity["parents"][0]["id"]),
+        (&Value::from(1), &Value::from("staff")),
+        "{said}"
+    );
+    assert!(sop(&daemon, &["policy", "rm", "user::ada"]).await.0);
+    assert!(!sop(&daemon, &["policy", "entity", "user::ada"]).await.0);
+    let (_, said) = sop(&daemon, &["token", "operation", "deploy", "--max-uses", "1"]).await;
+    let secret = said.lines().next().unwrap().to_owned();
+    assert!(secret.starts_with("sopt_") && said.contains("1 uses until"), "{said}");
+    assert_eq!(sop(&daemon, &["token", "use", &secret, "deploy"]).await, (true, "used; 0 left\n".into()));
+    assert!(!sop(&daemon, &["token", "use", &secret, "deploy"]).await.0, "spent");
+    let (_, own) = sop(&daemon, &["token", "issue"]).await;
+    assert_eq!(sop(&daemon, &["token", "revoke", own.trim()]).await, (true, "revoked\n".into()));
+    assert!(sop(&daemon, &["token", "introspect", own.trim()]).await.1.starts_with("not active"));
+    assert!(sop(&daemon, &["token", "unregister", id]).await.0);
+    assert_eq!(sop(&daemon, &["token", "introspect", &token]).await.1, "not active, or not for you to know\n");
     record::check(&db).await;
 }
