@@ -144,10 +144,8 @@ impl Protocol {
                 format!("takes what waited: {waited} new, and {again} that it had when it failed, delivered again");
             said.push((self.role_id.clone(), what));
         } else if hour.is_multiple_of(6) && !got.is_empty() {
-            said.push((
-                self.role_id.clone(),
-                format!("writes its hour, tells {next}, takes its messages ({})", got.len()),
-            ));
+            let wrote = if self.may("state") { "writes its hour, " } else { "" };
+            said.push((self.role_id.clone(), format!("{wrote}tells {next}, takes its messages ({})", got.len())));
         }
         Ok(said)
     }
