@@ -172,11 +172,13 @@ pub(super) async fn indexed(conn: &mut PgConnection) -> Result<i64, sqlx::Error>
     sqlx::query_scalar("SELECT at FROM audit.indexed WHERE id = 1").fetch_one(conn).await
 }
 
-/// Entries after `after`, in order, for the search.
+/// The `limit` entries after `after` that there are, in order, for the search. The range is said of both tables: a range is
+/// not carried over by a join, and without it each round would read all details there are.
 pub(super) async fn unindexed(conn: &mut PgConnection, after: i64, limit: i64) -> Result<Vec<Stored>, sqlx::Error> {
     let rows = sqlx::query(
-        "SELECT e.index, e.leaf, d.salt, d.details, d.segment FROM ledger.entries e LEFT JOIN ledger.details d USING (index)
-         WHERE e.index > $1 ORDER BY e.index LIMIT $2",
+        "SELECT e.index, e.leaf, d.salt, d.details, d.segment FROM ledger.entries e
+         LEFT JOIN ledger.details d ON d.index = e.index AND d.index > $1 AND d.index <= $1 + $2
+         WHERE e.index > $1 AND e.index <= $1 + $2 ORDER BY e.index",
     )
     .bind(after)
     .bind(limit)

@@ -211,7 +211,7 @@ pub(super) async fn signals(
     // A touch begins with the length of its kind and the kind.
     let rows = sqlx::query(
         "SELECT e.index, d.details FROM ledger.entries AS e JOIN ledger.details AS d USING (index)
-         WHERE e.index > $1 AND e.index <= $2 AND position($3 IN e.touched) > 0 AND d.details IS NOT NULL
+         WHERE e.index > $1 AND e.index <= $2 AND d.index > $1 AND d.index <= $2 AND position($3 IN e.touched) > 0 AND d.details IS NOT NULL
          ORDER BY e.index LIMIT $4",
     )
     .bind(after)
