@@ -5,6 +5,7 @@
 //! are all hot, leaves the lock out: that one statement is the whole turn ([`optimistic`]). What goes wrong on the way is in
 //! [`recover`].
 
+mod gather;
 mod optimistic;
 mod recover;
 mod run;
@@ -31,6 +32,7 @@ use super::merkle::Frontier;
 use super::store::{self, Head};
 use super::touch::Touched;
 
+use gather::Gather;
 use recover::{Settled, Unknown};
 use run::Run;
 
@@ -58,6 +60,7 @@ pub(super) struct Writer {
     /// What this daemon last saw committed, and must find extended whenever it looks again (rule 13).
     place: Option<Place>,
     unknown: Option<Unknown>,
+    gather: Gather,
 }
 
 /// A connection of the writer, with the process id of its backend, by which who blocks it can be found.
@@ -75,7 +78,7 @@ enum Turn {
 
 impl Writer {
     pub fn new(shared: Arc<Shared>, queue: mpsc::Receiver<Box<dyn Job>>) -> Self {
-        Self { shared, queue, foreign: None, place: None, unknown: None }
+        Self { shared, queue, foreign: None, place: None, unknown: None, gather: Gather::default() }
     }
 
     /// Runs until told to stop, and then until what queued before is written.
@@ -100,6 +103,7 @@ impl Writer {
                     }
                 }
             }
+            self.gather.wait(&self.queue, &self.shared.clock).await;
             let mut s = match session.take() {
                 Some(s) => s,
                 None => match self.connect().await {
@@ -197,6 +201,7 @@ impl Writer {
         {
             jobs.push(job);
         }
+        self.gather.took(jobs.len());
     }
 
     /// Runs the jobs and commits. If one fails, all run again one by one.

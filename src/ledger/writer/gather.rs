@@ -1,0 +1,39 @@
+//! A moment of patience before a turn.
+//!
+//! Callers who were answered together come back together, a few at a time. A turn that sets out with the first of them makes
+//! the others wait for all of it: with eight callers, turns of one and of seven took each other's place, and everyone waited
+//! for two. So a turn waits until as many have come as the last one took, and never longer than a part of a commit.
+
+use std::time::Duration;
+
+use tokio::sync::mpsc;
+
+use crate::kernel::Clock;
+
+/// At most.
+const PATIENCE: Duration = Duration::from_micros(150);
+
+/// How many to wait for.
+#[derive(Default)]
+pub(super) struct Gather {
+    last: usize,
+}
+
+impl Gather {
+    /// A turn took so many.
+    pub fn took(&mut self, jobs: usize) {
+        self.last = jobs;
+    }
+
+    /// Waits, while others work, until as many wait as the last turn took. Whoever is alone waits for nobody.
+    pub async fn wait<J>(&self, queue: &mpsc::Receiver<J>, clock: &Clock) {
+        // One is already in hand.
+        if queue.len() + 1 >= self.last {
+            return;
+        }
+        let began = clock.elapsed();
+        while queue.len() + 1 < self.last && clock.elapsed().saturating_sub(began) < PATIENCE {
+            tokio::task::yield_now().await;
+        }
+    }
+}
