@@ -408,12 +408,12 @@ impl Authenticator for Gate {
     fn authenticate<'a>(
         &'a self,
         authorization: Option<&'a str>,
-        info: RequestInfo,
+        info: Arc<RequestInfo>,
     ) -> BoxFuture<'a, Result<Caller, Refusal>> {
         Box::pin(async move {
             let who = self.token.authenticate(authorization)?;
             let authority = self.own.upgrade().ok_or_else(|| Refusal::unavailable("the daemon is stopping"))?;
-            Ok(Caller::new(who.principal, who.scopes, Some(who.credential), info, authority))
+            Ok(Caller::new(who, info, authority))
         })
     }
 }
@@ -429,7 +429,7 @@ impl Authority for Gate {
                     .with_header("www-authenticate", "Bearer realm=\"sop\", error=\"invalid_token\"")
             })?;
             let mut permit = self.rules.decide(caller, asks, at)?;
-            permit.depends.extend(Token::depends(credential));
+            permit.depends.extend(credential.depends.iter().copied());
             Ok(permit)
         })
     }

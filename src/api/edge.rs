@@ -37,7 +37,7 @@ const REQUEST_ID: &str = "x-request-id";
 /// Whom a rate is counted for: a client, or an address before the client is known.
 #[derive(Clone, PartialEq, Eq, Hash)]
 enum Who {
-    Client(String),
+    Client(Arc<str>),
     Address(Option<IpAddr>),
 }
 
@@ -109,22 +109,26 @@ impl Drop for InFlight<'_> {
 async fn edge(State(shared): State<Arc<Shared>>, mut request: Request, next: Next) -> Response {
     let began = shared.clock.elapsed();
     let method = request.method().clone();
-    let path = request.uri().path().to_owned();
-    let route = request.extensions().get::<MatchedPath>().map_or("unmatched", MatchedPath::as_str).to_owned();
-    let info = RequestInfo {
+    let matched = request.extensions().get::<MatchedPath>().cloned();
+    let route = matched.as_ref().map_or("unmatched", MatchedPath::as_str);
+    let info = Arc::new(RequestInfo {
         id: request_id(request.headers(), &shared.clock),
         trace_id: trace_id(request.headers()),
-        method: method.to_string(),
-        path: path.clone(),
+        method: method.as_str().to_owned(),
+        path: request.uri().path().to_owned(),
         peer: request.extensions().get::<Peer>().and_then(|p| p.0),
         idempotency: None,
         fencing: None,
-    };
-    let (id, peer) = (info.id.clone(), info.peer);
+    });
     request.extensions_mut().insert(BodyLimit(shared.limits.body));
-    let span =
-        tracing::info_span!("request", id = %id, method = %method, route = %route, trace = info.trace_id.as_deref());
-    let inner = inside(&shared, request, next, info).instrument(span.clone());
+    let span = tracing::info_span!(
+        "request",
+        id = info.id.as_str(),
+        method = method.as_str(),
+        route = route,
+        trace = info.trace_id.as_deref()
+    );
+    let inner = inside(&shared, request, next, info.clone()).instrument(span.clone());
     let mut response = match AssertUnwindSafe(inner).catch_unwind().await {
         Ok(Ok(response)) => response,
         Ok(Err(refusal)) => refusal.into_response(),
@@ -139,13 +143,13 @@ async fn edge(State(shared): State<Arc<Shared>>, mut request: Request, next: Nex
     };
     if let Some(refusal) = response.extensions_mut().remove::<Refusal>() {
         let allow = response.headers().get(header::ALLOW).cloned();
-        response = problem_response(&refusal, Some(&path));
+        response = problem_response(&refusal, Some(&info.path));
         if let Some(allow) = allow {
             response.headers_mut().insert(header::ALLOW, allow);
         }
     }
     let headers = response.headers_mut();
-    if let Ok(id) = HeaderValue::try_from(&id) {
+    if let Ok(id) = HeaderValue::try_from(&info.id) {
         headers.insert(REQUEST_ID, id);
     }
     if !headers.contains_key(&SOP_INDEX) {
@@ -154,19 +158,24 @@ async fn edge(State(shared): State<Arc<Shared>>, mut request: Request, next: Nex
     let took = shared.clock.elapsed().saturating_sub(began);
     let status = response.status();
     if status == StatusCode::UNAUTHORIZED {
-        shared.refused.note(peer, &path);
+        shared.refused.note(info.peer, &info.path);
     }
-    shared.metrics.timer(&route).observe(took.as_secs_f64());
-    shared.metrics.requests.with_label_values(&[method.as_str(), &route, status.as_str()]).inc();
+    shared.metrics.timer(route).observe(took.as_secs_f64());
+    shared.metrics.requests.with_label_values(&[method.as_str(), route, status.as_str()]).inc();
     let _in = span.entered();
-    tracing::debug!(status = status.as_u16(), ms = took.as_secs_f64() * 1e3, "{method} {path}");
+    tracing::debug!(status = status.as_u16(), ms = took.as_secs_f64() * 1e3, "{method} {}", info.path);
     response
 }
 
 /// The layers that can refuse: how much at once, how often, what is newest, who it is.
-async fn inside(shared: &Shared, mut request: Request, next: Next, mut info: RequestInfo) -> Result<Response, Refusal> {
+async fn inside(
+    shared: &Shared,
+    mut request: Request,
+    next: Next,
+    info: Arc<RequestInfo>,
+) -> Result<Response, Refusal> {
     let _in_flight = InFlight::enter(shared)?;
-    if request.uri().to_string().len() > 8192 {
+    if request.uri().path_and_query().map_or(0, |p| p.as_str().len()) > 8192 {
         return Err(Refusal::new(&problem::URI_TOO_LONG, "the request target has more than 8 KiB"));
     }
     request.extensions_mut().insert(info.clone());
@@ -188,8 +197,9 @@ async fn inside(shared: &Shared, mut request: Request, next: Next, mut info: Req
         shared.ledger.fence().await?;
     }
     let key = idempotency_key(&request)?;
-    let authorization = request.headers().get(header::AUTHORIZATION).and_then(|a| a.to_str().ok()).map(str::to_owned);
-    let mut caller = match shared.identify(authorization.as_deref(), &info, reads).await {
+    let authorization = request.headers().get(header::AUTHORIZATION).cloned();
+    let authorization = authorization.as_ref().and_then(|a| a.to_str().ok());
+    let mut caller = match shared.identify(authorization, &info, reads).await {
         Ok(caller) => caller,
         // Whether something else vouches for them is for the handler to see.
         Err(_) if wants == Wants::Perhaps => {
@@ -201,12 +211,13 @@ async fn inside(shared: &Shared, mut request: Request, next: Next, mut info: Req
             return Err(refusal);
         }
     };
-    shared.check_rate(Who::Client(caller.actor().to_owned()))?;
+    shared.check_rate(Who::Client(caller.identity().actor.clone()))?;
     if let Some(key) = key {
         let (parts, body) = request.into_parts();
         let bytes = read_body(Request::from_parts(parts.clone(), body), shared.limits.body).await?;
-        info.idempotency = Some(idempotency(caller.actor(), &info, &key, &bytes));
-        caller = caller.with_request(info);
+        let mut known = (*info).clone();
+        known.idempotency = Some(idempotency(caller.actor(), &info, &key, &bytes));
+        caller = caller.with_request(Arc::new(known));
         request = Request::from_parts(parts, bytes.into());
     }
     request.extensions_mut().insert(caller);
@@ -223,7 +234,12 @@ impl Shared {
     }
 
     /// Authenticates; a refusal leaves only after this daemon has seen what is newest (a client may just have been registered).
-    async fn identify(&self, authorization: Option<&str>, info: &RequestInfo, fenced: bool) -> Result<Caller, Refusal> {
+    async fn identify(
+        &self,
+        authorization: Option<&str>,
+        info: &Arc<RequestInfo>,
+        fenced: bool,
+    ) -> Result<Caller, Refusal> {
         match self.authenticator.authenticate(authorization, info.clone()).await {
             Err(_) if !fenced && authorization.is_some() => {
                 self.ledger.fence().await?;

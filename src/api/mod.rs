@@ -37,7 +37,7 @@ pub trait Authenticator: Send + Sync {
     fn authenticate<'a>(
         &'a self,
         authorization: Option<&'a str>,
-        info: RequestInfo,
+        info: Arc<RequestInfo>,
     ) -> BoxFuture<'a, Result<Caller, Refusal>>;
 }
 

@@ -24,6 +24,7 @@ use std::sync::Arc;
 use cedar_policy::RestrictedExpression;
 use prometheus::{IntCounterVec, Opts, Registry};
 use serde_json::{Map, Value, json};
+use smallvec::SmallVec;
 
 use crate::kernel::supervisor::Supervisor;
 use crate::kernel::web::{Ask, Caller, Decision, Depends, EntityName, Permit};
@@ -46,6 +47,20 @@ pub struct Rules {
     clock: Clock,
     decided: IntCounterVec,
     remembered: Remembered,
+    /// The ids of the active bundles, and the fact that stands for them.
+    bundles: Arc<[String]>,
+    bundle: u64,
+}
+
+/// The policies that determined the answers, each once, in order.
+fn determining(answers: &[Arc<Answer>]) -> Arc<[String]> {
+    if let [one] = answers {
+        return one.policies.clone();
+    }
+    let mut all: Vec<String> = answers.iter().flat_map(|a| a.policies.iter().cloned()).collect();
+    all.sort();
+    all.dedup();
+    all.into()
 }
 
 impl Rules {
@@ -63,7 +78,10 @@ impl Rules {
                 decided.with_label_values(&[origin, outcome]).inc_by(0);
             }
         }
-        Ok(Self { engine: Engine::shipped()?, snapshot, clock, decided, remembered: Remembered::new() })
+        let engine = Engine::shipped()?;
+        let bundles = Arc::new([engine.id().to_owned()]);
+        let bundle = authz_fact(b"bundle");
+        Ok(Self { engine, snapshot, clock, decided, remembered: Remembered::new(), bundles, bundle })
     }
 
     fn count(&self, origin: &str, allowed: bool) {
@@ -76,27 +94,27 @@ impl Rules {
     /// When a question cannot be put.
     pub fn decide(&self, caller: &Caller, asks: &[Ask], at: i64) -> Result<Permit, Refusal> {
         let mut depends: Depends = Depends::new();
-        depends.push(authz_fact(b"bundle"));
-        let (mut policies, mut denied) = (Vec::new(), None);
+        depends.push(self.bundle);
+        let (mut answers, mut denied) = (SmallVec::<[Arc<Answer>; 1]>::new(), None);
         for (i, ask) in asks.iter().enumerate() {
             let answer = self.decide_one(caller, ask)?;
-            depends.extend(answer.depends);
+            depends.extend(answer.depends.iter().copied());
             if !answer.allowed {
                 denied = Some(i);
-                policies = answer.policies;
+                answers.clear();
+            }
+            answers.push(answer);
+            if denied.is_some() {
                 break;
             }
-            policies.extend(answer.policies);
         }
-        policies.sort();
-        policies.dedup();
         self.count("api", denied.is_none());
         let shown = denied.and_then(|i| asks.get(i)).or(asks.first());
         let decision = shown.map(|ask| Decision {
             id: ids::new_id(self.clock.now()),
             at,
-            bundle: vec![self.engine.id().to_owned()],
-            policies,
+            bundle: self.bundles.clone(),
+            policies: determining(&answers),
             principal: caller.principal().clone(),
             action: ask.action.to_owned(),
             resource: EntityName { kind: format!("Sop::{}", ask.kind), id: ask.name.clone() },
@@ -105,7 +123,7 @@ impl Rules {
     }
 
     /// Decides one ask, or remembers what was decided.
-    fn decide_one(&self, caller: &Caller, ask: &Ask) -> Result<Answer, Refusal> {
+    fn decide_one(&self, caller: &Caller, ask: &Ask) -> Result<Arc<Answer>, Refusal> {
         // Before anything is read: what changes from here on makes what is remembered worthless.
         let version = self.snapshot.version();
         let asked = remembered::question(caller, ask);
@@ -134,7 +152,9 @@ impl Rules {
             plain,
         };
         let answer = self.engine.ask(question, slice.entities)?;
-        let answer = Answer { version, allowed: answer.allowed, policies: answer.policies, depends };
+        let mut policies = answer.policies;
+        policies.sort();
+        let answer = Arc::new(Answer { version, allowed: answer.allowed, policies: policies.into(), depends });
         if let Some(question) = asked {
             self.remembered.keep(question, answer.clone());
         }

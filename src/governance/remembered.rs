@@ -3,6 +3,8 @@
 //! A decision on the API is a function of the question and of the entities it can reach. It is remembered with the version of
 //! the snapshot that was read *before* it was made: one that changed since, or while it was made, makes it worthless.
 
+use std::sync::Arc;
+
 use moka::sync::Cache;
 
 use crate::kernel::crypto::{self, Hash};
@@ -12,17 +14,17 @@ use crate::kernel::web::{Ask, Caller};
 const HELD: u64 = 16_384;
 
 /// What was decided.
-#[derive(Clone)]
 pub(super) struct Answer {
     pub version: u64,
     pub allowed: bool,
-    pub policies: Vec<String>,
+    /// In order.
+    pub policies: Arc<[String]>,
     /// Facts it rests on.
     pub depends: Vec<u64>,
 }
 
 /// The decisions.
-pub(super) struct Remembered(Cache<Hash, Answer>);
+pub(super) struct Remembered(Cache<Hash, Arc<Answer>>);
 
 impl Remembered {
     pub fn new() -> Self {
@@ -30,11 +32,11 @@ impl Remembered {
     }
 
     /// What was decided, if the snapshot is still at that version.
-    pub fn get(&self, question: &Hash, version: u64) -> Option<Answer> {
+    pub fn get(&self, question: &Hash, version: u64) -> Option<Arc<Answer>> {
         self.0.get(question).filter(|a| a.version == version)
     }
 
-    pub fn keep(&self, question: Hash, answer: Answer) {
+    pub fn keep(&self, question: Hash, answer: Arc<Answer>) {
         self.0.insert(question, answer);
     }
 }

@@ -3,6 +3,8 @@
 //! Every hash over data has a domain prefix of its own, so that no two kinds of thing can share a digest:
 //! `0x00` leaf and `0x01` node (RFC 6962), `0x02` record of a segment, `0x03` salted commitment, `0x04` body of a segment entry.
 
+use std::cell::RefCell;
+
 use base64::Engine as _;
 use base64::engine::general_purpose::{STANDARD, URL_SAFE_NO_PAD};
 use ring::rand::SecureRandom as _;
@@ -72,9 +74,38 @@ fn to_hash(d: &[u8]) -> Hash {
 /// # Errors
 /// When the operating system has none to give.
 pub fn random<const N: usize>() -> Result<[u8; N], Refusal> {
-    let mut b = [0; N];
-    rand::SystemRandom::new().fill(&mut b).map_err(|_| Refusal::internal("no random bytes"))?;
-    Ok(b)
+    let drawn = DRAWN.with_borrow_mut(|drawn| drawn.take::<N>());
+    drawn.ok_or_else(|| Refusal::internal("no random bytes"))
+}
+
+thread_local! {
+    static DRAWN: RefCell<Drawn> = const { RefCell::new(Drawn { bytes: [0; 1024], left: 0 }) };
+}
+
+/// Random bytes of the operating system, drawn for several uses at once: asking for each alone was noticed under load.
+struct Drawn {
+    bytes: [u8; 1024],
+    left: usize,
+}
+
+impl Drawn {
+    fn take<const N: usize>(&mut self) -> Option<[u8; N]> {
+        let mut taken = [0; N];
+        if N > self.bytes.len() {
+            rand::SystemRandom::new().fill(&mut taken).ok()?;
+            return Some(taken);
+        }
+        if self.left < N {
+            rand::SystemRandom::new().fill(&mut self.bytes).ok()?;
+            self.left = self.bytes.len();
+        }
+        let from = &mut self.bytes[self.left - N..self.left];
+        taken.copy_from_slice(from);
+        // What was given away is kept nowhere else.
+        from.fill(0);
+        self.left -= N;
+        Some(taken)
+    }
 }
 
 /// Compares without telling by its duration where two secrets differ.

@@ -1,15 +1,18 @@
 //! Identifiers: UUIDv7 (RFC 9562) wherever a thing has no natural name, and the rule for names.
 
-use uuid::{ContextV7, Timestamp as UuidTime, Uuid};
+use uuid::{Builder, Uuid};
 
-use super::Timestamp;
+use super::{Timestamp, crypto};
 
 /// A new UUIDv7 at `now`. Ids made in the same millisecond differ in their random part.
 #[must_use]
 pub fn new_id(now: Timestamp) -> Uuid {
     let ms = u64::try_from(now.millis()).unwrap_or(0);
-    let nanos = u32::try_from((ms % 1000) * 1_000_000).unwrap_or(0);
-    Uuid::new_v7(UuidTime::from_unix(ContextV7::new(), ms / 1000, nanos))
+    match crypto::random::<10>() {
+        Ok(random) => Builder::from_unix_timestamp_millis(ms, &random).into_uuid(),
+        // Without random bytes nothing that matters gets far; an id is still an id.
+        Err(_) => Uuid::now_v7(),
+    }
 }
 
 /// The longest name of a key, topic, service, file, lock or pool.

@@ -42,7 +42,7 @@ impl Claim {
     /// # Errors
     /// 503 when the database is away: then the claim must be taken for lost.
     pub async fn held(&mut self) -> Result<bool, Refusal> {
-        let shared = self.ledger.shared.clone();
+        let shared = self.ledger.0.shared.clone();
         let refusal = |e| shared.store.refusal(e);
         let now = shared.clock.elapsed();
         // A renewal is good for a while: whoever asks often need not write often.
@@ -90,7 +90,7 @@ impl Claim {
     /// Gives the claim back, so that another daemon need not wait it out.
     pub async fn release(&mut self) {
         let Some(token) = self.mine.take() else { return };
-        let holder = self.ledger.shared.store.daemon().to_owned();
+        let holder = self.ledger.0.shared.store.daemon().to_owned();
         let give = Release { name: self.name, holder, token };
         if let Err(e) = self.ledger.write(&Caller::daemon("claim"), &[], give).await {
             tracing::debug!(error = %e, claim = self.name, "a claim was not given back; it will run out");

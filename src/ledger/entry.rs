@@ -155,9 +155,9 @@ pub(super) fn decided(d: &Decision) -> Vec<u8> {
     let mut o = Object::new();
     o.member("action", &d.action);
     o.member("at", &d.at);
-    o.member("bundle", &d.bundle);
+    o.member("bundle", &d.bundle[..]);
     o.member("id", &d.id);
-    o.member("policies", &d.policies);
+    o.member("policies", &d.policies[..]);
     o.raw("principal", &name(&d.principal));
     o.raw("resource", &name(&d.resource));
     o.end()
@@ -183,7 +183,7 @@ impl Object {
     }
 
     /// A scalar, or a list of scalars.
-    fn member(&mut self, name: &str, value: &impl Serialize) {
+    fn member(&mut self, name: &str, value: &(impl Serialize + ?Sized)) {
         self.raw(name, b"");
         write_scalar(value, &mut self.0);
     }
@@ -316,13 +316,15 @@ fn write_canonical(value: &Value, out: &mut Vec<u8>) {
     }
 }
 
-fn write_scalar(value: &impl Serialize, out: &mut Vec<u8>) {
+fn write_scalar(value: &(impl Serialize + ?Sized), out: &mut Vec<u8>) {
     // Writing to memory cannot fail, and a scalar has no keys that could be wrong.
     let _ = serde_json::to_writer(out, value);
 }
 
 #[cfg(test)]
 mod tests {
+    use std::sync::Arc;
+
     use serde_json::json;
 
     use super::*;
@@ -333,14 +335,18 @@ mod tests {
         let decision = Decision {
             id: uuid::Uuid::nil(),
             at: 7,
-            bundle: vec!["system".into()],
-            policies: vec!["a\"b".into(), "c".into()],
+            bundle: Arc::new(["system".into()]),
+            policies: Arc::new(["a\"b".into(), "c".into()]),
             principal: name("Sop::Client", "é\n"),
             action: "state:put".into(),
             resource: name("Sop::Key", "k"),
         };
         let written = decided(&decision);
-        assert_eq!(written, canonical(&serde_json::to_value(&decision).unwrap()));
+        let expected = json!({
+            "id": decision.id, "at": 7, "bundle": ["system"], "policies": ["a\"b", "c"], "action": "state:put",
+            "principal": {"type": "Sop::Client", "id": "é\n"}, "resource": {"type": "Sop::Key", "id": "k"},
+        });
+        assert_eq!(written, canonical(&expected));
         let entry = Entry::ok("a:b", "c/d").reason("r").signal("info", "f").change("z", 1).change("a", "x");
         let segment = Segment { root: [7; 32], count: 3 };
         let sealed = entry

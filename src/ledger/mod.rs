@@ -100,7 +100,9 @@ pub struct Parts {
 
 /// The ledger as the rooms see it. Cheap to clone.
 #[derive(Clone)]
-pub struct Ledger {
+pub struct Ledger(Arc<Inner>);
+
+struct Inner {
     shared: Arc<Shared>,
     checks: mpsc::Sender<fence::Asked>,
     at: watch::Receiver<i64>,
@@ -179,7 +181,7 @@ impl Ledger {
         let mut follower = Follower::new(shared.clone(), parts.projections, heard, at_tx);
         follower.load().await.map_err(|e| shared.store.refusal(e))?;
         start_tasks(tasks, &shared, follower, jobs, asked);
-        let ledger = Self { shared, checks, at, closing: Stop::new() };
+        let ledger = Self(Arc::new(Inner { shared, checks, at, closing: Stop::new() }));
         if ledger.index() < 0 {
             ledger.begin().await?;
         }
@@ -219,8 +221,8 @@ impl Ledger {
                 Heard::Refused(r) => return Err(r),
                 Heard::Stale { command: back, since } => {
                     command = back;
-                    self.shared.metrics.stale.inc();
-                    self.reach(since, self.shared.write_timeout).await?;
+                    self.0.shared.metrics.stale.inc();
+                    self.reach(since, self.0.shared.write_timeout).await?;
                 }
             }
         }
@@ -257,7 +259,7 @@ impl Ledger {
             }
             Heard::Refused(r) => Err(r),
             Heard::Stale { since, .. } => {
-                self.reach(since, self.shared.write_timeout).await?;
+                self.reach(since, self.0.shared.write_timeout).await?;
                 Ok(None)
             }
         }
@@ -271,17 +273,17 @@ impl Ledger {
         keyed: bool,
     ) -> Result<Heard<C>, Refusal> {
         let (job, heard) = Ticket::new(command, caller.clone(), permit, keyed);
-        match self.shared.queue.try_send(job) {
+        match self.0.shared.queue.try_send(job) {
             Ok(()) => {}
             Err(mpsc::error::TrySendError::Full(_)) => {
-                self.shared.metrics.refused_full.inc();
+                self.0.shared.metrics.refused_full.inc();
                 return Err(Refusal::new(&problem::OVERLOADED, "the queue of changes is full; nothing was changed"));
             }
             Err(mpsc::error::TrySendError::Closed(_)) => {
                 return Err(Refusal::unavailable("the daemon is stopping; nothing was changed"));
             }
         }
-        match tokio::time::timeout(self.shared.write_timeout, heard).await {
+        match tokio::time::timeout(self.0.shared.write_timeout, heard).await {
             Ok(Ok(heard)) => Ok(heard),
             Ok(Err(_)) => Err(Refusal::unavailable(
                 "the daemon stopped before it could answer; whether the change was made is not known",
@@ -314,10 +316,10 @@ impl Ledger {
     pub async fn fence(&self) -> Result<i64, Refusal> {
         let (tx, rx) = oneshot::channel();
         let full = |_| Refusal::new(&problem::OVERLOADED, "too many reads wait for the head of the ledger");
-        self.checks.try_send(tx).map_err(full)?;
+        self.0.checks.try_send(tx).map_err(full)?;
         let gone = |_| Refusal::unavailable("the daemon is stopping");
         let index = rx.await.map_err(gone)??;
-        self.reach(index, self.shared.write_timeout).await?;
+        self.reach(index, self.0.shared.write_timeout).await?;
         Ok(index)
     }
 
@@ -326,10 +328,10 @@ impl Ledger {
     /// # Errors
     /// 504 when they do not within that time.
     pub async fn reach(&self, index: i64, within: Duration) -> Result<(), Refusal> {
-        if *self.at.borrow() >= index {
+        if *self.0.at.borrow() >= index {
             return Ok(());
         }
-        let mut at = self.at.clone();
+        let mut at = self.0.at.clone();
         match tokio::time::timeout(within, at.wait_for(|i| *i >= index)).await {
             Ok(Ok(_)) => Ok(()),
             Ok(Err(_)) => Err(Refusal::unavailable("the daemon is stopping")),
@@ -343,31 +345,31 @@ impl Ledger {
     /// The newest index this daemon's projections reflect.
     #[must_use]
     pub fn index(&self) -> i64 {
-        *self.at.borrow()
+        *self.0.at.borrow()
     }
 
     /// Tells of each new index, once the projections reflect it.
     #[must_use]
     pub fn watch_index(&self) -> watch::Receiver<i64> {
-        self.at.clone()
+        self.0.at.clone()
     }
 
     /// Cancelled when the daemon begins to stop: whoever waits for news answers and goes.
     #[must_use]
     pub fn closing(&self) -> Stop {
-        self.closing.clone()
+        self.0.closing.clone()
     }
 
     /// Why the ledger does not write now, if it does not.
     #[must_use]
     pub fn stopped(&self) -> Option<&'static str> {
-        self.shared.behind.load(Ordering::Acquire).then_some("record-behind")
+        self.0.shared.behind.load(Ordering::Acquire).then_some("record-behind")
     }
 
     /// How many commands wait.
     #[must_use]
     pub fn queued(&self) -> usize {
-        self.shared.queue.max_capacity() - self.shared.queue.capacity()
+        self.0.shared.queue.max_capacity() - self.0.shared.queue.capacity()
     }
 
     /// Entries after `after` that carry a signal, at most a thousand: index, signal, what the entry says of it. And up to which
@@ -376,9 +378,9 @@ impl Ledger {
     /// # Errors
     /// 503 when the database is away.
     pub async fn signals(&self, after: i64) -> Result<(Vec<Signalled>, i64), Refusal> {
-        let refusal = |e| self.shared.store.refusal(e);
+        let refusal = |e| self.0.shared.store.refusal(e);
         let to = self.index().min(after + SIGNALS_SPAN);
-        let mut conn = self.shared.store.reader().acquire().await.map_err(refusal)?;
+        let mut conn = self.0.shared.store.reader().acquire().await.map_err(refusal)?;
         let found = store::signals(&mut conn, after, to, SIGNALS_MOST).await.map_err(refusal)?;
         let full = found.len() as i64 == SIGNALS_MOST;
         let to = if full { found.last().map_or(to, |(index, _)| *index) } else { to };
@@ -395,8 +397,8 @@ impl Ledger {
     /// # Errors
     /// 503 when the database is away.
     pub async fn settle(&self, name: &str, value: &[u8]) -> Result<Vec<u8>, Refusal> {
-        let refusal = |e| self.shared.store.refusal(e);
-        let mut conn = self.shared.store.reader().acquire().await.map_err(refusal)?;
+        let refusal = |e| self.0.shared.store.refusal(e);
+        let mut conn = self.0.shared.store.reader().acquire().await.map_err(refusal)?;
         store::settle_setting(&mut conn, name, value).await.map_err(refusal)
     }
 }

@@ -1,5 +1,7 @@
 //! The room's routes.
 
+use std::sync::Arc;
+
 use axum::Extension;
 use axum::extract::{Path, State as Room};
 use axum::http::{HeaderMap, HeaderValue, StatusCode, header};
@@ -48,7 +50,7 @@ fn private(status: StatusCode, body: &Value) -> Response {
     responses((status = 200, body = Object), (status = 400, description = "RFC 6749 error"), (status = 401, description = "invalid_client")))]
 async fn grant(
     Room(room): Room<Token>,
-    Extension(info): Extension<RequestInfo>,
+    Extension(info): Extension<Arc<RequestInfo>>,
     headers: HeaderMap,
     Body(body): Body,
 ) -> Result<Response, OAuthError> {
@@ -59,15 +61,10 @@ async fn grant(
 /// Ask about a token (RFC 7662)
 #[utoipa::path(post, path = "/oauth2/introspect", tag = "oauth", request_body(content = String, content_type = "application/x-www-form-urlencoded"),
     responses((status = 200, body = Object), (status = 401, description = "invalid_client")))]
-async fn introspect(
-    Room(room): Room<Token>,
-    Extension(info): Extension<RequestInfo>,
-    headers: HeaderMap,
-    Body(body): Body,
-) -> Result<Response, OAuthError> {
+async fn introspect(Room(room): Room<Token>, headers: HeaderMap, Body(body): Body) -> Result<Response, OAuthError> {
     let form = Form::parse(&headers, &body)?;
     let proven = room.prove(&headers, &form).await?;
-    Ok(private(StatusCode::OK, &room.introspect(&form, &proven, info).await?))
+    Ok(private(StatusCode::OK, &room.introspect(&form, &proven)?))
 }
 
 /// End a token (RFC 7009)
@@ -75,7 +72,7 @@ async fn introspect(
     responses((status = 200), (status = 400, description = "unauthorized_client"), (status = 401, description = "invalid_client")))]
 async fn revoke(
     Room(room): Room<Token>,
-    Extension(info): Extension<RequestInfo>,
+    Extension(info): Extension<Arc<RequestInfo>>,
     headers: HeaderMap,
     Body(body): Body,
 ) -> Result<Response, OAuthError> {
@@ -158,7 +155,7 @@ async fn manager(
     room: &Token,
     caller: Option<Extension<Caller>>,
     headers: &HeaderMap,
-    info: RequestInfo,
+    info: Arc<RequestInfo>,
     id: &str,
     action: &'static str,
 ) -> Result<(Caller, Client), OAuthError> {
@@ -189,7 +186,7 @@ async fn manager(
 async fn read_client(
     Room(room): Room<Token>,
     caller: Option<Extension<Caller>>,
-    Extension(info): Extension<RequestInfo>,
+    Extension(info): Extension<Arc<RequestInfo>>,
     headers: HeaderMap,
     Path(id): Path<String>,
 ) -> Result<Response, OAuthError> {
@@ -203,7 +200,7 @@ async fn read_client(
 async fn update_client(
     Room(room): Room<Token>,
     caller: Option<Extension<Caller>>,
-    Extension(info): Extension<RequestInfo>,
+    Extension(info): Extension<Arc<RequestInfo>>,
     headers: HeaderMap,
     Path(id): Path<String>,
     Json(wanted): Json<Metadata>,
@@ -234,7 +231,7 @@ async fn update_client(
 async fn delete_client(
     Room(room): Room<Token>,
     caller: Option<Extension<Caller>>,
-    Extension(info): Extension<RequestInfo>,
+    Extension(info): Extension<Arc<RequestInfo>>,
     headers: HeaderMap,
     Path(id): Path<String>,
 ) -> Result<Response, OAuthError> {

@@ -27,7 +27,7 @@ use uuid::Uuid;
 
 use crate::kernel::crypto::{self, Hash, MasterKey, SigningKey};
 use crate::kernel::supervisor::{Supervisor, Task};
-use crate::kernel::web::{Ask, Caller, Credential, Depends, EntityName};
+use crate::kernel::web::{Ask, Caller, Credential, Identity};
 use crate::kernel::{Clock, Refusal, problem};
 use crate::ledger::{AUTHZ, Command, Committed, Entry, Failure, Ledger, Outcome, Permit, Touch, Tx, authz_fact};
 use crate::store::Store;
@@ -49,7 +49,7 @@ pub struct Token {
     snapshot: Arc<Snapshot>,
     issuer: Arc<str>,
     ttl: Duration,
-    verified: moka::sync::Cache<Hash, Arc<Claims>>,
+    verified: moka::sync::Cache<Hash, Arc<Verified>>,
     counted: Counted,
 }
 
@@ -99,14 +99,30 @@ pub struct Parts {
     pub registry: Registry,
 }
 
-/// An authenticated bearer.
-pub struct Identity {
-    /// As policies see it.
-    pub principal: EntityName,
-    /// The token's scopes.
-    pub scopes: Vec<String>,
-    /// What was shown.
-    pub credential: Credential,
+/// A token that was verified: what it claims, and whom it makes of its bearer.
+struct Verified {
+    claims: Claims,
+    bearer: Arc<Identity>,
+}
+
+impl Verified {
+    fn new(claims: Claims) -> Self {
+        let depends = [format!("client/{}", claims.client_id), format!("token/{}", claims.jti)];
+        let credential = Credential {
+            token: claims.jti.clone(),
+            client: claims.client_id.clone(),
+            expires: claims.exp,
+            issued: claims.iat * 1000,
+            depends: depends.iter().map(|f| authz_fact(f.as_bytes())).collect(),
+        };
+        let bearer = Identity {
+            actor: claims.client_id.as_str().into(),
+            principal: entity(&claims.client_id),
+            scopes: clients::scopes(&claims.scope).unwrap_or_default(),
+            credential: Some(credential),
+        };
+        Self { claims, bearer: Arc::new(bearer) }
+    }
 }
 
 impl Token {
@@ -194,32 +210,33 @@ impl Token {
     }
 
     /// Verifies an access token: form, signature, issuer, times, client, revocation.
-    fn verify(&self, token: &str) -> Result<Arc<Claims>, &'static str> {
+    fn verify(&self, token: &str) -> Result<Arc<Verified>, &'static str> {
         let digest = crypto::sha256(token.as_bytes());
         let now = self.clock.now().seconds();
-        let claims = match self.verified.get(&digest) {
-            Some(claims) if claims.exp > now => claims,
+        let verified = match self.verified.get(&digest) {
+            Some(verified) if verified.claims.exp > now => verified,
             Some(_) => return Err("expired"),
             None => {
-                let claims = Arc::new(jwt::verify(token, &self.snapshot.public(), &self.issuer, now)?);
-                self.verified.insert(digest, claims.clone());
-                claims
+                let claims = jwt::verify(token, &self.snapshot.public(), &self.issuer, now)?;
+                let verified = Arc::new(Verified::new(claims));
+                self.verified.insert(digest, verified.clone());
+                verified
             }
         };
-        if !self.snapshot.has_client(&claims.client_id) {
+        if !self.snapshot.has_client(&verified.claims.client_id) {
             return Err("client");
         }
-        if self.snapshot.revoked(&claims.jti) {
+        if self.snapshot.revoked(&verified.claims.jti) {
             return Err("revoked");
         }
-        Ok(claims)
+        Ok(verified)
     }
 
     /// Authenticates an `Authorization` header.
     ///
     /// # Errors
     /// 401, with one text for every reason.
-    pub fn authenticate(&self, authorization: Option<&str>) -> Result<Identity, Refusal> {
+    pub fn authenticate(&self, authorization: Option<&str>) -> Result<Arc<Identity>, Refusal> {
         let bearer = authorization.and_then(|a| {
             let (scheme, token) = a.split_once(' ')?;
             scheme.eq_ignore_ascii_case("bearer").then(|| token.trim())
@@ -233,20 +250,11 @@ impl Token {
             Refusal::new(&problem::UNAUTHENTICATED, "the bearer token is not valid (any more), or not for this daemon")
                 .with_header("www-authenticate", "Bearer realm=\"sop\", error=\"invalid_token\"")
         };
-        let claims = self.verify(token).map_err(refuse)?;
-        if !claims.aud.names(&self.issuer) {
+        let verified = self.verify(token).map_err(refuse)?;
+        if !verified.claims.aud.names(&self.issuer) {
             return Err(refuse("aud"));
         }
-        Ok(Identity {
-            principal: entity(&claims.client_id),
-            scopes: clients::scopes(&claims.scope).unwrap_or_default(),
-            credential: Credential {
-                token: claims.jti.clone(),
-                client: claims.client_id.clone(),
-                expires: claims.exp,
-                issued: claims.iat * 1000,
-            },
-        })
+        Ok(verified.bearer.clone())
     }
 
     /// Whether what was shown still holds, as far as this daemon knows.
@@ -255,15 +263,6 @@ impl Token {
         c.expires > self.clock.now().seconds()
             && self.snapshot.has_client(&c.client)
             && !self.snapshot.revoked(&c.token)
-    }
-
-    /// What an authentication rests on.
-    #[must_use]
-    pub fn depends(c: &Credential) -> Depends {
-        [format!("client/{}", c.client), format!("token/{}", c.token)]
-            .iter()
-            .map(|f| authz_fact(f.as_bytes()))
-            .collect()
     }
 
     async fn issue_operation(&self, caller: &Caller, wanted: Wanted) -> Result<Committed<Operation>, Refusal> {

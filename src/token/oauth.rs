@@ -1,5 +1,7 @@
 //! The token endpoint, introspection and revocation.
 
+use std::sync::Arc;
+
 use axum::http::HeaderMap;
 use jsonwebtoken::{Algorithm, DecodingKey, Validation};
 use serde::Deserialize;
@@ -27,7 +29,7 @@ pub(super) struct Proven {
 
 impl Proven {
     /// As the record and policies see it.
-    pub fn caller(&self, info: RequestInfo) -> Caller {
+    pub fn caller(&self, info: Arc<RequestInfo>) -> Caller {
         Caller::vouched(entity(&self.client.client_id), info)
     }
 }
@@ -110,7 +112,12 @@ impl Token {
     }
 
     /// `POST /oauth2/token`.
-    pub(super) async fn grant(&self, headers: &HeaderMap, form: &Form, info: RequestInfo) -> Result<Value, OAuthError> {
+    pub(super) async fn grant(
+        &self,
+        headers: &HeaderMap,
+        form: &Form,
+        info: Arc<RequestInfo>,
+    ) -> Result<Value, OAuthError> {
         let grant =
             form.get("grant_type").ok_or_else(|| OAuthError::new("invalid_request", "grant_type is missing"))?;
         if grant != "client_credentials" {
@@ -177,34 +184,26 @@ impl Token {
 
     /// `POST /oauth2/introspect` (RFC 7662). Right on the very next request after a revocation on any daemon: proving who asks
     /// looks up what is newest.
-    pub(super) async fn introspect(
-        &self,
-        form: &Form,
-        proven: &Proven,
-        info: RequestInfo,
-    ) -> Result<Value, OAuthError> {
+    pub(super) fn introspect(&self, form: &Form, proven: &Proven) -> Result<Value, OAuthError> {
         let token = form.get("token").ok_or_else(|| OAuthError::new("invalid_request", "token is missing"))?;
-        let Ok(claims) = self.verify(token) else { return Ok(json!({"active": false})) };
+        let Ok(verified) = self.verify(token) else { return Ok(json!({"active": false})) };
+        let claims = &verified.claims;
         let who = &proven.client.client_id;
-        let concerned = claims.client_id == *who || claims.aud.names(who) || self.may_introspect(proven, info);
+        let concerned = claims.client_id == *who || claims.aud.names(who) || may_introspect(proven);
         if !concerned {
             return Ok(json!({"active": false}));
         }
-        let mut shown = serde_json::to_value(&*claims).map_err(Refusal::internal)?;
+        let mut shown = serde_json::to_value(claims).map_err(Refusal::internal)?;
         shown["active"] = json!(true);
         shown["token_type"] = json!("Bearer");
         Ok(shown)
     }
 
-    /// A client whose registered scopes would let it.
-    fn may_introspect(&self, proven: &Proven, _: RequestInfo) -> bool {
-        proven.client.scopes.iter().any(|s| matches!(s.as_str(), "admin" | "token" | "token:read"))
-    }
-
     /// `POST /oauth2/revoke` (RFC 7009): a token that is not known is as good as revoked.
-    pub(super) async fn revoke(&self, form: &Form, proven: &Proven, info: RequestInfo) -> Result<(), OAuthError> {
+    pub(super) async fn revoke(&self, form: &Form, proven: &Proven, info: Arc<RequestInfo>) -> Result<(), OAuthError> {
         let token = form.get("token").ok_or_else(|| OAuthError::new("invalid_request", "token is missing"))?;
-        let Ok(claims) = self.verify(token) else { return Ok(()) };
+        let Ok(verified) = self.verify(token) else { return Ok(()) };
+        let claims = &verified.claims;
         if claims.client_id != proven.client.client_id {
             return Err(OAuthError::new("unauthorized_client", "the token was issued to another client"));
         }
@@ -291,6 +290,11 @@ impl Command for Revoke {
             .touch(Touch::key(AUTHZ, format!("token/{}", self.jti)));
         Ok(((), entry))
     }
+}
+
+/// A client whose registered scopes would let it ask about anyone's token.
+fn may_introspect(proven: &Proven) -> bool {
+    proven.client.scopes.iter().any(|s| matches!(s.as_str(), "admin" | "token" | "token:read"))
 }
 
 #[cfg(test)]

@@ -109,16 +109,16 @@ impl Permit {
 }
 
 /// What the record keeps of a decision.
-#[derive(Clone, Debug, Serialize, Deserialize)]
+#[derive(Clone, Debug)]
 pub struct Decision {
     /// Its id, by which it can be found and explained.
     pub id: Uuid,
     /// The index it was decided at.
     pub at: i64,
     /// Which bundles were active: their ids.
-    pub bundle: Vec<String>,
+    pub bundle: Arc<[String]>,
     /// The policies that determined it.
-    pub policies: Vec<String>,
+    pub policies: Arc<[String]>,
     /// Principal, action and resource as they were asked.
     pub principal: EntityName,
     /// `state:put`.
@@ -140,14 +140,23 @@ pub trait Authority: Send + Sync {
 #[derive(Clone)]
 pub struct Caller(Arc<Inner>);
 
-#[derive(Clone)]
 struct Inner {
-    actor: String,
-    principal: EntityName,
-    scopes: Vec<String>,
-    credential: Option<Credential>,
-    request: RequestInfo,
+    identity: Arc<Identity>,
+    request: Arc<RequestInfo>,
     authority: Option<Arc<dyn Authority>>,
+}
+
+/// Who a caller is, whatever it asks for. All requests with one token share it.
+#[derive(Clone, Debug)]
+pub struct Identity {
+    /// As the record names it: the client's id, or `daemon:<task>`.
+    pub actor: Arc<str>,
+    /// As policies see it.
+    pub principal: EntityName,
+    /// The scopes of its token.
+    pub scopes: Vec<String>,
+    /// What it showed.
+    pub credential: Option<Credential>,
 }
 
 /// What a caller showed, as far as it matters after it was checked.
@@ -161,71 +170,69 @@ pub struct Credential {
     pub expires: i64,
     /// When it was issued, milliseconds since 1970.
     pub issued: i64,
+    /// What its validity rests on.
+    pub depends: Depends,
 }
 
 impl Caller {
     /// A caller whom `authority` decides for.
     #[must_use]
-    pub fn new(
-        principal: EntityName,
-        scopes: Vec<String>,
-        credential: Option<Credential>,
-        request: RequestInfo,
-        authority: Arc<dyn Authority>,
-    ) -> Self {
-        let actor = principal.id.clone();
-        Self(Arc::new(Inner { actor, principal, scopes, credential, request, authority: Some(authority) }))
+    pub fn new(identity: Arc<Identity>, request: Arc<RequestInfo>, authority: Arc<dyn Authority>) -> Self {
+        Self(Arc::new(Inner { identity, request, authority: Some(authority) }))
     }
 
     /// The daemon itself, for work nobody asked for by a request. It is not subject to policy.
     #[must_use]
     pub fn daemon(task: &str) -> Self {
         let principal = EntityName { kind: "Sop::Daemon".to_owned(), id: task.to_owned() };
-        Self(Arc::new(Inner {
-            actor: format!("daemon:{task}"),
-            principal,
-            scopes: Vec::new(),
-            credential: None,
-            request: RequestInfo::default(),
-            authority: None,
-        }))
+        let actor = format!("daemon:{task}").into();
+        let identity = Identity { actor, principal, scopes: Vec::new(), credential: None };
+        Self(Arc::new(Inner { identity: Arc::new(identity), request: Arc::default(), authority: None }))
     }
 
     /// A caller whom something other than a policy vouches for: a client that has just proven who it is.
     #[must_use]
-    pub fn vouched(principal: EntityName, request: RequestInfo) -> Self {
-        let actor = principal.id.clone();
-        Self(Arc::new(Inner { actor, principal, scopes: Vec::new(), credential: None, request, authority: None }))
+    pub fn vouched(principal: EntityName, request: Arc<RequestInfo>) -> Self {
+        let actor = principal.id.as_str().into();
+        let identity = Identity { actor, principal, scopes: Vec::new(), credential: None };
+        Self(Arc::new(Inner { identity: Arc::new(identity), request, authority: None }))
     }
 
     /// The same caller, with more known of the request.
     #[must_use]
-    pub fn with_request(&self, request: RequestInfo) -> Self {
-        Self(Arc::new(Inner { request, ..(*self.0).clone() }))
+    pub fn with_request(&self, request: Arc<RequestInfo>) -> Self {
+        let (identity, authority) = (self.0.identity.clone(), self.0.authority.clone());
+        Self(Arc::new(Inner { identity, request, authority }))
     }
 
     /// As the record names it: the client's id, or `daemon:<task>`.
     #[must_use]
     pub fn actor(&self) -> &str {
-        &self.0.actor
+        &self.0.identity.actor
     }
 
     /// As policies see it.
     #[must_use]
     pub fn principal(&self) -> &EntityName {
-        &self.0.principal
+        &self.0.identity.principal
+    }
+
+    /// Who it is, shared.
+    #[must_use]
+    pub fn identity(&self) -> &Arc<Identity> {
+        &self.0.identity
     }
 
     /// The scopes of its token.
     #[must_use]
     pub fn scopes(&self) -> &[String] {
-        &self.0.scopes
+        &self.0.identity.scopes
     }
 
     /// What it showed.
     #[must_use]
     pub fn credential(&self) -> Option<&Credential> {
-        self.0.credential.as_ref()
+        self.0.identity.credential.as_ref()
     }
 
     /// The request it came with.
@@ -248,6 +255,6 @@ impl Caller {
 
 impl std::fmt::Debug for Caller {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(f, "Caller({})", self.0.actor)
+        write!(f, "Caller({})", self.actor())
     }
 }

@@ -12,7 +12,9 @@ pub mod cursor;
 mod extract;
 mod respond;
 
-pub use caller::{Ask, Authority, Caller, Credential, Decision, Depends, EntityName, Idempotency, Permit, RequestInfo};
+pub use caller::{
+    Ask, Authority, Caller, Credential, Decision, Depends, EntityName, Idempotency, Identity, Permit, RequestInfo,
+};
 pub use extract::{
     Body, BodyLimit, Json, Name, Preconditions, Query, Tags, faulty, is_json, page_limit, pairs, parse_json,
     parse_query, read_body,
