@@ -11,6 +11,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use serde::Serialize;
+use tokio::sync::oneshot;
 use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 
@@ -36,6 +37,7 @@ pub enum Policy {
 pub struct Task {
     name: &'static str,
     policy: Policy,
+    apart: bool,
     run: Box<dyn Fn(Stop) -> BoxFuture<'static, Result<(), TaskError>> + Send + Sync>,
 }
 
@@ -46,7 +48,7 @@ impl Task {
         F: Fn(Stop) -> Fut + Send + Sync + 'static,
         Fut: Future<Output = Result<(), TaskError>> + Send + 'static,
     {
-        Self { name, policy: Policy::Restart, run: Box::new(move |s| Box::pin(run(s))) }
+        Self { name, policy: Policy::Restart, apart: false, run: Box::new(move |s| Box::pin(run(s))) }
     }
 
     /// A task whose end before the stop ends the daemon.
@@ -55,7 +57,30 @@ impl Task {
         F: Fn(Stop) -> Fut + Send + Sync + 'static,
         Fut: Future<Output = Result<(), TaskError>> + Send + 'static,
     {
-        Self { name, policy: Policy::Fatal, run: Box::new(move |s| Box::pin(run(s))) }
+        Self { name, policy: Policy::Fatal, apart: false, run: Box::new(move |s| Box::pin(run(s))) }
+    }
+
+    /// Gives it a thread of its own, which the kernel wakes at once; a task among others is looked at when those before it have
+    /// had their turn.
+    #[must_use]
+    pub fn apart(mut self) -> Self {
+        self.apart = true;
+        self
+    }
+
+    /// One attempt: what it came to, or that it panicked. It is apart from the supervisor, so that a panic does not take that along.
+    async fn attempt(&self, stop: Stop) -> Result<(), TaskError> {
+        let work = (self.run)(stop);
+        if !self.apart {
+            return tokio::spawn(work).await.unwrap_or_else(|e| Err(format!("panicked: {e}").into()));
+        }
+        let (tell, told) = oneshot::channel();
+        std::thread::Builder::new().name(self.name.to_owned()).spawn(move || {
+            let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
+            // Nobody listens when the supervisor itself was ended; then so is this.
+            let _ = tell.send(runtime.map_err(TaskError::from).and_then(|r| r.block_on(work)));
+        })?;
+        told.await.unwrap_or_else(|_| Err("panicked".into()))
     }
 
     /// A task that does `work` every `period` until stopped. A failure is noted and the next period tries again.
@@ -140,13 +165,7 @@ impl Supervisor {
         let mut pause = Duration::from_millis(100);
         loop {
             let began = self.clock.elapsed();
-            // A panic must not take the supervisor along: the attempt is a task of its own.
-            let attempt = tokio::spawn((task.run)(stop.clone()));
-            let ended = match attempt.await {
-                Ok(Ok(())) => None,
-                Ok(Err(e)) => Some(e.to_string()),
-                Err(e) => Some(format!("panicked: {e}")),
-            };
+            let ended = task.attempt(stop.clone()).await.err().map(|e| e.to_string());
             if stop.is_cancelled() {
                 self.note(task.name, |s| s.running = false);
                 return;
@@ -218,10 +237,15 @@ mod tests {
 
     #[tokio::test]
     async fn a_failing_task_is_restarted_and_says_why() {
+        restarted(|task| task).await;
+        restarted(Task::apart).await;
+    }
+
+    async fn restarted(how: fn(Task) -> Task) {
         let s = Supervisor::new(Clock::system());
         let n = Arc::new(AtomicU32::new(0));
         let m = n.clone();
-        s.start(Task::restarting("flaky", move |stop| {
+        let flaky = Task::restarting("flaky", move |stop| {
             let n = m.clone();
             async move {
                 match n.fetch_add(1, SeqCst) {
@@ -233,7 +257,8 @@ mod tests {
                     }
                 }
             }
-        }));
+        });
+        s.start(how(flaky));
         while n.load(SeqCst) < 3 {
             tokio::time::sleep(Duration::from_millis(50)).await;
         }

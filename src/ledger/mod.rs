@@ -485,8 +485,10 @@ fn start_tasks(
         async move { s.discipline().await.map_err(Into::into) }
     }));
     let writer = Arc::new(Mutex::new(writer::Writer::new(shared.clone(), jobs)));
-    tasks.start(Task::restarting("ledger/writer", move |stop| {
+    let writer = Task::restarting("ledger/writer", move |stop| {
         let writer = writer.clone();
         async move { writer.lock().await.run(stop).await }
-    }));
+    });
+    // Everyone who writes waits for it: it must not wait for its turn among the requests.
+    tasks.start(writer.apart());
 }

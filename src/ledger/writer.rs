@@ -103,7 +103,7 @@ impl Writer {
                     }
                 }
             }
-            self.gather.wait(&self.queue, &self.shared.clock).await;
+            self.gather.wait(&self.queue, &self.shared.clock);
             let mut s = match session.take() {
                 Some(s) => s,
                 None => match self.connect().await {

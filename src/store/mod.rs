@@ -212,6 +212,8 @@ fn timed_out() -> sqlx::Error {
 fn session(options: PgConnectOptions, daemon: &str, purpose: &str, statement: Option<Duration>) -> PgConnectOptions {
     let options = options.application_name(&format!("sop/{daemon}/{purpose}")).options([
         ("jit", "off"),
+        // A worker that starts and ends for a page of rows costs more than the page.
+        ("max_parallel_workers_per_gather", "0"),
         ("plan_cache_mode", "force_generic_plan"),
         ("default_transaction_isolation", "read committed"),
         ("tcp_keepalives_idle", "5"),

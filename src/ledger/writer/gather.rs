@@ -12,6 +12,8 @@ use crate::kernel::Clock;
 
 /// At most.
 const PATIENCE: Duration = Duration::from_micros(150);
+/// Between two looks.
+const PAUSE: Duration = Duration::from_micros(20);
 
 /// How many to wait for.
 #[derive(Default)]
@@ -25,15 +27,16 @@ impl Gather {
         self.last = jobs;
     }
 
-    /// Waits, while others work, until as many wait as the last turn took. Whoever is alone waits for nobody.
-    pub async fn wait<J>(&self, queue: &mpsc::Receiver<J>, clock: &Clock) {
+    /// Waits until as many wait as the last turn took. Whoever is alone waits for nobody. The thread is the writer's own, and
+    /// the timers of the runtime are too coarse, so it is the thread that sleeps.
+    pub fn wait<J>(&self, queue: &mpsc::Receiver<J>, clock: &Clock) {
         // One is already in hand.
         if queue.len() + 1 >= self.last {
             return;
         }
         let began = clock.elapsed();
         while queue.len() + 1 < self.last && clock.elapsed().saturating_sub(began) < PATIENCE {
-            tokio::task::yield_now().await;
+            std::thread::sleep(PAUSE);
         }
     }
 }
