@@ -91,7 +91,7 @@ async fn run(
         registry: telemetry::registry().map_err(|e| e.to_string())?,
         master: Arc::new(files::master_key(config)?),
     };
-    store.start_tasks(config, &ground.tasks, &ground.clock);
+    store.start_tasks(config, &ground.tasks, &ground.registry).map_err(|e| e.to_string())?;
     let started = ground.start(front, announce).await;
     if started.is_err() {
         ground.tasks.stop(STOP_EACH).await;

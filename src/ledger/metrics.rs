@@ -20,6 +20,7 @@ pub(super) struct Metrics {
     pub refused_full: IntCounter,
     pub stale: IntCounter,
     pub followed: IntGauge,
+    pub behind: IntGauge,
 }
 
 impl Metrics {
@@ -36,6 +37,9 @@ impl Metrics {
         };
         let followed = IntGauge::new("sop_ledger_followed_index", "Newest index this daemon's projections reflect")?;
         registry.register(Box::new(followed.clone()))?;
+        let behind =
+            IntGauge::new("sop_ledger_record_behind", "1 when the record went backwards and nothing is written")?;
+        registry.register(Box::new(behind.clone()))?;
         Ok(Self {
             entries: counter("sop_ledger_entries_total", "Entries this daemon committed")?,
             batch: histogram(
@@ -61,6 +65,7 @@ impl Metrics {
             refused_full: counter("sop_ledger_overloaded_total", "Commands refused because the queue was full")?,
             stale: counter("sop_ledger_stale_permits_total", "Commands decided again because permission had changed")?,
             followed,
+            behind,
         })
     }
 }

@@ -135,6 +135,7 @@ impl Shared {
 
     fn set_behind(&self) {
         if !self.behind.swap(true, Ordering::AcqRel) {
+            self.metrics.behind.set(1);
             tracing::error!("the record went backwards or elsewhere: nothing is written by this daemon any more");
         }
     }

@@ -10,24 +10,36 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
+use prometheus::{IntGauge, Registry};
+
 use crate::config::Config;
-use crate::kernel::Clock;
 use crate::kernel::supervisor::{Supervisor, Task};
 
 /// Writing resumes this many percent below the guard, so that it does not flap.
 const HYSTERESIS: u64 = 1;
 
-pub(super) fn start(config: &Config, tasks: &Supervisor, _: &Clock, full: Arc<AtomicBool>) {
+/// # Errors
+/// When its metric is registered twice.
+pub(super) fn start(
+    config: &Config,
+    tasks: &Supervisor,
+    registry: &Registry,
+    full: Arc<AtomicBool>,
+) -> Result<(), prometheus::Error> {
+    let gauge = IntGauge::new("sop_store_storage_full", "1 when writes are refused because the disk is nearly full")?;
+    registry.register(Box::new(gauge.clone()))?;
     let guard = Arc::new(Guard {
         dir: config.data.dir.clone(),
         percent: u64::from(config.disk.guard_percent),
         reserve: config.disk.reserve_mb * 1024 * 1024,
         full,
+        gauge,
     });
     tasks.start(Task::periodic("store/guard", Duration::from_secs(1), move || {
         let guard = guard.clone();
         async move { guard.look().map_err(Into::into) }
     }));
+    Ok(())
 }
 
 struct Guard {
@@ -35,6 +47,7 @@ struct Guard {
     percent: u64,
     reserve: u64,
     full: Arc<AtomicBool>,
+    gauge: IntGauge,
 }
 
 impl Guard {
@@ -48,6 +61,7 @@ impl Guard {
         let now = percent >= limit;
         if now != was {
             self.full.store(now, Ordering::Release);
+            self.gauge.set(i64::from(now));
             if now {
                 tracing::error!(
                     percent,

@@ -39,10 +39,11 @@ impl Hosts {
         Ok(Self { options, last: AtomicUsize::new(0) })
     }
 
-    /// The writable host. With several, the one that was writable last is probed first, so a failover costs one probe.
-    pub async fn writable(&self) -> Result<PgConnectOptions, sqlx::Error> {
+    /// The writable host, and whether it is another than the last time. With several, the one that was writable last is probed
+    /// first, so a failover costs one probe.
+    pub async fn writable(&self) -> Result<(PgConnectOptions, bool), sqlx::Error> {
         if let [only] = self.options.as_slice() {
-            return Ok(only.clone());
+            return Ok((only.clone(), false));
         }
         let first = self.last.load(Ordering::Relaxed);
         let mut error = None;
@@ -50,8 +51,8 @@ impl Hosts {
             let at = (first + i) % self.options.len();
             match tokio::time::timeout(PROBE, probe(&self.options[at])).await {
                 Ok(Ok(true)) => {
-                    self.last.store(at, Ordering::Relaxed);
-                    return Ok(self.options[at].clone());
+                    let moved = self.last.swap(at, Ordering::AcqRel) != at;
+                    return Ok((self.options[at].clone(), moved));
                 }
                 Ok(Ok(false)) => {}
                 Ok(Err(e)) => error = Some(e),

@@ -15,8 +15,8 @@ mod lock;
 mod migrate;
 
 use std::path::Path;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use sqlx::postgres::{PgConnectOptions, PgListener, PgPoolOptions};
@@ -24,7 +24,7 @@ use sqlx::{Connection as _, PgConnection, PgPool};
 
 use crate::config::Config;
 use crate::kernel::supervisor::{Supervisor, Task};
-use crate::kernel::{Clock, Refusal, crypto};
+use crate::kernel::{Refusal, crypto};
 
 pub use lock::DataLock;
 pub use migrate::Pending;
@@ -43,6 +43,9 @@ struct Inner {
     hosts: Hosts,
     cluster: Option<Arc<Cluster>>,
     reader: PgPool,
+    moved: Moved,
+    /// How long a statement of a reader may take.
+    statement: Duration,
     daemon: String,
     full: Arc<AtomicBool>,
     lock_wait: Duration,
@@ -66,14 +69,21 @@ impl Store {
                 (Hosts::one(cluster.options().database(DATABASE)), Some(cluster))
             }
         };
-        let options = hosts.writable().await.map_err(|e| format!("no writable PostgreSQL can be reached: {e}"))?;
+        let (options, _) = hosts.writable().await.map_err(|e| format!("no writable PostgreSQL can be reached: {e}"))?;
+        let statement = config.database.statement_timeout.get();
+        let moved = Moved::default();
+        let since = moved.clone();
         let reader = PgPoolOptions::new()
             .max_connections(config.database.readers)
             .acquire_timeout(config.database.acquire_timeout.get())
-            .connect_lazy_with(session(options, &daemon, "reader", Some(config.database.statement_timeout.get())));
+            .before_acquire(move |_, about| {
+                let fits = since.keeps(about.age);
+                Box::pin(async move { Ok(fits) })
+            })
+            .connect_lazy_with(session(options, &daemon, "reader", Some(statement)));
         let full = Arc::new(AtomicBool::new(false));
         let lock_wait = config.ledger.lock_wait.get();
-        Ok(Self(Arc::new(Inner { hosts, cluster, reader, daemon, full, lock_wait })))
+        Ok(Self(Arc::new(Inner { hosts, cluster, reader, moved, statement, daemon, full, lock_wait })))
     }
 
     /// This daemon's id: random, new at each start.
@@ -112,7 +122,13 @@ impl Store {
     }
 
     async fn writable(&self, purpose: &str) -> Result<PgConnectOptions, sqlx::Error> {
-        let options = self.0.hosts.writable().await?;
+        let (options, moved) = self.0.hosts.writable().await?;
+        if moved {
+            tracing::warn!(host = %options.get_host(), "another host of database.url takes writes now");
+            let reader = session(options.clone(), &self.0.daemon, "reader", Some(self.0.statement));
+            self.0.reader.set_connect_options(reader);
+            self.0.moved.now();
+        }
         let idle = self.0.lock_wait.as_millis().to_string();
         let options =
             session(options, &self.0.daemon, purpose, None).options([("idle_in_transaction_session_timeout", idle)]);
@@ -182,14 +198,23 @@ impl Store {
     }
 
     /// Starts what watches over the private cluster and its disk.
-    pub fn start_tasks(&self, config: &Config, tasks: &Supervisor, clock: &Clock) {
+    ///
+    /// # Errors
+    /// When a metric is registered twice.
+    pub fn start_tasks(
+        &self,
+        config: &Config,
+        tasks: &Supervisor,
+        registry: &prometheus::Registry,
+    ) -> Result<(), prometheus::Error> {
         if let Some(cluster) = self.0.cluster.clone() {
             tasks.start(Task::periodic("store/cluster", Duration::from_millis(200), move || {
                 let cluster = cluster.clone();
                 async move { cluster.revive().await.map_err(Into::into) }
             }));
-            guard::start(config, tasks, clock, self.0.full.clone());
+            guard::start(config, tasks, registry, self.0.full.clone())?;
         }
+        Ok(())
     }
 
     /// Closes connections and stops the private cluster, if there is one.
@@ -198,6 +223,23 @@ impl Store {
         if let Some(cluster) = &self.0.cluster {
             cluster.stop().await;
         }
+    }
+}
+
+/// When another host was found to take writes: a reader's connection that is older reads from one that may have been left
+/// behind, and answer, for a long time.
+#[derive(Clone, Default)]
+struct Moved(Arc<Mutex<Option<tokio::time::Instant>>>);
+
+impl Moved {
+    fn now(&self) {
+        *self.0.lock().unwrap_or_else(PoisonError::into_inner) = Some(tokio::time::Instant::now());
+    }
+
+    /// Whether a connection of that age was made since.
+    fn keeps(&self, age: Duration) -> bool {
+        let moved = *self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        moved.is_none_or(|at| age < at.elapsed())
     }
 }
 

@@ -352,3 +352,80 @@ async fn without_its_database_a_daemon_says_so_and_recovers() {
     .await;
     record::check(&db).await;
 }
+
+/// Until the standby has what the primary has.
+async fn followed(db: &crate::support::postgres::Database) {
+    let sql = "SELECT count(*) > 0 FROM pg_stat_replication WHERE replay_lsn = pg_current_wal_lsn()";
+    until("the standby to follow", Duration::from_secs(30), || async {
+        sqlx::query_scalar(sql).fetch_one(&mut db.cluster.admin().await).await.unwrap()
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_failover_is_followed_and_loses_nothing_that_was_acknowledged() {
+    let db = database_alone().await;
+    let standby = db.cluster.standby().await;
+    let daemon = Launch::on(db.url_with(&standby)).env("SOP__LEDGER__WRITE_TIMEOUT", "2s").start().await;
+    let client = Client::of(&daemon);
+    followed(&db).await;
+    let mut admin = db.cluster.admin().await;
+    sqlx::query("ALTER SYSTEM SET synchronous_standby_names = '*'").execute(&mut admin).await.unwrap();
+    sqlx::query("SELECT pg_reload_conf()").execute(&mut admin).await.unwrap();
+    until("replication to be synchronous", Duration::from_secs(10), || async {
+        let sql = "SELECT count(*) > 0 FROM pg_stat_replication WHERE sync_state = 'sync'";
+        sqlx::query_scalar(sql).fetch_one(&mut db.cluster.admin().await).await.unwrap()
+    })
+    .await;
+    let mut last = 0;
+    for n in 0..20 {
+        last = client.put("failover", &n.to_string()).await.unwrap();
+    }
+    db.cluster.kill().await;
+    assert!(client.put("failover", "lost").await.is_err(), "nobody takes writes now");
+    standby.promote().await;
+    until("writes to go on", Duration::from_secs(30), || async { client.put("failover", "after").await.is_ok() }).await;
+    // Readers too are on the host that takes writes: many at once, so that each of their connections is asked.
+    let path = format!("/v1/state/kv/failover?at={last}");
+    let reads = join_all((0..32).map(|_| async {
+        let read = client.request(Method::GET, &path).await.send().await.unwrap();
+        (read.status().as_u16(), read.text().await.unwrap())
+    }));
+    let acknowledged = (200, "19".to_owned());
+    assert!(reads.await.iter().all(|read| *read == acknowledged), "what was acknowledged is there");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_failover_that_lost_entries_stops_the_writing() {
+    let db = database_alone().await;
+    let standby = db.cluster.standby().await;
+    let daemon = Launch::on(db.url_with(&standby)).env("SOP__LEDGER__WRITE_TIMEOUT", "2s").start().await;
+    let client = Client::of(&daemon);
+    client.put("k", "kept").await.unwrap();
+    followed(&db).await;
+    // The standby hears of nothing more.
+    sqlx::query("ALTER SYSTEM SET primary_conninfo = 'host=/nowhere'")
+        .execute(&mut standby.admin().await)
+        .await
+        .unwrap();
+    sqlx::query("SELECT pg_reload_conf()").execute(&mut standby.admin().await).await.unwrap();
+    until("the standby to be cut off", Duration::from_secs(10), || async {
+        let sql = "SELECT count(*) = 0 FROM pg_stat_replication";
+        sqlx::query_scalar(sql).fetch_one(&mut db.cluster.admin().await).await.unwrap()
+    })
+    .await;
+    client.put("k", "lost").await.unwrap();
+    db.cluster.kill().await;
+    standby.promote().await;
+    let refused = || async { client.request(Method::PUT, "/v1/state/kv/k").await.body("forked").send().await.unwrap() };
+    until("the loss to be noticed", Duration::from_secs(30), || async {
+        let refused = refused().await;
+        assert!(!refused.status().is_success(), "it wrote on a record that lost entries");
+        refused.text().await.unwrap().contains("record-behind")
+    })
+    .await;
+    let ready = client.bare(Method::GET, "/readyz?verbose").send().await.unwrap();
+    assert_eq!(ready.status(), 503);
+    assert!(ready.text().await.unwrap().contains("record-behind"));
+    assert!(metric(&client, "sop_ledger_record_behind").await > 0.0);
+}

@@ -125,6 +125,22 @@ impl Cluster {
         Database { name, cluster: self.clone() }
     }
 
+    /// A second server that follows this one, as a failover needs it.
+    pub async fn standby(&self) -> Standby {
+        let primary = self.sockets.clone();
+        tokio::task::spawn_blocking(move || Standby::start(&primary)).await.expect("a standby")
+    }
+
+    /// Ends the server at once, as a failing machine would. Its data folder stays.
+    pub async fn kill(&self) {
+        let pid = fs::read_to_string(self.data.join("postmaster.pid")).expect("it runs");
+        let pid = pid.lines().next().and_then(|l| l.parse().ok()).and_then(rustix::process::Pid::from_raw);
+        rustix::process::kill_process(pid.expect("a pid"), rustix::process::Signal::QUIT).expect("it runs");
+        while PgConnection::connect_with(&self.options("postgres", "postgres")).await.is_ok() {
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+    }
+
     fn options(&self, database: &str, user: &str) -> PgConnectOptions {
         PgConnectOptions::new_without_pgpass().socket(&self.sockets).username(user).database(database)
     }
@@ -135,7 +151,76 @@ impl Cluster {
     }
 }
 
+/// A server that follows another until it is promoted.
+pub struct Standby {
+    sockets: PathBuf,
+    server: std::process::Child,
+}
+
+impl Standby {
+    fn start(primary: &Path) -> Self {
+        let home = reaper::folder("standby");
+        let (data, sockets) = (home.join("data"), home.join("s"));
+        fs::create_dir(&sockets).expect("socket folder");
+        let owner = service_user();
+        if let Some((uid, gid)) = owner {
+            chown(&home, Some(uid), Some(gid)).expect("chown");
+            chown(&sockets, Some(uid), Some(gid)).expect("chown");
+        }
+        fs::set_permissions(&home, fs::Permissions::from_mode(0o755)).expect("chmod");
+        let bin = binaries();
+        let log = File::create(home.join("log")).expect("log");
+        let copied = as_user(&bin.join("pg_basebackup"), owner)
+            .args(["-U", "postgres", "-R", "-X", "stream", "-c", "fast", "--no-sync", "-h"])
+            .arg(primary)
+            .arg("-D")
+            .arg(&data)
+            .stderr(log.try_clone().expect("log"))
+            .status()
+            .expect("pg_basebackup runs");
+        assert!(copied.success(), "pg_basebackup: {}", fs::read_to_string(home.join("log")).unwrap_or_default());
+        let server = as_user(&bin.join("postgres"), owner)
+            .arg("-D")
+            .arg(&data)
+            .arg("-k")
+            .arg(&sockets)
+            .args(["-c", "listen_addresses=", "-c", "max_connections=300"])
+            .process_group(0)
+            .stdout(log.try_clone().expect("log"))
+            .stderr(log)
+            .spawn()
+            .expect("postgres runs");
+        Self { sockets, server }
+    }
+
+    /// As a superuser, once it answers.
+    pub async fn admin(&self) -> PgConnection {
+        let options = PgConnectOptions::new_without_pgpass().socket(&self.sockets).username("postgres");
+        patiently(&options.database("postgres")).await
+    }
+
+    /// From now on it takes writes.
+    pub async fn promote(&self) {
+        let promoted: bool =
+            sqlx::query_scalar("SELECT pg_promote()").fetch_one(&mut self.admin().await).await.unwrap();
+        assert!(promoted);
+    }
+}
+
+impl Drop for Standby {
+    fn drop(&mut self) {
+        let _ = Command::new("kill").args(["-QUIT", &self.server.id().to_string()]).status();
+        let _ = self.server.wait();
+    }
+}
+
 impl Database {
+    /// Where a daemon finds it, on whichever of two servers takes writes.
+    pub fn url_with(&self, standby: &Standby) -> String {
+        let host = |p: &Path| p.display().to_string().replace('/', "%2F");
+        format!("postgres://sop@{},{}/{}", host(&self.cluster.sockets), host(&standby.sockets), self.name)
+    }
+
     /// Where a daemon finds it.
     pub fn url(&self) -> String {
         self.url_at(&self.cluster.sockets)
