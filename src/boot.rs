@@ -1,5 +1,6 @@
 //! Configuration becomes a running daemon: what starts in what order, and stops in the reverse.
 
+mod apart;
 mod files;
 
 use std::sync::{Arc, Weak};
@@ -23,6 +24,8 @@ use crate::state::{self, Hub, State};
 use crate::store::{self, Store};
 use crate::telemetry;
 use crate::token::{self, Token};
+
+pub use apart::{Recovered, Resumed, recover, resume};
 
 /// How long one task may take to stop.
 const STOP_EACH: Duration = Duration::from_secs(5);
@@ -82,15 +85,7 @@ async fn run(
     store.migrate().await?;
     audit::check_at_start(store, &config.data.dir).await?;
     jose::install();
-    let clock = Clock::system();
-    let ground = Ground {
-        config,
-        store,
-        tasks: Supervisor::new(clock.clone()),
-        clock,
-        registry: telemetry::registry().map_err(|e| e.to_string())?,
-        master: Arc::new(files::master_key(config)?),
-    };
+    let ground = Ground::new(config, store)?;
     store.start_tasks(config, &ground.tasks, &ground.registry).map_err(|e| e.to_string())?;
     let started = ground.start(front, announce).await;
     if started.is_err() {
@@ -125,12 +120,23 @@ fn said(refusal: Refusal) -> String {
     refusal.detail().to_owned()
 }
 
-impl Ground<'_> {
-    async fn start(&self, front: Front, announce: impl FnOnce(&str)) -> Result<(), String> {
+impl<'a> Ground<'a> {
+    fn new(config: &'a Config, store: &'a Store) -> Result<Self, String> {
+        let clock = Clock::system();
+        let tasks = Supervisor::new(clock.clone());
+        let registry = telemetry::registry().map_err(|e| e.to_string())?;
+        Ok(Self { config, store, tasks, clock, registry, master: Arc::new(files::master_key(config)?) })
+    }
+
+    fn views(&self) -> Result<Views, String> {
         let entities = Arc::new(governance::Snapshot::default());
         let rules = Arc::new(Rules::new(entities.clone(), self.clock.clone(), &self.registry)?);
         let clients = Arc::new(token::Snapshot::new(self.master.clone()));
-        let views = Views { entities, clients, keys: Arc::new(Hub::new()), board: Arc::default(), rules };
+        Ok(Views { entities, clients, keys: Arc::new(Hub::new()), board: Arc::default(), rules })
+    }
+
+    async fn start(&self, front: Front, announce: impl FnOnce(&str)) -> Result<(), String> {
+        let views = self.views()?;
         let ledger = self.ledger(&views).await?;
         let (gate, routes) = self.rooms(&ledger, views, &front.bound.url).await?;
         self.serve(&ledger, gate, routes, front, announce)
@@ -170,18 +176,7 @@ impl Ground<'_> {
         };
         let audit = Audit::start(parts, &self.tasks).await.map_err(said)?;
         let governance = Governance::start(views.rules.clone(), ledger.clone(), self.store.clone(), &self.tasks);
-        let parts = token::Parts {
-            ledger: ledger.clone(),
-            store: self.store.clone(),
-            clock: self.clock.clone(),
-            snapshot: views.clients,
-            master: self.master.clone(),
-            issuer: self.config.token.issuer.clone(),
-            url: url.to_owned(),
-            ttl: self.config.token.ttl.get(),
-            registry: self.registry.clone(),
-        };
-        let token = Token::start(parts, &self.tasks).await.map_err(said)?;
+        let token = self.token(ledger, views.clients, url).await?;
         files::admin(&self.config.data.dir, url, &token).await?;
         let counted = state::Metrics::new(&self.registry).map_err(|e| e.to_string())?;
         let state = State::new(ledger.clone(), self.store.clone(), views.keys, counted);
@@ -216,6 +211,21 @@ impl Ground<'_> {
             .merge(nexus::http::routes(nexus))
             .merge(health::http::routes(health));
         Ok((gate, routes))
+    }
+
+    async fn token(&self, ledger: &Ledger, clients: Arc<token::Snapshot>, url: &str) -> Result<Token, String> {
+        let parts = token::Parts {
+            ledger: ledger.clone(),
+            store: self.store.clone(),
+            clock: self.clock.clone(),
+            snapshot: clients,
+            master: self.master.clone(),
+            issuer: self.config.token.issuer.clone(),
+            url: url.to_owned(),
+            ttl: self.config.token.ttl.get(),
+            registry: self.registry.clone(),
+        };
+        Token::start(parts, &self.tasks).await.map_err(said)
     }
 
     fn serve(

@@ -14,17 +14,16 @@ pub mod note;
 pub mod proof;
 mod publisher;
 mod search;
+mod start;
 mod store;
 pub mod tiles;
 mod tree;
 pub mod verify;
 
-use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
 use prometheus::{IntCounter, IntGauge, Registry};
-use sqlx::PgConnection;
 use tokio::sync::watch;
 
 use crate::config;
@@ -36,8 +35,9 @@ use crate::ledger::{Entry, Ledger, merkle};
 use crate::store::Store;
 
 use model::{Filter, Stored};
-use note::{Checkpoint, VerifierKey};
+use note::VerifierKey;
 use proof::Proof;
+pub use start::{Lost, check_at_start, lost, resume};
 use tiles::{Tile, WIDTH};
 
 /// Seals the log's key.
@@ -76,84 +76,6 @@ impl Metrics {
         registry.register(Box::new(m.indexed.clone()))?;
         Ok(m)
     }
-}
-
-/// Before anything is written: the tree must agree with the head, and with what was published, in the database and beside it.
-///
-/// # Errors
-/// With what disagrees; the daemon must not write on such a database.
-pub async fn check_at_start(store: &Store, data: &Path) -> Result<(), String> {
-    let failed = |e: sqlx::Error| format!("the record cannot be checked: {e}");
-    let mut conn = store.dedicated("check").await.map_err(failed)?;
-    let note = kept_note(data)?;
-    let Some((index, head_root)) = store::head(&mut conn).await.map_err(failed)? else {
-        // A log that was signed here and is gone is the largest loss of all, not a first start.
-        return note.map_or(Ok(()), |_| Err(emptied()));
-    };
-    let head_size = u64::try_from(index + 1).unwrap_or(0);
-    let published = store::checkpoint(&mut conn).await.map_err(failed)?;
-    let key = store::log_key(&mut conn).await.map_err(failed)?;
-    if let Some(p) = &published {
-        agree(&mut conn, p.size, &p.root, head_size, "the last published checkpoint").await?;
-    }
-    if let Some(note) = note {
-        let (name, public, _) = key.ok_or_else(emptied)?;
-        let kept = Checkpoint::open(&note, &VerifierKey { name, public })
-            .map_err(|e| format!("the checkpoint in the data folder cannot be used: {e}; if this is another database, use another data folder"))?;
-        agree(&mut conn, kept.size, &kept.root, head_size, "the checkpoint kept in the data folder").await?;
-    }
-    // The leaves since the last checkpoint are few; with the tiles before them they must give the head's root.
-    let size = published.map_or(0, |p| p.size);
-    let mut nodes = Vec::new();
-    for subtree in merkle::subtrees(0, size) {
-        nodes.push(tree::node(&mut conn, subtree).await.map_err(failed)?);
-    }
-    let mut frontier = merkle::Frontier::from_nodes(nodes, size).ok_or("the tiles do not give a frontier")?;
-    while frontier.size() < head_size {
-        let from = frontier.size();
-        let hashes = store::hashes(&mut conn, from, head_size.min(from + 8192)).await.map_err(failed)?;
-        if hashes.is_empty() {
-            return Err(format!(
-                "entry {from} is missing although the head is at {index}: the database was changed from outside"
-            ));
-        }
-        hashes.into_iter().for_each(|h| frontier.push(h));
-    }
-    if frontier.root() != head_root {
-        return Err(format!(
-            "the entries 0 to {index} do not give the head's root: the database was changed from outside; `sop verify` names the entry"
-        ));
-    }
-    Ok(())
-}
-
-/// The checkpoint that this daemon signed last, if it ever signed one.
-fn kept_note(data: &Path) -> Result<Option<String>, String> {
-    let file = data.join("checkpoint");
-    match std::fs::read_to_string(&file) {
-        Ok(note) => Ok(Some(note)),
-        Err(e) if e.kind() == std::io::ErrorKind::NotFound => Ok(None),
-        Err(e) => Err(format!("{} cannot be read, so the record cannot be checked: {e}", file.display())),
-    }
-}
-
-fn emptied() -> String {
-    "record-behind: the data folder keeps a signed checkpoint, the database has no log: it was emptied, or is another one. Bring the log back; if this is another database, use another data folder".to_owned()
-}
-
-async fn agree(conn: &mut PgConnection, size: u64, root: &crypto::Hash, head: u64, what: &str) -> Result<(), String> {
-    if size > head {
-        return Err(format!(
-            "record-behind: {what} has {size} entries, the database has {head}: it lost entries (a failover, a restored backup). Writing would fork the log; bring the missing entries back"
-        ));
-    }
-    let computed = tree::root(conn, size).await.map_err(|e| format!("the record cannot be checked: {e}"))?;
-    if computed != *root {
-        return Err(format!(
-            "the first {size} entries do not give the root of {what}: the database was changed from outside; `sop verify` names the entry"
-        ));
-    }
-    Ok(())
 }
 
 /// What the room is made from.

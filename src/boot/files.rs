@@ -82,10 +82,25 @@ pub(super) fn daemon(dir: &Path, url: &str) -> Result<(), String> {
     replace(&dir.join("daemon.json"), &json!({"url": url, "pid": std::process::id()}))
 }
 
+/// Where the daemon of this folder listened last.
+pub(super) fn last_url(dir: &Path) -> Option<String> {
+    let kept: Value = serde_json::from_slice(&std::fs::read(dir.join("daemon.json")).ok()?).ok()?;
+    Some(kept["url"].as_str()?.to_owned())
+}
+
 fn replace(path: &Path, value: &Value) -> Result<(), String> {
     let beside = path.with_extension("new");
     let failed = |e: std::io::Error| format!("{} cannot be written: {e}", path.display());
     std::fs::write(&beside, format!("{value}\n")).and_then(|()| std::fs::rename(&beside, path)).map_err(failed)
+}
+
+/// Writes a private file beside another that it is to replace; answers where.
+pub(super) fn beside(path: &Path, value: &Value) -> Result<PathBuf, String> {
+    let beside = path.with_extension("new");
+    // One that an earlier attempt left is of no use to anyone.
+    let _ = std::fs::remove_file(&beside);
+    private(&beside, format!("{value}\n").as_bytes())?;
+    Ok(beside)
 }
 
 /// Writes a file that only its owner may read.

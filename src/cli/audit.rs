@@ -2,19 +2,20 @@
 
 use std::path::{Path, PathBuf};
 
-use anyhow::{Context as _, bail};
+use anyhow::{Context as _, anyhow, bail};
 use clap::Subcommand;
 use reqwest::Method;
 use serde_json::{Value, json};
 
 use crate::audit::note::{Checkpoint, VerifierKey};
 use crate::audit::tiles::{WIDTH, place};
+use crate::boot;
 use crate::kernel::crypto::base64;
 use crate::ledger::entry::canonical;
 
 use super::client::Client;
 use super::verify::Source;
-use super::{Global, say};
+use super::{Global, say, serve};
 
 #[derive(Subcommand)]
 pub(crate) enum AuditCommand {
@@ -38,6 +39,12 @@ pub(crate) enum AuditCommand {
         /// The entry's index
         index: i64,
     },
+    /// Go on with a record that lost entries for good (a failover, a restored backup); the daemon must not run
+    Resume {
+        /// What happened, for the record
+        #[arg(long)]
+        reason: String,
+    },
     /// Save the log into a folder that `sop verify DIR` checks offline
     Save {
         /// The folder; one that holds an earlier save is carried on
@@ -49,8 +56,12 @@ pub(crate) enum AuditCommand {
 }
 
 pub(crate) async fn run(global: &Global, command: AuditCommand) -> anyhow::Result<()> {
-    let client = Client::find(global).await?;
+    let client = match &command {
+        AuditCommand::Resume { reason } => return resume(global, reason).await,
+        _ => Client::find(global).await?,
+    };
     match command {
+        AuditCommand::Resume { .. } => Ok(()),
         AuditCommand::List { actor, action, resource, limit } => {
             let mut query = vec![("limit", limit.to_string())];
             query.extend(actor.map(|v| ("actor", v)));
@@ -160,4 +171,24 @@ fn write(file: &Path, bytes: &[u8]) -> anyhow::Result<()> {
         .and_then(|()| std::fs::write(&beside, bytes))
         .and_then(|()| std::fs::rename(&beside, file))
         .with_context(|| format!("{} cannot be written", file.display()))
+}
+
+async fn resume(global: &Global, reason: &str) -> anyhow::Result<()> {
+    let done = boot::resume(&serve::load(global, None)?, reason).await.map_err(|e| anyhow!(e))?;
+    let Some(done) = done else { bail!("nothing is lost: the database extends the checkpoint in the data folder") };
+    if global.json {
+        say(json!({
+            "published_size": done.lost.size, "database_size": done.lost.head, "index": done.index,
+            "checkpoint": done.aside.display().to_string(),
+        }));
+        return Ok(());
+    }
+    say(format!(
+        "entry {} says that the log goes on at {} of {} published entries; the checkpoint that had them is now {}",
+        done.index,
+        done.lost.head,
+        done.lost.size,
+        done.aside.display()
+    ));
+    Ok(())
 }

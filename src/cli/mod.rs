@@ -3,10 +3,12 @@
 //! **Invariants.** Exit 0 is fine, 1 refused or failed, 2 wrong use. Answers go to stdout, everything else to stderr. `--json`
 //! on each command gives one JSON document, or one a line where there are many.
 //!
-//! **Not here.** What a command means: all but `serve`, `check`, `migrate` and `verify` are calls of the HTTP API.
+//! **Not here.** What a command means: all but `serve`, `check`, `migrate`, `verify`, `admin` and `audit resume` are calls of the HTTP API.
 //!
-//! **Why this way.** An operator's tool that used the database behind the daemon's back would have no place in the record.
+//! **Why this way.** An operator's tool that used the database behind the daemon's back would have no place in the record. (What must be
+//! done while no daemon runs goes through the ledger all the same.)
 
+mod admin;
 mod audit;
 mod bench;
 mod check;
@@ -63,6 +65,9 @@ enum Command {
     Status,
     /// Verify a log, from a running daemon or a saved folder, with nothing but its public key
     Verify(verify::VerifyArgs),
+    /// Get back in after every administrator was lost
+    #[command(subcommand)]
+    Admin(admin::AdminCommand),
     /// Look into the record
     #[command(subcommand)]
     Audit(audit::AuditCommand),
@@ -110,6 +115,7 @@ pub fn run() -> ExitCode {
             Command::Serve(args) => serve::run(&global, args).await,
             Command::Check => check::run(&global).await,
             Command::Migrate(args) => check::migrate(&global, args).await,
+            Command::Admin(command) => admin::run(&global, command).await,
             Command::Status => status::run(&global).await,
             Command::Verify(args) => verify::run(&global, args).await,
             Command::Audit(command) => audit::run(&global, command).await,

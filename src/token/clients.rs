@@ -156,11 +156,21 @@ pub struct Issued {
     pub registration: String,
 }
 
+/// Why a client is registered.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(super) enum Why {
+    /// Somebody who may has asked.
+    Asked,
+    /// There is no client at all: the first administrator.
+    First,
+    /// An operator at the machine has lost every other way in.
+    Recovery,
+}
+
 /// Registers a client.
 pub(super) struct Register {
     pub issued: Issued,
-    /// Only if there is no client at all: the first administrator.
-    pub first: bool,
+    pub why: Why,
 }
 
 impl Command for Register {
@@ -169,7 +179,7 @@ impl Command for Register {
     async fn apply(&mut self, tx: &mut Tx<'_>) -> Result<(Issued, Entry), Failure> {
         let client = &self.issued.client;
         if store::client_exists(tx.read(), &client.client_id).await?
-            || (self.first && !store::clients(tx.read()).await?.is_empty())
+            || (self.why == Why::First && !store::clients(tx.read()).await?.is_empty())
         {
             return Err(Refusal::new(&problem::CONFLICT, "the client exists").into());
         }
@@ -179,7 +189,14 @@ impl Command for Register {
             registration: sha256(self.issued.registration.as_bytes()).to_vec(),
         };
         keep(tx, &registered).await?;
-        let entry = Entry::ok("token:register", format!("client/{}", client.client_id))
+        let resource = format!("client/{}", client.client_id);
+        let entry = match self.why {
+            Why::Recovery => Entry::ok("token:recover", resource)
+                .reason("an operator at the machine made an administrator although there is one")
+                .signal("critical", "token/recover"),
+            Why::Asked | Why::First => Entry::ok("token:register", resource),
+        };
+        let entry = entry
             .change("name", client.client_name.clone())
             .change("scope", client.scope())
             .change("agent_type", client.agent_type.as_str());

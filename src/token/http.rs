@@ -15,7 +15,7 @@ use uuid::Uuid;
 use crate::kernel::web::{Answer, Body, Caller, Json, Listing, Query, RequestInfo, SOP_INDEX, cursor, page_limit};
 use crate::kernel::{Refusal, crypto, ids, problem};
 
-use super::clients::{self, Issued, Metadata};
+use super::clients::{self, Issued, Metadata, Why};
 use super::form::{Form, OAuthError};
 use super::model::{AuthMethod, Client, Operation, entity};
 use super::operations::{Used, Wanted};
@@ -134,7 +134,7 @@ async fn register(
     let secret = (client.auth_method != AuthMethod::PrivateKeyJwt).then(clients::secret).transpose()?;
     let issued = Issued { client, secret, registration: clients::secret()? };
     let ask = Token::about("token:register", "new");
-    let done = room.ledger.write(&caller, &[ask], Register { issued, first: false }).await?;
+    let done = room.ledger.write(&caller, &[ask], Register { issued, why: Why::Asked }).await?;
     let issued = done.value;
     let mut shown = clients::shown(&issued.client, &base(&headers));
     shown["registration_access_token"] = issued.registration.into();

@@ -187,13 +187,7 @@ impl Token {
         if self.snapshot.has_clients() {
             return Ok(false);
         }
-        let metadata: clients::Metadata = serde_json::from_value(
-            serde_json::json!({"client_name": "admin", "scope": "admin", "agent_type": "system"}),
-        )
-        .map_err(Refusal::internal)?;
-        let client = metadata.client(client_id.to_owned(), &self.clock).map_err(|e| Refusal::internal(e.code))?;
-        let issued = clients::Issued { client, secret: Some(secret.to_owned()), registration: clients::secret()? };
-        match self.ledger.write(&Caller::daemon("token"), &[], clients::Register { issued, first: true }).await {
+        match self.make_admin(client_id, secret, clients::Why::First).await {
             Ok(_) => {
                 self.ledger.fence().await?;
                 Ok(true)
@@ -201,6 +195,32 @@ impl Token {
             Err(r) if r.problem() == &problem::CONFLICT => Ok(false),
             Err(r) => Err(r),
         }
+    }
+
+    /// Makes an administrator although there are clients: the way back in for an operator at the machine who has lost the
+    /// others. The entry asks to be noticed.
+    ///
+    /// # Errors
+    /// 409 when there is no client at all, and so nothing was lost.
+    pub async fn recover_admin(&self, client_id: &str, secret: &str) -> Result<i64, Refusal> {
+        if !self.snapshot.has_clients() {
+            return Err(Refusal::new(
+                &problem::CONFLICT,
+                "this database has no client yet: sop serve makes the first administrator",
+            ));
+        }
+        self.make_admin(client_id, secret, clients::Why::Recovery).await
+    }
+
+    async fn make_admin(&self, client_id: &str, secret: &str, why: clients::Why) -> Result<i64, Refusal> {
+        let metadata: clients::Metadata = serde_json::from_value(
+            serde_json::json!({"client_name": "admin", "scope": "admin", "agent_type": "system"}),
+        )
+        .map_err(Refusal::internal)?;
+        let client = metadata.client(client_id.to_owned(), &self.clock).map_err(|e| Refusal::internal(e.code))?;
+        let issued = clients::Issued { client, secret: Some(secret.to_owned()), registration: clients::secret()? };
+        let who = Caller::daemon(if why == clients::Why::First { "token" } else { "operator" });
+        Ok(self.ledger.write(&who, &[], clients::Register { issued, why }).await?.index)
     }
 
     /// Whether there is any client.

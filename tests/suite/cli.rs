@@ -120,3 +120,30 @@ async fn clients_tokens_and_the_policy_from_the_command_line() {
     assert_eq!(sop(&daemon, &["token", "introspect", &token]).await.1, "not active, or not for you to know\n");
     record::check(&db).await;
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_operator_at_the_machine_gets_back_in_and_the_record_says_so() {
+    let db = database().await;
+    let mut daemon = Launch::on(db.url()).start().await;
+    let (lost, _) = daemon.admin().unwrap();
+    let (fine, said) = daemon.launch.run(&["admin", "recover"]).await;
+    assert!(!fine && said.contains("in use by the daemon"), "{said}");
+    assert!(daemon.terminate(std::time::Duration::from_secs(20)).await.success());
+    let (fine, said) = daemon.launch.run(&["--json", "admin", "recover"]).await;
+    assert!(fine, "{said}");
+    let done: Value = serde_json::from_str(said.lines().next().unwrap()).unwrap();
+    let daemon = daemon.launch.clone().start().await;
+    let (id, secret) = daemon.admin().unwrap();
+    assert!(id != lost && done["client_id"] == id.as_str(), "{said}");
+    assert!(!said.contains(&secret), "the secret is in the file, and nowhere else");
+    let mode = std::os::unix::fs::PermissionsExt::mode(
+        &std::fs::metadata(daemon.launch.dir.join("admin.json")).unwrap().permissions(),
+    );
+    assert_eq!(mode & 0o777, 0o600);
+    let client = Client::of(&daemon);
+    client.put("k", "v").await.unwrap();
+    let (_, page) = client.get("/v1/audit/entries?action=token:recover").await;
+    assert_eq!(page["items"][0]["index"], done["index"]);
+    assert_eq!(page["items"][0]["details"]["signal"]["severity"], "critical");
+    record::check(&db).await;
+}

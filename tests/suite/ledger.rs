@@ -396,10 +396,10 @@ async fn a_failover_is_followed_and_loses_nothing_that_was_acknowledged() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_failover_that_lost_entries_stops_the_writing() {
+async fn a_failover_that_lost_entries_stops_the_writing_until_an_operator_resumes() {
     let db = database_alone().await;
     let standby = db.cluster.standby().await;
-    let daemon = Launch::on(db.url_with(&standby)).env("SOP__LEDGER__WRITE_TIMEOUT", "2s").start().await;
+    let mut daemon = Launch::on(db.url_with(&standby)).env("SOP__LEDGER__WRITE_TIMEOUT", "2s").start().await;
     let client = Client::of(&daemon);
     client.put("k", "kept").await.unwrap();
     followed(&db).await;
@@ -414,7 +414,13 @@ async fn a_failover_that_lost_entries_stops_the_writing() {
         sqlx::query_scalar(sql).fetch_one(&mut db.cluster.admin().await).await.unwrap()
     })
     .await;
-    client.put("k", "lost").await.unwrap();
+    let lost = client.put("k", "lost").await.unwrap();
+    // It was published: others may hold a checkpoint that has it.
+    until("the checkpoint", Duration::from_secs(10), || async {
+        let kept = std::fs::read_to_string(daemon.launch.dir.join("checkpoint")).unwrap_or_default();
+        kept.lines().nth(1).and_then(|size| size.parse::<i64>().ok()).is_some_and(|size| size > lost)
+    })
+    .await;
     db.cluster.kill().await;
     standby.promote().await;
     let refused = || async { client.request(Method::PUT, "/v1/state/kv/k").await.body("forked").send().await.unwrap() };
@@ -428,4 +434,26 @@ async fn a_failover_that_lost_entries_stops_the_writing() {
     assert_eq!(ready.status(), 503);
     assert!(ready.text().await.unwrap().contains("record-behind"));
     assert!(metric(&client, "sop_ledger_record_behind").await > 0.0);
+    let resume = ["audit", "resume", "--reason", "the primary is lost for good"];
+    let (fine, said) = daemon.launch.run(&resume).await;
+    assert!(!fine && said.contains("in use by the daemon"), "{said}");
+    assert!(daemon.terminate(Duration::from_secs(20)).await.success());
+    let said = daemon.launch.clone().refused().await;
+    assert!(said.contains("record-behind") && said.contains("sop audit resume"), "{said}");
+    let (fine, said) = daemon.launch.run(&resume).await;
+    assert!(fine, "{said}");
+    let (fine, said) = daemon.launch.run(&resume).await;
+    assert!(!fine && said.contains("nothing is lost"), "{said}");
+    let daemon = daemon.launch.clone().start().await;
+    let client = Client::of(&daemon);
+    client.put("k", "goes on").await.unwrap();
+    let (_, page) = client.get("/v1/audit/entries?action=audit:resume&min_index=1").await;
+    let entry = &page["items"][0];
+    assert_eq!(entry["reason"], "the primary is lost for good");
+    assert!(entry["details"]["change"]["published_size"].as_i64() > Some(lost));
+    until("the incident", Duration::from_secs(10), || async {
+        let (_, incidents) = client.get("/v1/health/incidents").await;
+        incidents.to_string().contains("audit/record-behind")
+    })
+    .await;
 }

@@ -43,6 +43,16 @@ impl Launch {
         Self { dir: reaper::folder("d"), url: String::new(), env: Vec::new() }
     }
 
+    /// Runs another command on the same folder and database: whether it was content, and what it said.
+    pub async fn run(&self, args: &[&str]) -> (bool, String) {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_sop"));
+        command.args(["--data-dir"]).arg(&self.dir).args(args);
+        command.env("SOP__DATABASE__URL", &self.url).envs(self.env.clone()).kill_on_drop(true);
+        let done = tokio::time::timeout(Duration::from_secs(30), command.output()).await;
+        let done = done.expect("it ends").expect("sop runs");
+        (done.status.success(), String::from_utf8_lossy(&[done.stdout, done.stderr].concat()).into_owned())
+    }
+
     /// Starts it although it will not: what it says.
     pub async fn refused(self) -> String {
         let mut command = Command::new(env!("CARGO_BIN_EXE_sop"));
