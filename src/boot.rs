@@ -9,7 +9,7 @@ use std::time::Duration;
 use tokio::signal::unix::{SignalKind, signal};
 use utoipa_axum::router::OpenApiRouter;
 
-use crate::api::{self, Authenticator, Bound, Certificates, Check, Limits, Readiness};
+use crate::api::{self, Authenticator, Bound, Certificates, Check, Limits, Rate, Readiness};
 use crate::audit::{self, Audit};
 use crate::config::{Config, Loaded};
 use crate::governance::{self, Governance, Rules};
@@ -50,7 +50,7 @@ pub async fn serve(loaded: Loaded, announce: impl FnOnce(&str)) -> Result<(), St
     let front = Front { bound, metrics, certificates };
     let store = Store::open(config).await?;
     // Whatever goes wrong from here on, the private cluster is stopped.
-    let done = run(config, &store, front, announce, &mut signals).await;
+    let done = run(&loaded, &store, front, announce, &mut signals).await;
     store.stop().await;
     done
 }
@@ -73,15 +73,17 @@ struct Ground<'a> {
     tasks: Supervisor,
     registry: prometheus::Registry,
     master: Arc<MasterKey>,
+    rate: Arc<Rate>,
 }
 
 async fn run(
-    config: &Config,
+    loaded: &Loaded,
     store: &Store,
     front: Front,
     announce: impl FnOnce(&str),
     signals: &mut Signals,
 ) -> Result<(), String> {
+    let config = &loaded.config;
     store.migrate().await?;
     audit::check_at_start(store, &config.data.dir).await?;
     jose::install();
@@ -94,14 +96,14 @@ async fn run(
     }
     let failed = ground.tasks.failed();
     let ended = tokio::select! {
-        () = signals.next() => Ok(()),
+        () = signals.end(|| reload(loaded, &ground.rate)) => Ok(()),
         () = failed.cancelled() => Err("a task that the daemon cannot do without has ended; its log says why".to_owned()),
     };
     tracing::info!("stopping");
     let _ = sd_notify::notify(&[sd_notify::NotifyState::Stopping]);
     tokio::select! {
         () = ground.tasks.stop(config.server.drain.get() + STOP_EACH) => {}
-        () = signals.next() => tracing::warn!("a second signal: stopping at once"),
+        () = signals.end(|| {}) => tracing::warn!("a second signal: stopping at once"),
     }
     tracing::info!("stopped");
     ended
@@ -125,7 +127,8 @@ impl<'a> Ground<'a> {
         let clock = Clock::system();
         let tasks = Supervisor::new(clock.clone());
         let registry = telemetry::registry().map_err(|e| e.to_string())?;
-        Ok(Self { config, store, tasks, clock, registry, master: Arc::new(files::master_key(config)?) })
+        let (master, rate) = (Arc::new(files::master_key(config)?), Arc::new(Rate::new(config.server.rate)));
+        Ok(Self { config, store, tasks, clock, registry, master, rate })
     }
 
     fn views(&self) -> Result<Views, String> {
@@ -263,6 +266,7 @@ impl<'a> Ground<'a> {
             registry: self.registry.clone(),
             clock: self.clock.clone(),
             limits: Limits::from(server),
+            rate: self.rate.clone(),
             public_entries: self.config.audit.public_entries,
         };
         let router = api::router(parts, routes).map_err(said)?;
@@ -385,22 +389,55 @@ fn certificate(certificates: Arc<Certificates>) -> Check {
     Check { name: "certificate", look: Box::new(look) }
 }
 
-/// SIGTERM and SIGINT.
+/// Keys that a running daemon takes over.
+const RELOADED: &[&str] = &["telemetry.filter", "server.rate"];
+
+/// Reads the configuration again and takes over what can be. The certificates' files are looked at by themselves.
+fn reload(loaded: &Loaded, rate: &Rate) {
+    let new = match loaded.again() {
+        Ok(new) => new,
+        Err(e) => return tracing::error!(error = %e, "the configuration was not reloaded: {e}"),
+    };
+    if let Err(e) = telemetry::refilter(&new.config.telemetry.filter) {
+        return tracing::error!(error = %e, "the configuration was not reloaded: {e}");
+    }
+    rate.set(new.config.server.rate);
+    let (taken, waiting): (Vec<&str>, Vec<&str>) =
+        loaded.changed(&new).into_iter().partition(|key| RELOADED.contains(key));
+    tracing::info!("the configuration was reloaded; other than at the start: {}", listed(&taken));
+    if !waiting.is_empty() {
+        tracing::warn!("these wait for a restart: {}", listed(&waiting));
+    }
+}
+
+fn listed(keys: &[&str]) -> String {
+    if keys.is_empty() { "nothing".to_owned() } else { keys.join(", ") }
+}
+
+/// SIGTERM and SIGINT end the daemon, SIGHUP reloads its configuration.
 struct Signals {
     term: tokio::signal::unix::Signal,
     interrupt: tokio::signal::unix::Signal,
+    hangup: tokio::signal::unix::Signal,
 }
 
 impl Signals {
     fn new() -> Result<Self, String> {
         let on = |kind| signal(kind).map_err(|e| format!("signals cannot be listened for: {e}"));
-        Ok(Self { term: on(SignalKind::terminate())?, interrupt: on(SignalKind::interrupt())? })
+        Ok(Self {
+            term: on(SignalKind::terminate())?,
+            interrupt: on(SignalKind::interrupt())?,
+            hangup: on(SignalKind::hangup())?,
+        })
     }
 
-    async fn next(&mut self) {
-        tokio::select! {
-            _ = self.term.recv() => {}
-            _ = self.interrupt.recv() => {}
+    async fn end(&mut self, reload: impl Fn()) {
+        loop {
+            tokio::select! {
+                _ = self.term.recv() => return,
+                _ = self.interrupt.recv() => return,
+                _ = self.hangup.recv() => reload(),
+            }
         }
     }
 }

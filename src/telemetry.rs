@@ -1,10 +1,11 @@
 //! What the daemon says of itself while it runs: log lines on stderr, and the registry of its metrics.
 
 use std::io::IsTerminal as _;
+use std::sync::OnceLock;
 
-use tracing_subscriber::EnvFilter;
 use tracing_subscriber::layer::SubscriberExt as _;
 use tracing_subscriber::util::SubscriberInitExt as _;
+use tracing_subscriber::{EnvFilter, reload};
 
 use crate::config::{LogFormat, Telemetry};
 
@@ -19,6 +20,7 @@ pub fn start(settings: &Telemetry) -> Result<(), String> {
         LogFormat::Text => false,
         LogFormat::Auto => !std::io::stderr().is_terminal(),
     };
+    let (filter, handle) = reload::Layer::new(filter);
     let registry = tracing_subscriber::registry().with(filter);
     let started = if json {
         let layer =
@@ -27,10 +29,22 @@ pub fn start(settings: &Telemetry) -> Result<(), String> {
     } else {
         registry.with(tracing_subscriber::fmt::layer().with_target(false).with_writer(std::io::stderr)).try_init()
     };
-    if started.is_err() {
-        tracing::debug!("logging was started before");
+    match started {
+        Ok(()) => drop(FILTER.set(handle)),
+        Err(_) => tracing::debug!("logging was started before"),
     }
     Ok(())
+}
+
+static FILTER: OnceLock<reload::Handle<EnvFilter, tracing_subscriber::Registry>> = OnceLock::new();
+
+/// Logs by another filter from now on.
+///
+/// # Errors
+/// When it cannot be read.
+pub fn refilter(filter: &str) -> Result<(), String> {
+    let filter = EnvFilter::try_new(filter).map_err(|e| format!("telemetry.filter: {e}"))?;
+    FILTER.get().map_or(Ok(()), |handle| handle.reload(filter).map_err(|e| e.to_string()))
 }
 
 /// The registry of one daemon, with what the operating system says of the process.

@@ -1,7 +1,5 @@
 //! The layers around every request, in the order they act.
 
-use std::net::IpAddr;
-use std::num::NonZeroU32;
 use std::panic::AssertUnwindSafe;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -13,9 +11,6 @@ use axum::http::{HeaderMap, HeaderValue, Method, StatusCode, header};
 use axum::middleware::{self, Next};
 use axum::response::{IntoResponse, Response};
 use futures_util::FutureExt as _;
-use governor::clock::DefaultClock;
-use governor::state::keyed::DashMapStateStore;
-use governor::{Quota, RateLimiter};
 use tower_http::compression::CompressionLayer;
 use tower_http::compression::predicate::{DefaultPredicate, Predicate as _, SizeAbove};
 use tracing::Instrument as _;
@@ -25,6 +20,7 @@ use crate::kernel::{Clock, Refusal, crypto, ids, problem};
 use crate::ledger::Ledger;
 
 use super::metrics::Metrics;
+use super::rate::{Rate, Who};
 use super::refused::Refused;
 use super::serve::Peer;
 use super::{Authenticator, Limits, Parts};
@@ -34,19 +30,12 @@ const COMPRESS_ABOVE: u64 = 1024;
 
 const REQUEST_ID: &str = "x-request-id";
 
-/// Whom a rate is counted for: a client, or an address before the client is known.
-#[derive(Clone, PartialEq, Eq, Hash)]
-enum Who {
-    Client(Arc<str>),
-    Address(Option<IpAddr>),
-}
-
 pub(super) struct Shared {
     ledger: Ledger,
     authenticator: Arc<dyn Authenticator>,
     clock: Clock,
     limits: Limits,
-    rates: RateLimiter<Who, DashMapStateStore<Who>, DefaultClock>,
+    rate: Arc<Rate>,
     in_flight: AtomicUsize,
     metrics: Metrics,
     public_entries: bool,
@@ -55,13 +44,12 @@ pub(super) struct Shared {
 
 impl Shared {
     pub fn new(parts: &Parts) -> Result<Self, Refusal> {
-        let rate = NonZeroU32::new(parts.limits.rate).unwrap_or(NonZeroU32::MIN);
         Ok(Self {
             ledger: parts.ledger.clone(),
             authenticator: parts.authenticator.clone(),
             clock: parts.clock.clone(),
             limits: parts.limits,
-            rates: RateLimiter::dashmap(Quota::per_second(rate)),
+            rate: parts.rate.clone(),
             in_flight: AtomicUsize::new(0),
             metrics: Metrics::new(&parts.registry).map_err(Refusal::internal)?,
             public_entries: parts.public_entries,
@@ -226,11 +214,10 @@ async fn inside(
 
 impl Shared {
     fn check_rate(&self, who: Who) -> Result<(), Refusal> {
-        if self.rates.check_key(&who).is_ok() {
-            return Ok(());
-        }
-        self.metrics.limited.with_label_values(&["rate"]).inc();
-        Err(Refusal::new(&problem::RATE_LIMITED, format!("more than {} requests a second", self.limits.rate)))
+        self.rate.check(&who).map_err(|most| {
+            self.metrics.limited.with_label_values(&["rate"]).inc();
+            Refusal::new(&problem::RATE_LIMITED, format!("more than {most} requests a second"))
+        })
     }
 
     /// Authenticates; a refusal leaves only after this daemon has seen what is newest (a client may just have been registered).

@@ -10,6 +10,7 @@
 mod daemon;
 mod edge;
 mod metrics;
+mod rate;
 mod refused;
 mod serve;
 mod tls;
@@ -28,6 +29,7 @@ use crate::kernel::{BoxFuture, Clock, Refusal};
 use crate::ledger::Ledger;
 
 pub use daemon::{Check, Readiness};
+pub use rate::Rate;
 pub use serve::{Bound, Listener};
 pub use tls::Certificates;
 
@@ -57,6 +59,8 @@ pub struct Parts {
     pub clock: Clock,
     /// Limits.
     pub limits: Limits,
+    /// How often somebody may ask.
+    pub rate: Arc<Rate>,
     /// Whether `/log/tile/entries` needs no token.
     pub public_entries: bool,
 }
@@ -68,8 +72,6 @@ pub struct Limits {
     pub body: usize,
     /// Requests in flight.
     pub concurrency: usize,
-    /// Requests a second and client.
-    pub rate: u32,
     /// A request must arrive whole within this.
     pub arrival: Duration,
     /// How often requests that were not authenticated become entries.
@@ -83,7 +85,6 @@ impl Limits {
         Self {
             body: server.body_limit,
             concurrency: server.concurrency,
-            rate: server.rate,
             arrival: server.request_timeout.get(),
             refusals: server.refusals_interval.get(),
         }
@@ -109,6 +110,7 @@ pub fn plain_pages(readiness: Readiness, tasks: Supervisor, registry: prometheus
 /// When a metric is registered twice.
 pub fn router(parts: Parts, rooms: OpenApiRouter) -> Result<Router, Refusal> {
     let shared = Arc::new(edge::Shared::new(&parts)?);
+    parts.rate.start(&parts.tasks);
     shared.refused.start(&parts.ledger, parts.limits.refusals, &parts.tasks);
     let own = daemon::routes(parts.readiness, parts.tasks, parts.registry);
     let (router, document) = OpenApiRouter::with_openapi(Document::openapi()).merge(rooms).merge(own).split_for_parts();

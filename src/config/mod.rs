@@ -11,7 +11,7 @@
 mod sections;
 
 use std::collections::BTreeMap;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use config::{Config as Layered, File, FileFormat, Value, ValueKind};
 
@@ -39,6 +39,9 @@ pub struct Loaded {
     /// The values.
     pub config: Config,
     effective: Vec<Effective>,
+    /// Where it came from, to be read again.
+    file: Option<PathBuf>,
+    flags: Vec<(String, String)>,
 }
 
 /// One key of the effective configuration.
@@ -57,6 +60,21 @@ impl Loaded {
     #[must_use]
     pub fn effective(&self) -> &[Effective] {
         &self.effective
+    }
+
+    /// Reads the same file again, under the same environment and flags.
+    ///
+    /// # Errors
+    /// As [`load`].
+    pub fn again(&self) -> Result<Self, ConfigError> {
+        load(self.file.as_deref(), &self.flags)
+    }
+
+    /// Keys whose values are others there.
+    #[must_use]
+    pub fn changed<'a>(&'a self, there: &'a Self) -> Vec<&'a str> {
+        let differs = |(a, b): &(&Effective, &Effective)| a.value != b.value;
+        self.effective.iter().zip(&there.effective).filter(differs).map(|(a, _)| a.key.as_str()).collect()
     }
 }
 
@@ -115,7 +133,7 @@ fn load_from(
         .collect();
     let config: Config = merged.try_deserialize().map_err(|e| ConfigError::Wrong(format!("configuration: {e}")))?;
     config.check().map_err(ConfigError::Wrong)?;
-    Ok(Loaded { config, effective })
+    Ok(Loaded { config, effective, file: file.map(Path::to_owned), flags: flags.to_owned() })
 }
 
 /// Keys whose values are not shown.

@@ -263,3 +263,31 @@ async fn a_disk_that_is_nearly_full_stops_writes_and_nothing_else() {
     client.clone_at(&again.url).put("k", "w").await.expect("with room it goes on");
     again.terminate(Duration::from_secs(20)).await;
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_changed_configuration_is_taken_over_on_sighup() {
+    let db = database().await;
+    let launch = Launch::on(db.url());
+    let file = launch.dir.join("sop.toml");
+    let write = |text: &str| std::fs::write(&file, text).unwrap();
+    write("[server]\nrate = 2000\n");
+    let daemon = launch.config(file.clone()).start().await;
+    let client = Client::of(&daemon);
+    client.put("k", "v").await.unwrap();
+    // What cannot be read changes nothing and ends nothing.
+    write("[server]\nrat = 1\n");
+    daemon.reload();
+    until("the complaint", Duration::from_secs(10), async || daemon.log().contains("was not reloaded")).await;
+    client.put("k", "v").await.unwrap();
+    write("[server]\nrate = 1\n[telemetry]\nfilter = \"debug\"\n[token]\nttl = \"7s\"\n");
+    daemon.reload();
+    until("the reload", Duration::from_secs(10), async || daemon.log().contains("wait for a restart: token.ttl")).await;
+    assert!(daemon.log().contains("other than at the start: server.rate, telemetry.filter"));
+    let mut limited = 0;
+    for _ in 0..10 {
+        let answer = client.request(Method::GET, "/v1/state/kv/k").await.send().await.unwrap();
+        limited += u32::from(answer.status() == 429);
+    }
+    assert!(limited >= 5, "{limited} of 10 were refused");
+    assert!(daemon.log().contains("\"level\":\"DEBUG\""));
+}

@@ -18,17 +18,24 @@ pub struct Launch {
     pub dir: PathBuf,
     url: String,
     env: Vec<(String, String)>,
+    config: Option<PathBuf>,
 }
 
 impl Launch {
     /// In a new data folder, on the database at this URL (of `Database::url` or `url_via`).
     pub fn on(url: String) -> Self {
-        Self { dir: reaper::folder("d"), url, env: Vec::new() }
+        Self { dir: reaper::folder("d"), url, env: Vec::new(), config: None }
     }
 
     /// With a configuration key: `SOP__TOKEN__TTL`.
     pub fn env(mut self, key: &str, value: &str) -> Self {
         self.env.push((key.into(), value.into()));
+        self
+    }
+
+    /// With a configuration file.
+    pub fn config(mut self, file: PathBuf) -> Self {
+        self.config = Some(file);
         self
     }
 
@@ -40,7 +47,7 @@ impl Launch {
 
     /// On a private PostgreSQL in its data folder.
     pub fn alone() -> Self {
-        Self { dir: reaper::folder("d"), url: String::new(), env: Vec::new() }
+        Self { dir: reaper::folder("d"), url: String::new(), env: Vec::new(), config: None }
     }
 
     /// Runs another command on the same folder and database: whether it was content, and what it said.
@@ -72,6 +79,7 @@ impl Launch {
         let mut child = Command::new(env!("CARGO_BIN_EXE_sop"))
             .args(["serve", "--listen", "127.0.0.1:0", "--data-dir"])
             .arg(&self.dir)
+            .args(self.config.iter().flat_map(|file| ["--config".into(), file.clone()]))
             .env("SOP__DATABASE__URL", &self.url)
             .envs(self.env.clone())
             .stdin(Stdio::null())
@@ -124,6 +132,11 @@ impl Daemon {
     /// SIGSTOP.
     pub fn freeze(&self) {
         self.signal(Signal::STOP);
+    }
+
+    /// SIGHUP.
+    pub fn reload(&self) {
+        self.signal(Signal::HUP);
     }
 
     /// SIGCONT.
