@@ -221,6 +221,24 @@ pub(super) async fn index(conn: &mut PgConnection, found: &[Found], to: i64) -> 
     Ok(())
 }
 
+/// The first index whose entry is not earlier than `time`. No entry is earlier than the one before it (rule 17 of the ledger),
+/// so halving finds it.
+async fn not_before(conn: &mut PgConnection, time: Timestamp) -> Result<i64, sqlx::Error> {
+    sqlx::query_scalar(
+        "WITH RECURSIVE b (lo, hi) AS (
+             SELECT coalesce(min(index), 0), coalesce(max(index), -1) + 1 FROM audit.search
+             UNION ALL
+             SELECT CASE WHEN e.time < $1 THEN e.index + 1 ELSE b.lo END, CASE WHEN e.time < $1 THEN b.hi ELSE m.mid END
+             FROM b, LATERAL (SELECT (b.lo + b.hi) / 2 AS mid) AS m,
+                  LATERAL (SELECT index, time FROM audit.search WHERE index >= m.mid ORDER BY index LIMIT 1) AS e
+             WHERE b.lo < b.hi
+         ) SELECT max(lo) FROM b",
+    )
+    .bind(time.to_offset())
+    .fetch_one(conn)
+    .await
+}
+
 /// Indexes that fit the filter, up to `upto`, past `after`, in the filter's order.
 pub(super) async fn search(
     conn: &mut PgConnection,
@@ -229,6 +247,13 @@ pub(super) async fn search(
     after: Option<i64>,
     limit: i64,
 ) -> Result<Vec<i64>, sqlx::Error> {
+    let (mut since, mut until) = (None, None);
+    if let Some(time) = filter.since {
+        since = Some(not_before(conn, time).await?);
+    }
+    if let Some(time) = filter.until {
+        until = Some(not_before(conn, time).await?);
+    }
     let mut q = QueryBuilder::new("SELECT index FROM audit.search WHERE index <= ");
     q.push_bind(upto);
     for (column, value) in [
@@ -245,11 +270,11 @@ pub(super) async fn search(
     if let Some(resource) = &filter.resource {
         q.push(" AND starts_with(resource, ").push_bind(resource.clone()).push(")");
     }
-    if let Some(since) = filter.since {
-        q.push(" AND time >= ").push_bind(since.to_offset());
+    if let Some(since) = since {
+        q.push(" AND index >= ").push_bind(since);
     }
-    if let Some(until) = filter.until {
-        q.push(" AND time < ").push_bind(until.to_offset());
+    if let Some(until) = until {
+        q.push(" AND index < ").push_bind(until);
     }
     if let Some(after) = after {
         q.push(if filter.ascending { " AND index > " } else { " AND index < " }).push_bind(after);

@@ -10,7 +10,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
-use prometheus::{IntGauge, Registry};
+use prometheus::IntGauge;
 
 use crate::config::Config;
 use crate::kernel::supervisor::{Supervisor, Task};
@@ -18,16 +18,7 @@ use crate::kernel::supervisor::{Supervisor, Task};
 /// Writing resumes this many percent below the guard, so that it does not flap.
 const HYSTERESIS: u64 = 1;
 
-/// # Errors
-/// When its metric is registered twice.
-pub(super) fn start(
-    config: &Config,
-    tasks: &Supervisor,
-    registry: &Registry,
-    full: Arc<AtomicBool>,
-) -> Result<(), prometheus::Error> {
-    let gauge = IntGauge::new("sop_store_storage_full", "1 when writes are refused because the disk is nearly full")?;
-    registry.register(Box::new(gauge.clone()))?;
+pub(super) fn start(config: &Config, tasks: &Supervisor, gauge: IntGauge, full: Arc<AtomicBool>) {
     let guard = Arc::new(Guard {
         dir: config.data.dir.clone(),
         percent: u64::from(config.disk.guard_percent),
@@ -39,7 +30,6 @@ pub(super) fn start(
         let guard = guard.clone();
         async move { guard.look().map_err(Into::into) }
     }));
-    Ok(())
 }
 
 struct Guard {

@@ -1,4 +1,4 @@
-//! Migrations: one file a room, forward only, compiled in.
+//! Migrations: one file a room, and one for each change since; forward only, compiled in.
 
 use sqlx::PgConnection;
 use sqlx::migrate::{Migrate as _, MigrateError, Migrator};

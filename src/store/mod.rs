@@ -19,12 +19,13 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
+use prometheus::IntGauge;
 use sqlx::postgres::{PgConnectOptions, PgListener, PgPoolOptions};
 use sqlx::{Connection as _, PgConnection, PgPool};
 
 use crate::config::Config;
 use crate::kernel::supervisor::{Supervisor, Task};
-use crate::kernel::{Refusal, crypto};
+use crate::kernel::{Clock, Refusal, crypto};
 
 pub use lock::DataLock;
 pub use migrate::Pending;
@@ -71,7 +72,7 @@ impl Store {
         };
         let (options, _) = hosts.writable().await.map_err(|e| format!("no writable PostgreSQL can be reached: {e}"))?;
         let statement = config.database.statement_timeout.get();
-        let moved = Moved::default();
+        let moved = Moved::never();
         let since = moved.clone();
         let reader = PgPoolOptions::new()
             .max_connections(config.database.readers)
@@ -207,12 +208,15 @@ impl Store {
         tasks: &Supervisor,
         registry: &prometheus::Registry,
     ) -> Result<(), prometheus::Error> {
+        let full =
+            IntGauge::new("sop_store_storage_full", "1 when writes are refused because the disk is nearly full")?;
+        registry.register(Box::new(full.clone()))?;
         if let Some(cluster) = self.0.cluster.clone() {
             tasks.start(Task::periodic("store/cluster", Duration::from_millis(200), move || {
                 let cluster = cluster.clone();
                 async move { cluster.revive().await.map_err(Into::into) }
             }));
-            guard::start(config, tasks, registry, self.0.full.clone())?;
+            guard::start(config, tasks, full, self.0.full.clone());
         }
         Ok(())
     }
@@ -228,18 +232,26 @@ impl Store {
 
 /// When another host was found to take writes: a reader's connection that is older reads from one that may have been left
 /// behind, and answer, for a long time.
-#[derive(Clone, Default)]
-struct Moved(Arc<Mutex<Option<tokio::time::Instant>>>);
+#[derive(Clone)]
+struct Moved {
+    clock: Clock,
+    at: Arc<Mutex<Option<Duration>>>,
+}
 
 impl Moved {
+    /// Never yet.
+    fn never() -> Self {
+        Self { clock: Clock::system(), at: Arc::default() }
+    }
+
     fn now(&self) {
-        *self.0.lock().unwrap_or_else(PoisonError::into_inner) = Some(tokio::time::Instant::now());
+        *self.at.lock().unwrap_or_else(PoisonError::into_inner) = Some(self.clock.elapsed());
     }
 
     /// Whether a connection of that age was made since.
     fn keeps(&self, age: Duration) -> bool {
-        let moved = *self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        moved.is_none_or(|at| age < at.elapsed())
+        let moved = *self.at.lock().unwrap_or_else(PoisonError::into_inner);
+        moved.is_none_or(|at| age < self.clock.elapsed().saturating_sub(at))
     }
 }
 

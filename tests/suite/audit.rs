@@ -141,6 +141,23 @@ async fn entries_are_found_by_what_is_known_of_them() {
     assert_eq!(indexes(&list("room=state&order=asc".into()).await.1).len(), 13);
     assert!(indexes(&list("room=audit".into()).await.1).len() >= 4, "reading the record is in the record");
     assert_eq!(indexes(&list("until=2000-01-01T00:00:00Z".into()).await.1), [0i64; 0]);
+    assert_eq!(indexes(&list("since=2100-01-01T00:00:00Z".into()).await.1), [0i64; 0]);
+    // Each time that stands in the record divides it where it stands, whatever else is asked.
+    let (_, all) = list("room=state&order=asc".into()).await;
+    let puts: Vec<(i64, String)> = all["items"]
+        .as_array()
+        .unwrap()
+        .iter()
+        .map(|e| (e["index"].as_i64().unwrap(), e["time"].as_str().unwrap().to_owned()))
+        .collect();
+    for (_, time) in &puts {
+        let expected = |keep: fn(&str, &str) -> bool| -> Vec<i64> {
+            puts.iter().filter(|(_, t)| keep(t, time)).map(|(i, _)| *i).collect()
+        };
+        let since = indexes(&list(format!("room=state&order=asc&since={time}")).await.1);
+        let until = indexes(&list(format!("room=state&order=asc&until={time}")).await.1);
+        assert_eq!((since, until), (expected(|t, at| t >= at), expected(|t, at| t < at)), "{time}");
+    }
     for bad in ["order=up", "since=yesterday", "limit=0", "after=x", "nope=1"] {
         assert_eq!(list(bad.into()).await.0, 400, "{bad}");
     }
