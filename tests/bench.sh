@@ -12,6 +12,7 @@ The load generator, the daemon, PostgreSQL and the peer share these cores. Every
 Medians of interleaved rounds; the machine is shared and noisy, so look at the ratios.
 TXT
 $sop bench state-put --clients 1,8,32,128 "${peer[@]}" --seconds "$seconds"
+$sop bench state-put --clients 1 --peer bare --seconds "$seconds"
 $sop bench state-get --clients 1,8,32,128 "${peer[@]}" --seconds "$seconds"
 $sop bench state-put --daemons 2 --clients 128 --seconds "$seconds"
 $sop bench evaluate --clients 8,32,128 --seconds "$seconds"

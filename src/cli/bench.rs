@@ -3,6 +3,7 @@
 mod load;
 mod record;
 mod server;
+mod store;
 
 use std::time::Duration;
 
@@ -40,6 +41,42 @@ enum What {
 enum Peer {
     /// etcd's JSON gateway
     Etcd,
+    /// A bare INSERT behind axum, on the same PostgreSQL
+    Bare,
+}
+
+/// The peer while it runs.
+enum Beside {
+    Etcd(Box<server::Etcd>),
+    Bare(store::Bare),
+}
+
+impl Beside {
+    async fn start(peer: Peer, ours: &Sop) -> anyhow::Result<Self> {
+        Ok(match peer {
+            Peer::Etcd => Self::Etcd(Box::new(server::Etcd::start().await?)),
+            Peer::Bare => Self::Bare(store::Bare::start(ours.dir()).await?),
+        })
+    }
+
+    fn name(&self) -> &'static str {
+        match self {
+            Self::Etcd(_) => "etcd",
+            Self::Bare(_) => "bare INSERT",
+        }
+    }
+
+    /// Where it is and what it is asked; `None` where it has nothing like it.
+    fn requests(&self, what: What) -> Option<(&str, Request)> {
+        match self {
+            Self::Etcd(etcd) => etcd_requests(what).map(|r| (etcd.address(), r)),
+            Self::Bare(bare) if what == What::StatePut => {
+                let put = |n: usize| load::http("PUT", &format!("/bench/{}", n % KEYS), "", &value(n));
+                Some((bare.address(), Request::new(put)))
+            }
+            Self::Bare(_) => None,
+        }
+    }
 }
 
 #[derive(Args)]
@@ -89,10 +126,10 @@ async fn load(global: &Global, args: &BenchArgs, ours: &Sop, requests: &Request)
         others.push(ours.beside("bench").await?);
     }
     let peer = match args.peer {
-        Some(Peer::Etcd) => Some(server::Etcd::start().await?),
+        Some(peer) => Some(Beside::start(peer, ours).await?),
         None => None,
     };
-    let theirs = peer.as_ref().and_then(|p| etcd_requests(args.what).map(|r| (p.address(), r)));
+    let theirs = peer.as_ref().and_then(|p| p.requests(args.what));
     if !global.json {
         say("| clients | who | a second | p50 ms | p99 ms | ratio |\n|---|---|---|---|---|---|");
     }
@@ -118,8 +155,8 @@ async fn load(global: &Global, args: &BenchArgs, ours: &Sop, requests: &Request)
             format!("sop x {}, smallest share {:.0} %", args.daemons, 100.0 * a.share)
         };
         show(global, clients, &who, &a, b.as_ref().map(|b| a.rate / b.rate));
-        if let Some(b) = &b {
-            show(global, clients, "etcd", b, None);
+        if let (Some(b), Some(peer)) = (&b, &peer) {
+            show(global, clients, peer.name(), b, None);
         }
     }
     drop(peer);
