@@ -292,7 +292,7 @@ impl<'a> Ground<'a> {
     /// Serves a socket; the daemon does not go on without it.
     fn listen(&self, name: &'static str, bound: Bound, router: axum::Router) {
         let server = &self.config.server;
-        let (arrival, drain) = (server.request_timeout.get(), server.drain.get());
+        let (arrival, drain) = ((server.request_timeout.get(), server.body_limit), server.drain.get());
         let listener = Arc::new(tokio::sync::Mutex::new(Some(bound.listener)));
         self.tasks.start(Task::fatal(name, move |stop| {
             let (listener, router) = (listener.clone(), router.clone());

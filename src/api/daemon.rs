@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use axum::extract::{Path, State};
+use axum::extract::State;
 use axum::http::{HeaderMap, StatusCode, Uri, header};
 use axum::response::{Html, IntoResponse, Response};
 use axum::routing::get;
@@ -14,6 +14,7 @@ use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
 
 use crate::kernel::supervisor::Supervisor;
+use crate::kernel::web::Path;
 use crate::kernel::{BoxFuture, Refusal, problem};
 
 /// One thing that must be so: its name, and a look at it. `Err` says what is wrong.

@@ -9,6 +9,7 @@
 
 mod daemon;
 mod edge;
+mod linger;
 mod metrics;
 mod rate;
 mod refused;

@@ -7,6 +7,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use axum::Router;
+use axum::body::HttpBody as _;
 use hyper_util::rt::{TokioIo, TokioTimer};
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::{TcpListener, UnixListener};
@@ -15,6 +16,7 @@ use tower::ServiceExt as _;
 
 use crate::kernel::supervisor::{self, Stop};
 
+use super::linger::Linger;
 use super::tls::Certificates;
 
 /// The other end of a connection; `None` on a unix socket.
@@ -96,13 +98,14 @@ fn bind_unix(path: &Path) -> Result<Bound, String> {
 #[derive(Clone, Copy)]
 struct Connection {
     arrival: Duration,
+    body: usize,
 }
 
 impl Listener {
     /// Serves until told to stop; then takes no more connections and lets requests in flight finish, for `drain` at most.
-    pub async fn serve(self, router: Router, arrival: Duration, drain: Duration, stop: Stop) {
+    pub async fn serve(self, router: Router, (arrival, body): (Duration, usize), drain: Duration, stop: Stop) {
         let tracker = TaskTracker::new();
-        let limits = Connection { arrival };
+        let limits = Connection { arrival, body };
         match &self {
             Self::Tcp(listener, tls) => loop {
                 let accepted = tokio::select! { a = listener.accept() => a, () = stop.cancelled() => break };
@@ -168,8 +171,11 @@ where
     let service = hyper::service::service_fn(move |request: hyper::Request<hyper::body::Incoming>| {
         let router = router.clone();
         async move {
-            let mut request =
-                request.map(|body| axum::body::Body::new(tower_http::timeout::TimeoutBody::new(limits.arrival, body)));
+            let mut request = request.map(|body| {
+                let body = axum::body::Body::new(tower_http::timeout::TimeoutBody::new(limits.arrival, body));
+                // Most requests have none, and are left alone.
+                if body.is_end_stream() { body } else { axum::body::Body::new(Linger::new(body, limits.body)) }
+            });
             request.extensions_mut().insert(peer);
             router.oneshot(request).await
         }

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use axum::extract::{Path as UrlPath, State as Room};
+use axum::extract::State as Room;
 use axum::http::{HeaderMap, header};
 use axum::response::{IntoResponse, Response};
 use serde::{Deserialize, Serialize};
@@ -10,7 +10,7 @@ use serde_json::{Map, Value};
 use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
 
-use crate::kernel::web::{Answer, Caller, Query, cursor, page_limit};
+use crate::kernel::web::{Answer, Caller, Path as UrlPath, Query, cursor, page_limit};
 use crate::kernel::{Refusal, Timestamp};
 
 use super::Audit;

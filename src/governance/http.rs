@@ -1,6 +1,6 @@
 //! The room's routes.
 
-use axum::extract::{Path, State as Room};
+use axum::extract::State as Room;
 use axum::http::{HeaderMap, header};
 use axum::response::{IntoResponse, Response};
 use serde::Deserialize;
@@ -8,7 +8,7 @@ use serde_json::{Map, Value, json};
 use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
 
-use crate::kernel::web::{Answer, Caller, EntityName, Json, SOP_INDEX};
+use crate::kernel::web::{Answer, Caller, EntityName, Json, Path, SOP_INDEX};
 use crate::kernel::{Refusal, ids, problem};
 
 use super::authzen;

@@ -1,13 +1,13 @@
 //! The room's routes.
 
-use axum::extract::{Path, State as Room};
+use axum::extract::State as Room;
 use serde::Deserialize;
 use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
 use uuid::Uuid;
 
 use crate::kernel::Refusal;
-use crate::kernel::web::{Answer, Caller, Json, Listing, Name, Query, page_limit};
+use crate::kernel::web::{Answer, Caller, Json, Listing, Name, Path, Query, page_limit};
 
 use super::Health;
 use super::incidents::Word;

@@ -3,7 +3,7 @@
 use std::convert::Infallible;
 use std::time::Duration;
 
-use axum::extract::{Path, State as Room};
+use axum::extract::State as Room;
 use axum::http::HeaderMap;
 use axum::response::sse::{Event as Sse, Sse as SseResponse};
 use axum::response::{IntoResponse, Response};
@@ -14,7 +14,7 @@ use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
 use uuid::Uuid;
 
-use crate::kernel::web::{Answer, Body, Caller, Json, Listing, Query, faulty, page_limit, problem_document};
+use crate::kernel::web::{Answer, Body, Caller, Json, Listing, Path, Query, faulty, page_limit, problem_document};
 use crate::kernel::{Fault, Refusal, ids};
 
 use super::Nexus;

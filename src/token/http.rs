@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use axum::Extension;
-use axum::extract::{Path, State as Room};
+use axum::extract::State as Room;
 use axum::http::{HeaderMap, HeaderValue, StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use serde::Deserialize;
@@ -12,7 +12,9 @@ use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
 use uuid::Uuid;
 
-use crate::kernel::web::{Answer, Body, Caller, Json, Listing, Query, RequestInfo, SOP_INDEX, cursor, page_limit};
+use crate::kernel::web::{
+    Answer, Body, Caller, Json, Listing, Path, Query, RequestInfo, SOP_INDEX, cursor, page_limit,
+};
 use crate::kernel::{Refusal, crypto, ids, problem};
 
 use super::clients::{self, Issued, Metadata, Why};

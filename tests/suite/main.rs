@@ -19,6 +19,7 @@ mod crash;
 mod front;
 mod governance;
 mod health;
+mod hostile;
 mod ledger;
 mod nexus;
 mod proxy;

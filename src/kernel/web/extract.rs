@@ -238,6 +238,24 @@ impl<'de> serde::Deserializer<'de> for Text {
     }
 }
 
+/// The parts of a path.
+pub struct Path<T>(pub T);
+
+impl<T, S> FromRequestParts<S> for Path<T>
+where
+    T: serde::de::DeserializeOwned + Send,
+    S: Send + Sync,
+{
+    type Rejection = Refusal;
+
+    async fn from_request_parts(parts: &mut Parts, state: &S) -> Result<Self, Refusal> {
+        match axum::extract::Path::<T>::from_request_parts(parts, state).await {
+            Ok(axum::extract::Path(parts)) => Ok(Self(parts)),
+            Err(fault) => Err(Refusal::malformed("", format!("the path cannot be read: {}", fault.body_text()))),
+        }
+    }
+}
+
 /// The rest of a path as a name: a key, a topic, a file.
 pub struct Name(pub String);
 
@@ -245,9 +263,7 @@ impl<S: Send + Sync> FromRequestParts<S> for Name {
     type Rejection = Refusal;
 
     async fn from_request_parts(parts: &mut Parts, state: &S) -> Result<Self, Refusal> {
-        let axum::extract::Path(name) = axum::extract::Path::<String>::from_request_parts(parts, state)
-            .await
-            .map_err(|_| Refusal::malformed("", "the name in the path is not UTF-8"))?;
+        let Path(name) = Path::<String>::from_request_parts(parts, state).await?;
         match ids::name_fault(&name) {
             None => Ok(Self(name)),
             Some(fault) => Err(Refusal::malformed("", fault)),

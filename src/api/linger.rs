@@ -1,0 +1,64 @@
+//! A body that nobody wants any more is still taken in.
+//!
+//! A server that answers before a body has arrived, and closes, makes the kernel reset the connection: the client may lose the
+//! very answer that says what was wrong, and a request it sent after it. So what is left of a body is read and thrown away,
+//! up to the limit of bodies; the time it may take is limited as ever.
+
+use std::pin::Pin;
+use std::task::{Context, Poll};
+
+use axum::body::{Body, Bytes, HttpBody};
+use hyper::body::{Frame, SizeHint};
+
+use crate::kernel::supervisor::detach;
+
+/// A body that is read to its end, by whomever.
+pub(super) struct Linger {
+    body: Option<Body>,
+    most: usize,
+}
+
+impl Linger {
+    /// Of more than `most` bytes the rest is not worth the wait.
+    pub fn new(body: Body, most: usize) -> Self {
+        Self { body: Some(body), most }
+    }
+}
+
+impl HttpBody for Linger {
+    type Data = Bytes;
+    type Error = axum::Error;
+
+    fn poll_frame(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, axum::Error>>> {
+        let Some(body) = self.body.as_mut() else { return Poll::Ready(None) };
+        let polled = Pin::new(body).poll_frame(cx);
+        match &polled {
+            Poll::Ready(Some(Ok(frame))) => {
+                let read = frame.data_ref().map_or(0, Bytes::len);
+                self.most = self.most.saturating_sub(read);
+            }
+            Poll::Ready(_) => self.body = None,
+            Poll::Pending => {}
+        }
+        polled
+    }
+
+    fn is_end_stream(&self) -> bool {
+        self.body.as_ref().is_none_or(HttpBody::is_end_stream)
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        self.body.as_ref().map_or_else(|| SizeHint::with_exact(0), HttpBody::size_hint)
+    }
+}
+
+impl Drop for Linger {
+    fn drop(&mut self) {
+        let most = self.most;
+        // A body that says it is larger will not be waited for.
+        let fits = |b: &Body| !b.is_end_stream() && b.size_hint().lower() <= most as u64;
+        if let Some(body) = self.body.take().filter(fits) {
+            detach(http_body_util::BodyExt::collect(http_body_util::Limited::new(body, most)));
+        }
+    }
+}
