@@ -1,5 +1,6 @@
 //! What the daemon says of itself while it runs: log lines on stderr, and the registry of its metrics.
 
+use std::cell::Cell;
 use std::io::IsTerminal as _;
 use std::sync::OnceLock;
 
@@ -14,14 +15,14 @@ use crate::config::{LogFormat, Telemetry};
 /// # Errors
 /// When the filter cannot be read.
 pub fn start(settings: &Telemetry) -> Result<(), String> {
-    let filter = EnvFilter::try_new(&settings.filter).map_err(|e| format!("telemetry.filter: {e}"))?;
+    let filter = filter(&settings.filter)?;
     let json = match settings.format {
         LogFormat::Json => true,
         LogFormat::Text => false,
         LogFormat::Auto => !std::io::stderr().is_terminal(),
     };
     let (filter, handle) = reload::Layer::new(filter);
-    let registry = tracing_subscriber::registry().with(filter);
+    let registry = tracing_subscriber::registry().with(filter).with(Warnings);
     let started = if json {
         let layer =
             tracing_subscriber::fmt::layer().json().flatten_event(true).with_current_span(true).with_span_list(false);
@@ -43,8 +44,41 @@ static FILTER: OnceLock<reload::Handle<EnvFilter, tracing_subscriber::Registry>>
 /// # Errors
 /// When it cannot be read.
 pub fn refilter(filter: &str) -> Result<(), String> {
-    let filter = EnvFilter::try_new(filter).map_err(|e| format!("telemetry.filter: {e}"))?;
+    let filter = self::filter(filter)?;
     FILTER.get().map_or(Ok(()), |handle| handle.reload(filter).map_err(|e| e.to_string()))
+}
+
+/// What is configured, and always the warnings of PostgreSQL.
+fn filter(text: &str) -> Result<EnvFilter, String> {
+    let filter = EnvFilter::try_new(text).map_err(|e| format!("telemetry.filter: {e}"))?;
+    let always = format!("{NOTICE}=warn").parse().map_err(|e| format!("telemetry: {e}"))?;
+    Ok(filter.add_directive(always))
+}
+
+/// Where sqlx tells what PostgreSQL said beside an answer; it has no other way to hear of it.
+const NOTICE: &str = "sqlx::postgres::notice";
+
+thread_local! {
+    static WARNED: Cell<u64> = const { Cell::new(0) };
+}
+
+/// How many warnings of PostgreSQL this thread has received. A commit that was answered between two equal counts, on a thread
+/// that does nothing else, was answered without one.
+#[must_use]
+pub fn warned() -> u64 {
+    WARNED.get()
+}
+
+/// Counts the warnings of PostgreSQL.
+struct Warnings;
+
+impl<S: tracing::Subscriber> tracing_subscriber::Layer<S> for Warnings {
+    fn on_event(&self, event: &tracing::Event<'_>, _: tracing_subscriber::layer::Context<'_, S>) {
+        let about = event.metadata();
+        if about.target() == NOTICE && *about.level() == tracing::Level::WARN {
+            WARNED.set(WARNED.get() + 1);
+        }
+    }
 }
 
 /// The registry of one daemon, with what the operating system says of the process.

@@ -9,6 +9,7 @@ use uuid::Uuid;
 use crate::kernel::Timestamp;
 use crate::kernel::crypto::Hash;
 use crate::kernel::web::Idempotency;
+use crate::telemetry;
 
 use super::entry::{SIGNAL, Sealed};
 use super::hot::{self, Column, Hot, Row, Texts};
@@ -129,7 +130,10 @@ pub(super) async fn advance(conn: &mut PgConnection, texts: &Texts, batch: &Batc
         .bind(segments)
         .bind(AHEAD_MS as f64);
     let query = batch.columns.iter().flat_map(|(_, c)| c).fold(query, bind);
-    Ok(!query.fetch_all(conn).await?.is_empty())
+    let before = telemetry::warned();
+    let advanced = !query.fetch_all(conn).await?.is_empty();
+    unwarned(before)?;
+    Ok(advanced)
 }
 
 /// Writes the row of one hot command inside a transaction that holds the head: there it need not be asked.
@@ -152,8 +156,25 @@ fn bind<'q>(query: Query<'q>, column: &'q Column) -> Query<'q> {
     }
 }
 
+/// Changes nothing, but its commit is one that a standby must have before it is acknowledged, and with it all before it.
+pub(super) async fn touch_head(conn: &mut PgConnection) -> Result<(), sqlx::Error> {
+    sqlx::query("UPDATE ledger.head SET index = index WHERE id = 1").execute(conn).await.map(|_| ())
+}
+
+/// Commits. One that is answered with a warning may be on this host alone (the wait for the standby was cancelled): that is no
+/// answer.
 pub(super) async fn commit(conn: &mut PgConnection) -> Result<(), sqlx::Error> {
-    sqlx::raw_sql("COMMIT").execute(conn).await.map(|_| ())
+    let before = telemetry::warned();
+    sqlx::raw_sql("COMMIT").execute(conn).await?;
+    unwarned(before)
+}
+
+/// An error if PostgreSQL has warned since.
+fn unwarned(before: u64) -> Result<(), sqlx::Error> {
+    if telemetry::warned() == before {
+        return Ok(());
+    }
+    Err(sqlx::Error::Protocol("a commit was answered with a warning: it may not have been replicated".into()))
 }
 
 pub(super) async fn rollback(conn: &mut PgConnection) -> Result<(), sqlx::Error> {

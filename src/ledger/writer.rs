@@ -168,7 +168,7 @@ impl Writer {
             };
             match self.settle_unknown(s, &head).await {
                 Ok(Settled::Nothing) => break head,
-                // It was written again and committed: the lock went with it.
+                // The lock went with a commit.
                 Ok(Settled::Committed) => {}
                 // What was tried before goes first: it arrived first.
                 Ok(Settled::Again(mut again)) => {

@@ -21,7 +21,7 @@ impl Bare {
     /// Beside our tables, in the private cluster of the daemon of that folder.
     pub async fn start(daemon: &Path) -> anyhow::Result<Self> {
         let options = PgConnectOptions::new_without_pgpass().socket(daemon.join("run")).username("sop").database("sop");
-        let pool = PgPoolOptions::new().max_connections(16).connect_with(options).await?;
+        let pool = PgPoolOptions::new().max_connections(16).test_before_acquire(false).connect_with(options).await?;
         sqlx::raw_sql(
             "CREATE SCHEMA bench; CREATE TABLE bench.bare (key bytea PRIMARY KEY, value bytea NOT NULL) WITH (fillfactor = 60)",
         )

@@ -28,9 +28,9 @@ pub(super) struct Unknown {
 
 /// What became of a batch of unknown fate.
 pub(super) enum Settled {
-    /// There was none, or it is known and its callers have heard.
+    /// There was none.
     Nothing,
-    /// It was written again just now; the lock went with the commit.
+    /// It stands, or was written again just now, and its callers have heard; the lock went with a commit.
     Committed,
     /// It did not happen and cannot any more; its jobs are to be decided again.
     Again(Vec<Box<dyn Job>>),
@@ -121,12 +121,18 @@ impl Writer {
         if !stands && self.here(head) && self.unknown.as_ref().is_some_and(|u| u.again.is_some()) {
             return self.write_again(s).await;
         }
+        if stands {
+            // On this host. If it waited for a standby when it was broken off, nobody knows whether that has it: it does once a
+            // later commit was acknowledged. Until then its fate stays unknown.
+            store::touch_head(&mut s.conn).await?;
+            store::commit(&mut s.conn).await?;
+        }
         let Some(unknown) = self.unknown.take() else { return Ok(Settled::Nothing) };
         let mut jobs = unknown.jobs;
         if stands {
             tracing::info!(batch = %unknown.batch, "a commit of unknown fate did happen");
             jobs.into_iter().for_each(Job::settle);
-            return Ok(Settled::Nothing);
+            return Ok(Settled::Committed);
         }
         tracing::info!(batch = %unknown.batch, "a commit of unknown fate did not happen; its commands run again");
         jobs.iter_mut().for_each(|j| j.reset());
