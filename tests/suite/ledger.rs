@@ -352,3 +352,39 @@ async fn without_its_database_a_daemon_says_so_and_recovers() {
     .await;
     record::check(&db).await;
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn entries_go_on_in_the_next_partition() {
+    let db = database().await;
+    // As if the first partition were nearly full: it ends at 32, and nothing follows it.
+    for table in ["entries", "details"] {
+        let narrow = format!(
+            "DROP TABLE ledger.{table}_0;
+             CREATE TABLE ledger.{table}_0 PARTITION OF ledger.{table} FOR VALUES FROM (0) TO (32)"
+        );
+        sqlx::raw_sql(sqlx::AssertSqlSafe(narrow)).execute(&mut db.connect().await).await.unwrap();
+    }
+    // Two that start see the same need; one of them meets it.
+    let key = Launch::on(db.url());
+    let file = key.dir.join("shared.key");
+    std::fs::write(&file, [7u8; 32]).unwrap();
+    let with_key = |l: Launch| l.env("SOP__SECRETS__MASTER_KEY_FILE", &file.display().to_string());
+    let (a, b) = tokio::join!(with_key(key.clone()).start(), with_key(Launch::on(db.url())).start());
+    let first = if a.admin().is_some() { Client::of(&a) } else { Client::of(&b) };
+    let clients = [first.also_of(&a), first.also_of(&b)];
+    let mut last = 0;
+    for n in 0..40 {
+        last = clients[n % 2].put(&format!("partition/{n}"), "v").await.unwrap();
+    }
+    assert!(last > 40, "it went past the end of the first partition");
+    let partitions: i64 =
+        sqlx::query_scalar("SELECT count(*) FROM pg_inherits WHERE inhparent = 'ledger.entries'::regclass")
+            .fetch_one(&mut db.connect().await)
+            .await
+            .unwrap();
+    assert_eq!(partitions, 2);
+    let (_, page) =
+        first.get(&format!("/v1/audit/entries?action=state:put&order=asc&limit=100&min_index={last}")).await;
+    assert_eq!(page["items"].as_array().unwrap().len(), 40, "the search reads on across the end");
+    record::check(&db).await;
+}
