@@ -57,7 +57,9 @@ impl Drop for Linger {
         let most = self.most;
         // A body that says it is larger will not be waited for.
         let fits = |b: &Body| !b.is_end_stream() && b.size_hint().lower() <= most as u64;
-        if let Some(body) = self.body.take().filter(fits) {
+        let body = self.body.take().filter(fits);
+        // At the very end there is nobody left to read it.
+        if let (Some(body), true) = (body, tokio::runtime::Handle::try_current().is_ok()) {
             detach(http_body_util::BodyExt::collect(http_body_util::Limited::new(body, most)));
         }
     }
