@@ -1,5 +1,6 @@
 //! The room's SQL.
 
+use sqlx::postgres::PgRow;
 use sqlx::{PgConnection, QueryBuilder, Row as _};
 
 use crate::kernel::Timestamp;
@@ -136,6 +137,16 @@ pub(super) async fn make_log_key(
     Ok(())
 }
 
+fn stored(row: &PgRow) -> Result<Stored, sqlx::Error> {
+    Ok(Stored {
+        index: row.try_get("index")?,
+        leaf: row.try_get("leaf")?,
+        salt: row.try_get("salt")?,
+        details: row.try_get("details")?,
+        segment: row.try_get("segment")?,
+    })
+}
+
 /// An entry with its details.
 pub(super) async fn entries(conn: &mut PgConnection, indexes: &[i64]) -> Result<Vec<Stored>, sqlx::Error> {
     let rows = sqlx::query(
@@ -145,17 +156,7 @@ pub(super) async fn entries(conn: &mut PgConnection, indexes: &[i64]) -> Result<
     .bind(indexes)
     .fetch_all(conn)
     .await?;
-    rows.iter()
-        .map(|r| {
-            Ok(Stored {
-                index: r.try_get("index")?,
-                leaf: r.try_get("leaf")?,
-                salt: r.try_get("salt")?,
-                details: r.try_get("details")?,
-                segment: r.try_get("segment")?,
-            })
-        })
-        .collect()
+    rows.iter().map(stored).collect()
 }
 
 /// This transaction's commit does not wait for the disk.
@@ -184,17 +185,7 @@ pub(super) async fn unindexed(conn: &mut PgConnection, after: i64, limit: i64) -
     .bind(limit)
     .fetch_all(conn)
     .await?;
-    rows.iter()
-        .map(|r| {
-            Ok(Stored {
-                index: r.try_get("index")?,
-                leaf: r.try_get("leaf")?,
-                salt: r.try_get("salt")?,
-                details: r.try_get("details")?,
-                segment: r.try_get("segment")?,
-            })
-        })
-        .collect()
+    rows.iter().map(stored).collect()
 }
 
 /// Puts entries into the search and moves it to `to`.

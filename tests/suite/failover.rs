@@ -142,6 +142,13 @@ async fn a_commit_that_may_not_have_been_replicated_is_not_acknowledged() {
         panic!("no writer waits for a standby");
     };
     set("nobody").await;
+    // The server takes the setting over when its checkpointer wakes up: from then on a commit of anybody waits.
+    until("commits wait for a standby", Duration::from_secs(30), || async {
+        let mut admin = db.cluster.admin().await;
+        let commit = sqlx::query("SELECT pg_logical_emit_message(true, 'probe', '')").execute(&mut admin);
+        tokio::time::timeout(Duration::from_millis(500), commit).await.is_err()
+    })
+    .await;
     let put = tokio::spawn({
         let client = client.clone_at_self();
         async move { client.put("k", "after").await }

@@ -119,10 +119,11 @@ async fn a_holder_that_stalls_is_ended_and_does_no_harm() {
 #[tokio::test(flavor = "multi_thread")]
 async fn only_the_one_that_stalls_is_ended_not_those_that_wait_with_us() {
     let db = database().await;
+    // Long enough that a slow disk under the other tests is not taken for a stall.
     let proxy = Proxy::before(&db);
-    let one = Launch::on(db.url_via(&proxy)).env("SOP__LEDGER__LOCK_WAIT", "500ms").start().await;
-    let two = Launch::beside(&one, db.url()).env("SOP__LEDGER__LOCK_WAIT", "500ms").start().await;
-    let three = Launch::beside(&one, db.url()).env("SOP__LEDGER__LOCK_WAIT", "500ms").start().await;
+    let one = Launch::on(db.url_via(&proxy)).env("SOP__LEDGER__LOCK_WAIT", "2s").start().await;
+    let two = Launch::beside(&one, db.url()).env("SOP__LEDGER__LOCK_WAIT", "2s").start().await;
+    let three = Launch::beside(&one, db.url()).env("SOP__LEDGER__LOCK_WAIT", "2s").start().await;
     let a = Client::of(&one);
     a.put("k", "0").await.unwrap();
     a.token().await;

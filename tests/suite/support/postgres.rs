@@ -54,15 +54,8 @@ pub async fn database_alone() -> Database {
 
 impl Cluster {
     fn start() -> Arc<Self> {
-        let home = reaper::folder("pg");
-        let (data, sockets) = (home.join("data"), home.join("s"));
-        fs::create_dir(&sockets).expect("socket folder");
         let owner = service_user();
-        if let Some((uid, gid)) = owner {
-            chown(&home, Some(uid), Some(gid)).expect("chown");
-            chown(&sockets, Some(uid), Some(gid)).expect("chown");
-        }
-        fs::set_permissions(&home, fs::Permissions::from_mode(0o755)).expect("chmod");
+        let (home, data, sockets) = folders("pg", owner);
         let bin = binaries();
         let log = File::create(home.join("log")).expect("log");
         let done = as_user(&bin.join("initdb"), owner)
@@ -159,15 +152,8 @@ pub struct Standby {
 
 impl Standby {
     fn start(primary: &Path) -> Self {
-        let home = reaper::folder("standby");
-        let (data, sockets) = (home.join("data"), home.join("s"));
-        fs::create_dir(&sockets).expect("socket folder");
         let owner = service_user();
-        if let Some((uid, gid)) = owner {
-            chown(&home, Some(uid), Some(gid)).expect("chown");
-            chown(&sockets, Some(uid), Some(gid)).expect("chown");
-        }
-        fs::set_permissions(&home, fs::Permissions::from_mode(0o755)).expect("chmod");
+        let (home, data, sockets) = folders("standby", owner);
         let bin = binaries();
         let log = File::create(home.join("log")).expect("log");
         let copied = as_user(&bin.join("pg_basebackup"), owner)
@@ -264,6 +250,19 @@ impl Drop for Database {
     fn drop(&mut self) {
         let _ = self.cluster.orders.send(Order::Drop(std::mem::take(&mut self.name)));
     }
+}
+
+/// A folder of a server's own, where its data will be, and one for its socket.
+fn folders(purpose: &str, owner: Option<(u32, u32)>) -> (PathBuf, PathBuf, PathBuf) {
+    let home = reaper::folder(purpose);
+    let sockets = home.join("s");
+    fs::create_dir(&sockets).expect("socket folder");
+    if let Some((uid, gid)) = owner {
+        chown(&home, Some(uid), Some(gid)).expect("chown");
+        chown(&sockets, Some(uid), Some(gid)).expect("chown");
+    }
+    fs::set_permissions(&home, fs::Permissions::from_mode(0o755)).expect("chmod");
+    (home.clone(), home.join("data"), sockets)
 }
 
 /// The one that creates and drops: two at once would wait for each other on the template anyway.
