@@ -158,6 +158,7 @@ impl<'a> Ground<'a> {
             write_timeout: settings.write_timeout.get(),
             // Entities before clients: a client that is known has its entity.
             projections: vec![views.entities.clone(), views.clients.clone(), views.keys.clone(), views.board.clone()],
+            partitioned: audit::PARTITIONED,
         };
         let ledger = Ledger::start(parts, &self.tasks).await.map_err(said)?;
         let check = self.master.check_value();
@@ -176,6 +177,7 @@ impl<'a> Ground<'a> {
             master: &self.master,
             config: self.config,
             registry: &self.registry,
+            records: vec![governance::records(self.store), nexus::records(self.store)],
         };
         let audit = Audit::start(parts, &self.tasks).await.map_err(said)?;
         let governance = Governance::start(views.rules.clone(), ledger.clone(), self.store.clone(), &self.tasks);

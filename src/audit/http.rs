@@ -1,5 +1,7 @@
 //! The room's routes: the record under `/v1/audit`, the transparency log under `/log`.
 
+mod records;
+
 use std::time::Duration;
 
 use axum::extract::State as Room;
@@ -10,6 +12,7 @@ use serde_json::{Map, Value};
 use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
 
+use crate::kernel::crypto::base64;
 use crate::kernel::web::{Answer, Caller, Path as UrlPath, Query, cursor, page_limit};
 use crate::kernel::{Refusal, Timestamp};
 
@@ -23,6 +26,10 @@ pub fn routes(audit: Audit) -> OpenApiRouter {
         .routes(routes!(list))
         .routes(routes!(entry))
         .routes(routes!(receipt))
+        .routes(routes!(consistency))
+        .routes(routes!(records::keep))
+        .routes(routes!(records::list))
+        .routes(routes!(records::receipt))
         .routes(routes!(checkpoint))
         .routes(routes!(key))
         .routes(routes!(tile))
@@ -135,20 +142,74 @@ async fn entry(
     Ok(Answer::ok(found.shown(audit.indexed_to())))
 }
 
+#[derive(Deserialize, utoipa::IntoParams)]
+#[serde(deny_unknown_fields)]
+#[into_params(parameter_in = Query)]
+struct ReceiptQuery {
+    /// In the checkpoint of this many entries; without it, the newest
+    #[serde(default)]
+    size: Option<u64>,
+}
+
 /// The receipt of an entry (C2SP tlog-proof); its extra line carries the leaf
-#[utoipa::path(get, path = "/v1/audit/entries/{index}/receipt", tag = "audit", params(("index" = i64, Path, description = "Its index")),
+#[utoipa::path(get, path = "/v1/audit/entries/{index}/receipt", tag = "audit",
+    params(("index" = i64, Path, description = "Its index"), ReceiptQuery),
     responses((status = 200, content_type = "text/plain", body = String), (status = 404, description = "Beyond the head"),
               (status = 503, description = "No checkpoint covers it yet")))]
 async fn receipt(
     Room(audit): Room<Audit>,
     caller: Caller,
     UrlPath(index): UrlPath<String>,
+    Query(q): Query<ReceiptQuery>,
     headers: HeaderMap,
 ) -> Result<Response, Refusal> {
-    let wait = headers.get("sop-timeout").and_then(|v| v.to_str().ok()?.parse::<f64>().ok()).unwrap_or(5.0);
-    let wait = Duration::try_from_secs_f64(wait.clamp(0.0, 60.0)).unwrap_or(Duration::from_secs(5));
-    let proof = audit.receipt(&caller, whole(&index)?, wait).await?;
+    let proof = audit.receipt(&caller, whole(&index)?, q.size, receipt_wait(&headers)).await?;
     Ok(([(header::CONTENT_TYPE, "text/plain; charset=utf-8")], proof.text()).into_response())
+}
+
+/// How long a receipt waits for its checkpoint.
+fn receipt_wait(headers: &HeaderMap) -> Duration {
+    let wait = headers.get("sop-timeout").and_then(|v| v.to_str().ok()?.parse::<f64>().ok()).unwrap_or(5.0);
+    Duration::try_from_secs_f64(wait.clamp(0.0, 60.0)).unwrap_or(Duration::from_secs(5))
+}
+
+#[derive(Deserialize, utoipa::IntoParams)]
+#[serde(deny_unknown_fields)]
+#[into_params(parameter_in = Query)]
+struct ConsistencyQuery {
+    /// Size of the older checkpoint
+    from: u64,
+    /// Size of the newer one; without it, the newest
+    #[serde(default)]
+    to: Option<u64>,
+}
+
+/// What shows that one checkpoint extends another (RFC 9162, 2.1.4), hashes and roots in base64
+#[derive(Serialize, utoipa::ToSchema)]
+struct Consistent {
+    from: u64,
+    to: u64,
+    from_root: String,
+    to_root: String,
+    proof: Vec<String>,
+}
+
+/// The consistency proof between two sizes of the log
+#[utoipa::path(get, path = "/v1/audit/consistency", tag = "audit", params(ConsistencyQuery),
+    responses((status = 200, body = Consistent), (status = 400, description = "`from` is above `to`"), (status = 404, description = "Beyond the newest checkpoint")))]
+async fn consistency(
+    Room(audit): Room<Audit>,
+    caller: Caller,
+    Query(q): Query<ConsistencyQuery>,
+) -> Result<Answer<Consistent>, Refusal> {
+    let found = audit.consistency(&caller, q.from, q.to).await?;
+    Ok(Answer::ok(Consistent {
+        from: found.from.0,
+        to: found.to.0,
+        from_root: base64(found.from.1),
+        to_root: base64(found.to.1),
+        proof: found.proof.iter().map(base64).collect(),
+    }))
 }
 
 /// The newest signed checkpoint (C2SP tlog-checkpoint)

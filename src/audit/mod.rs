@@ -8,11 +8,13 @@
 //! **Why this way.** Tiles are derived after the commit and not in it: the head's root already binds every leaf, so publishing
 //! can be late, repeated or done by another daemon without weakening anything.
 
+mod events;
 pub mod http;
 pub mod model;
 pub mod note;
 pub mod proof;
 mod publisher;
+mod receipts;
 mod search;
 mod start;
 mod store;
@@ -31,14 +33,18 @@ use crate::kernel::crypto::{self, MasterKey, SigningKey};
 use crate::kernel::supervisor::Supervisor;
 use crate::kernel::web::{Ask, Caller};
 use crate::kernel::{Clock, Refusal, problem};
-use crate::ledger::{Entry, Ledger, merkle};
+use crate::ledger::{Entry, Ledger};
 use crate::store::Store;
 
+pub use events::Records;
 use model::{Filter, Stored};
 use note::VerifierKey;
-use proof::Proof;
+pub use receipts::Consistency;
 pub use start::{Lost, check_at_start, lost, resume};
 use tiles::{Tile, WIDTH};
+
+/// Tables that are partitioned by index as the entries are.
+pub const PARTITIONED: &[&str] = &["audit.segments"];
 
 /// Seals the log's key.
 const PURPOSE: &str = "audit/log-key";
@@ -51,6 +57,9 @@ pub struct Audit {
     key: VerifierKey,
     public_entries: bool,
     indexed: watch::Receiver<i64>,
+    metrics: Metrics,
+    signer: Arc<SigningKey>,
+    records: Arc<[Arc<dyn Records>]>,
 }
 
 /// What the room counts.
@@ -59,6 +68,7 @@ struct Metrics {
     published: IntGauge,
     mismatches: IntCounter,
     indexed: IntGauge,
+    events: IntCounter,
 }
 
 impl Metrics {
@@ -70,10 +80,12 @@ impl Metrics {
                 "Times the entries did not give the head's root",
             )?,
             indexed: IntGauge::new("sop_audit_indexed_to", "Newest index that can be searched")?,
+            events: IntCounter::new("sop_audit_events_total", "Events of the protocols that were recorded")?,
         };
         registry.register(Box::new(m.published.clone()))?;
         registry.register(Box::new(m.mismatches.clone()))?;
         registry.register(Box::new(m.indexed.clone()))?;
+        registry.register(Box::new(m.events.clone()))?;
         Ok(m)
     }
 }
@@ -92,6 +104,8 @@ pub struct Parts<'a> {
     pub config: &'a config::Config,
     /// Where its metrics go.
     pub registry: &'a Registry,
+    /// Where the records of other rooms' segments are.
+    pub records: Vec<Arc<dyn Records>>,
 }
 
 impl Audit {
@@ -100,23 +114,33 @@ impl Audit {
     /// # Errors
     /// When the database is away, or the key does not open.
     pub async fn start(parts: Parts<'_>, tasks: &Supervisor) -> Result<Self, Refusal> {
-        let Parts { ledger, store, clock, master, config, registry } = parts;
+        let Parts { ledger, store, clock, master, config, registry, records } = parts;
         let metrics = Metrics::new(registry).map_err(Refusal::internal)?;
         let (origin, key) = signing_key(&store, master, &clock, config.audit.origin.as_deref()).await?;
         let verifier = VerifierKey { name: origin.clone(), public: key.public() };
+        let key = Arc::new(key);
         let file = config.data.dir.join("checkpoint");
         let publisher = publisher::Publisher {
             store: store.clone(),
             clock,
-            key: Arc::new(key),
+            key: key.clone(),
             origin,
             file,
             metrics: metrics.clone(),
             place: None,
         };
         publisher::start(publisher, &ledger, config.audit.publish_interval.get(), tasks);
-        let indexed = search::start(&store, &ledger, metrics, tasks);
-        Ok(Self { ledger, store, key: verifier, public_entries: config.audit.public_entries, indexed })
+        let indexed = search::start(&store, &ledger, metrics.clone(), tasks);
+        Ok(Self {
+            ledger,
+            store,
+            key: verifier,
+            public_entries: config.audit.public_entries,
+            indexed,
+            metrics,
+            signer: key,
+            records: records.into(),
+        })
     }
 
     /// The key that checks this log.
@@ -181,27 +205,6 @@ impl Audit {
             out.extend_from_slice(&leaf);
         }
         Ok(out)
-    }
-
-    /// The receipt of an entry, in the newest checkpoint. Waits for one that covers it.
-    ///
-    /// # Errors
-    /// 404 beyond the head, 503 when no checkpoint covers it in time.
-    pub async fn receipt(&self, caller: &Caller, index: i64, wait: Duration) -> Result<Proof, Refusal> {
-        self.ledger.permit(caller, &[Ask::new("audit:receipt", "Entry", index.to_string())]).await?;
-        if index < 0 || index > self.ledger.index() {
-            return Err(Refusal::not_found(format!("entry {index}")));
-        }
-        let at = u64::try_from(index).unwrap_or(0);
-        let covered = tokio::time::timeout(wait, self.covered(at)).await;
-        let (size, note) =
-            covered.map_err(|_| Refusal::unavailable(format!("no checkpoint covers entry {index} yet")))??;
-        let mut conn = self.connection().await?;
-        let refusal = |e| self.store.refusal(e);
-        let leaf = store::leaves(&mut conn, at, at + 1).await.map_err(refusal)?.pop();
-        let extra = leaf.ok_or_else(|| Refusal::internal(format!("entry {index} is missing")))?;
-        let path = tree::path(&mut conn, merkle::inclusion(at, size)).await.map_err(refusal)?;
-        Ok(Proof { extra, index: at, path, checkpoint: note })
     }
 
     /// The newest checkpoint once it covers `index`.

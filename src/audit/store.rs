@@ -1,5 +1,7 @@
 //! The room's SQL.
 
+pub(super) mod segments;
+
 use sqlx::postgres::PgRow;
 use sqlx::{PgConnection, QueryBuilder, Row as _};
 

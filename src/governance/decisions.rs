@@ -6,11 +6,14 @@ use serde_json::json;
 use tokio::sync::{Mutex, mpsc, oneshot};
 use uuid::Uuid;
 
+use crate::audit::Records;
 use crate::kernel::supervisor::{Supervisor, Task};
 use crate::kernel::web::Caller;
-use crate::kernel::{Clock, Refusal, crypto, ids, problem};
+use crate::kernel::{BoxFuture, Clock, Refusal, crypto, ids, problem};
 use crate::ledger::entry::canonical;
 use crate::ledger::{Command, Entry, Failure, Ledger, Tx, segment};
+
+use crate::store::Store;
 
 use super::authzen::Evaluation;
 use super::store::{self, Kept};
@@ -119,5 +122,21 @@ impl Command for Keep {
         let segment = segment::over(self.0.iter().map(|k| k.record.as_slice()));
         let allowed = self.0.iter().filter(|k| k.decision).count();
         Ok(((), Entry::ok("governance:evaluate", "bundle/active").change("allowed", allowed).segment(segment)))
+    }
+}
+
+/// The records of decisions, for who gives receipts of them.
+pub(super) struct Decisions(pub Store);
+
+impl Records for Decisions {
+    fn action(&self) -> &'static str {
+        "governance:evaluate"
+    }
+
+    fn of(&self, index: i64) -> BoxFuture<'_, Result<Vec<Vec<u8>>, Refusal>> {
+        Box::pin(async move {
+            let mut conn = self.0.reader().acquire().await.map_err(|e| self.0.refusal(e))?;
+            store::records(&mut conn, index).await.map_err(|e| self.0.refusal(e))
+        })
     }
 }

@@ -63,6 +63,12 @@ fn determining(answers: &[Arc<Answer>]) -> Arc<[String]> {
     all.into()
 }
 
+/// The records of decisions, for who gives receipts of them.
+#[must_use]
+pub fn records(store: &Store) -> Arc<dyn crate::audit::Records> {
+    Arc::new(decisions::Decisions(store.clone()))
+}
+
 impl Rules {
     /// The shipped bundle over the entities of `snapshot`.
     ///

@@ -109,3 +109,11 @@ pub(super) async fn keep(
     .await?;
     Ok(())
 }
+
+/// The records of an entry's decisions, in order.
+pub(super) async fn records(conn: &mut PgConnection, index: i64) -> Result<Vec<Vec<u8>>, sqlx::Error> {
+    sqlx::query_scalar("SELECT record FROM governance.decisions WHERE index = $1 ORDER BY position")
+        .bind(index)
+        .fetch_all(conn)
+        .await
+}

@@ -9,6 +9,7 @@
 //! record could not be read as one.
 
 pub mod clock;
+pub mod cloudevents;
 pub mod crypto;
 pub mod ids;
 pub mod jose;

@@ -96,6 +96,8 @@ pub struct Parts {
     pub write_timeout: Duration,
     /// What this daemon keeps in memory.
     pub projections: Vec<Arc<dyn Projection>>,
+    /// Tables of the rooms that are partitioned by index as the entries are.
+    pub partitioned: &'static [&'static str],
 }
 
 /// The ledger as the rooms see it. Cheap to clone.
@@ -120,6 +122,7 @@ struct Shared {
     metrics: Metrics,
     /// The statement that writes, by the kinds of rows it carries.
     texts: hot::Texts,
+    partitioned: &'static [&'static str],
     queue: mpsc::Sender<Box<dyn Job>>,
     news: mpsc::Sender<News>,
     /// The newest index this daemon knows to be committed.
@@ -173,6 +176,7 @@ impl Ledger {
             write_timeout: parts.write_timeout,
             metrics,
             texts: hot::Texts::default(),
+            partitioned: parts.partitioned,
             queue,
             news,
             head: AtomicI64::new(-1),
@@ -417,7 +421,7 @@ impl Shared {
         let head = store::head_index(conn).await?;
         let end = store::partition_end(conn).await?;
         if end - head < store::PARTITION / 2 {
-            store::add_partition(conn, end).await?;
+            store::add_partition(conn, end, self.partitioned).await?;
         }
         Ok(())
     }

@@ -349,13 +349,17 @@ pub(super) async fn partition_end(conn: &mut PgConnection) -> Result<i64, sqlx::
 pub(super) const PARTITION: i64 = 8_388_608;
 
 /// Makes the partition that begins at `from`. Made apart and then attached, which does not lock readers out.
-pub(super) async fn add_partition(conn: &mut PgConnection, from: i64) -> Result<(), sqlx::Error> {
+pub(super) async fn add_partition(
+    conn: &mut PgConnection,
+    from: i64,
+    beside: &[&'static str],
+) -> Result<(), sqlx::Error> {
     let to = from + PARTITION;
     let mut sql = String::from("BEGIN;");
-    for table in ["entries", "details"] {
+    for table in ["ledger.entries", "ledger.details"].iter().chain(beside) {
         sql.push_str(&format!(
-            "CREATE TABLE IF NOT EXISTS ledger.{table}_{from} (LIKE ledger.{table} INCLUDING ALL);
-             ALTER TABLE ledger.{table} ATTACH PARTITION ledger.{table}_{from} FOR VALUES FROM ({from}) TO ({to});"
+            "CREATE TABLE IF NOT EXISTS {table}_{from} (LIKE {table} INCLUDING ALL);
+             ALTER TABLE {table} ATTACH PARTITION {table}_{from} FOR VALUES FROM ({from}) TO ({to});"
         ));
     }
     sql.push_str("COMMIT");

@@ -14,11 +14,12 @@ use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
 use uuid::Uuid;
 
+use crate::kernel::cloudevents::{self, Brought};
 use crate::kernel::web::{Answer, Body, Caller, Json, Listing, Path, Query, faulty, page_limit, problem_document};
 use crate::kernel::{Fault, Refusal, ids};
 
 use super::Nexus;
-use super::events::{self, Brought};
+
 use super::model::{
     Beaten, Fitness, Group, GroupBody, Instance, Message, Published, Registration, Service, Topic, TopicBody,
 };
@@ -253,7 +254,7 @@ async fn publish(
 ) -> Result<Response, Refusal> {
     let [name] = names([name])?;
     let delay = delay(&headers)?;
-    match events::read(&headers, &body)? {
+    match cloudevents::read(&headers, &body)? {
         Brought::One(event) => {
             let done = nexus.publish(&caller, name, event, delay).await?;
             let new = !done.value.duplicate;
@@ -261,6 +262,7 @@ async fn publish(
             Ok(answer.at(done.index).into_response())
         }
         Brought::Many(events) => {
+            let events = events.into_iter().collect::<Result<_, _>>()?;
             let done = nexus.publish_all(&caller, name, events, delay).await?;
             Ok(Answer::created(json!({"items": done.value})).at(done.index).into_response())
         }

@@ -10,7 +10,6 @@
 //! consumer asks does not matter, and the death of any loses nothing.
 
 mod board;
-mod events;
 pub mod http;
 mod metrics;
 pub mod model;
@@ -25,6 +24,7 @@ use std::time::Duration;
 
 use uuid::Uuid;
 
+use crate::kernel::cloudevents::Event;
 use crate::kernel::supervisor::{Supervisor, Task, TaskError};
 use crate::kernel::web::{Ask, Caller, cursor};
 use crate::kernel::{Clock, Refusal, Timestamp, ids, problem};
@@ -32,7 +32,6 @@ use crate::ledger::{Committed, Ledger};
 use crate::store::Store;
 
 pub use board::Board;
-use events::Event;
 pub use metrics::Metrics;
 use model::{Beaten, Group, Instance, Message, Published, Registration, Service, Topic};
 use services::{Beats, Registered};
@@ -64,6 +63,12 @@ pub struct Nexus {
     board: Arc<Board>,
     metrics: Metrics,
     beats: Beats,
+}
+
+/// The messages of batches, for who gives receipts of them.
+#[must_use]
+pub fn records(store: &Store) -> Arc<dyn crate::audit::Records> {
+    Arc::new(publish::Messaged(store.clone()))
 }
 
 impl Nexus {

@@ -5,12 +5,15 @@ use std::sync::Arc;
 use sqlx::PgConnection;
 use uuid::Uuid;
 
+use crate::audit::Records;
+use crate::kernel::cloudevents::Event;
 use crate::kernel::{BoxFuture, Refusal, Timestamp};
 use crate::ledger::hot::{self, At, Column, Decided, Fact, Hot, HotKey, Loaded, Row};
 use crate::ledger::{Command, Entry, Failure, Touch, Tx, segment};
 
+use crate::store::Store;
+
 use super::board::MESSAGE;
-use super::events::Event;
 use super::model::Published;
 use super::store::topics::{self as store, Kept};
 
@@ -154,5 +157,21 @@ impl Command for PublishAll {
             store::keep(tx.write(), &kept).await?;
         }
         Ok((answers, entry))
+    }
+}
+
+/// The messages of batches, for who gives receipts of them.
+pub(super) struct Messaged(pub Store);
+
+impl Records for Messaged {
+    fn action(&self) -> &'static str {
+        "nexus:publish"
+    }
+
+    fn of(&self, index: i64) -> BoxFuture<'_, Result<Vec<Vec<u8>>, Refusal>> {
+        Box::pin(async move {
+            let mut conn = self.0.reader().acquire().await.map_err(|e| self.0.refusal(e))?;
+            store::records(&mut conn, index).await.map_err(|e| self.0.refusal(e))
+        })
     }
 }

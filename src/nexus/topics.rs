@@ -7,11 +7,11 @@ use serde::{Deserialize, Serialize};
 use serde_json::value::RawValue;
 use uuid::Uuid;
 
+use crate::kernel::cloudevents::Event;
 use crate::kernel::{Refusal, Timestamp, problem};
 use crate::ledger::{Command, Entry, Failure, Touch, Tx};
 
 use super::board::{GROUP, MESSAGE};
-use super::events::Event;
 use super::model::{Group, Message, Published, Topic};
 use super::publish;
 use super::store::topics::{self as store, Cursor, Delivery, Found, Kept};
@@ -169,7 +169,7 @@ impl Pull {
             let dedupe = crate::kernel::crypto::sha256(origin.as_bytes());
             let published =
                 Published { index, position: position as i64, id: crate::kernel::ids::new_id(now), duplicate: false };
-            let event = Event { bytes: found.event.clone(), dedupe };
+            let event = Event::kept(found.event.clone(), dedupe);
             kept.push(Kept { topic: to.to_owned(), published, event, time: now, deliver: now });
         }
         store::keep(tx.write(), &kept).await?;

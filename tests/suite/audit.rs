@@ -64,6 +64,40 @@ async fn every_entry_has_a_receipt_that_verifies_offline() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn any_size_has_receipts_and_any_two_are_shown_to_be_one_log() {
+    let (_db, _daemon, client) = start().await;
+    let writes = (0..300).map(|i| {
+        let client = &client;
+        async move { client.put(&format!("t/{i}"), "v").await.unwrap() }
+    });
+    futures_util::future::join_all(writes).await;
+    let key = log_key(&client).await;
+    let newest = published(&client, &key, 300).await;
+    for (index, size) in [(0, 1), (0, 2), (5, 6), (5, 256), (255, 256), (7, 257), (260, 299)] {
+        let path = format!("/v1/audit/entries/{index}/receipt?size={size}");
+        let proof = Proof::parse(&text(&client, &path).await).unwrap();
+        let (_, checkpoint) = proof.verify(&key).unwrap();
+        assert_eq!((proof.index, checkpoint.size), (index, size));
+    }
+    let status = async |path: &str| client.get(path).await.0;
+    assert_eq!(status("/v1/audit/entries/5/receipt?size=5").await, 400, "it does not hold the entry");
+    assert_eq!(status("/v1/audit/entries/5/receipt?size=99999999").await, 404);
+    assert_eq!(status("/v1/audit/entries/5/receipt?size=x").await, 400);
+    let hash = |v: &Value| -> [u8; 32] { crypto::from_base64(v.as_str().unwrap()).unwrap().try_into().unwrap() };
+    for (from, to) in [(0, 10), (1, 300), (100, 300), (255, 256), (256, 300), (300, 300)] {
+        let (status, said) = client.get(&format!("/v1/audit/consistency?from={from}&to={to}")).await;
+        assert_eq!(status, 200, "{said}");
+        let proof: Vec<_> = said["proof"].as_array().unwrap().iter().map(hash).collect();
+        let (old, new) = (hash(&said["from_root"]), hash(&said["to_root"]));
+        assert!(sop::ledger::merkle::verify_consistency(from, to, &old, &new, &proof), "{from} to {to}");
+    }
+    let (_, said) = client.get("/v1/audit/consistency?from=1").await;
+    assert!(said["to"].as_u64().unwrap() >= newest.size);
+    assert_eq!(status("/v1/audit/consistency?from=9&to=8").await, 400);
+    assert_eq!(status("/v1/audit/consistency?from=9&to=99999999").await, 404);
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn tiles_are_what_the_leaves_give() {
     let (_db, _daemon, client) = start().await;
     let writes = (0..300).map(|i| {

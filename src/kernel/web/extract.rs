@@ -1,5 +1,7 @@
 //! What handlers take apart: bodies, queries, names, preconditions. Each says where the fault is and what would be right.
 
+use std::io::Read as _;
+
 use axum::body::Bytes;
 use axum::extract::{FromRequest, FromRequestParts, Request};
 use axum::http::request::Parts;
@@ -43,6 +45,30 @@ pub async fn read_body(request: Request, limit: usize) -> Result<Bytes, Refusal>
             Err(Refusal::new(&problem::TIMEOUT, "the body did not arrive in time"))
         }
         Err(_) => Err(Refusal::new(&problem::MALFORMED, "the body did not arrive whole")),
+    }
+}
+
+/// A body without its content coding (RFC 9110, 8.4): none or gzip. What it grows to has the same limit, and nothing beyond the
+/// limit is made.
+///
+/// # Errors
+/// 413 past the limit, 415 for another coding, 400 for what is not gzip.
+pub fn inflate(headers: &HeaderMap, body: Bytes, limit: usize) -> Result<Bytes, Refusal> {
+    let coding = headers.get(header::CONTENT_ENCODING).map(|v| v.to_str().unwrap_or("?").trim().to_ascii_lowercase());
+    match coding.as_deref() {
+        None | Some("" | "identity") => Ok(body),
+        Some("gzip" | "x-gzip") => {
+            let mut out = Vec::new();
+            let most = u64::try_from(limit).unwrap_or(u64::MAX).saturating_add(1);
+            let mut reader = flate2::read::MultiGzDecoder::new(&body[..]).take(most);
+            reader.read_to_end(&mut out).map_err(|_| Refusal::malformed("", "the body is not gzip, or ends early"))?;
+            if out.len() > limit {
+                return Err(Refusal::new(&problem::TOO_LARGE, format!("the body inflates to more than {limit} bytes")));
+            }
+            Ok(out.into())
+        }
+        Some(_) => Err(Refusal::new(&problem::UNSUPPORTED_MEDIA_TYPE, "send the body as it is, or with gzip")
+            .with_header("Accept-Encoding", "gzip")),
     }
 }
 

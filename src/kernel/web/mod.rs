@@ -16,7 +16,7 @@ pub use caller::{
     Ask, Authority, Caller, Credential, Decision, Depends, EntityName, Idempotency, Identity, Permit, RequestInfo,
 };
 pub use extract::{
-    Body, BodyLimit, Json, Name, Path, Preconditions, Query, Tags, faulty, is_json, page_limit, pairs, parse_json,
-    parse_query, read_body,
+    Body, BodyLimit, Json, Name, Path, Preconditions, Query, Tags, faulty, inflate, is_json, page_limit, pairs,
+    parse_json, parse_query, read_body,
 };
 pub use respond::{Answer, Listing, SOP_INDEX, problem_document, problem_response};

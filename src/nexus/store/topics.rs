@@ -5,8 +5,8 @@ use sqlx::{PgConnection, Row as _};
 use uuid::Uuid;
 
 use crate::kernel::Timestamp;
+use crate::kernel::cloudevents::Event;
 use crate::ledger::hot::Column;
-use crate::nexus::events::Event;
 use crate::nexus::model::{Group, Published, Topic};
 
 fn topic(r: &PgRow) -> Result<Topic, sqlx::Error> {
@@ -455,4 +455,12 @@ pub(in crate::nexus) async fn retire(
     .fetch_one(conn)
     .await?;
     Ok(u64::try_from(done.try_get::<i64, _>(0)?).unwrap_or(0))
+}
+
+/// The messages of an entry, in order.
+pub(in crate::nexus) async fn records(conn: &mut PgConnection, index: i64) -> Result<Vec<Vec<u8>>, sqlx::Error> {
+    sqlx::query_scalar("SELECT event FROM nexus.messages WHERE index = $1 ORDER BY position")
+        .bind(index)
+        .fetch_all(conn)
+        .await
 }

@@ -4,9 +4,9 @@ use axum::http::{HeaderMap, header};
 use serde_json::value::RawValue;
 use serde_json::{Map, Value};
 
-use crate::kernel::crypto::{self, Hash};
-use crate::kernel::web::parse_json;
-use crate::kernel::{Fault, Refusal, Timestamp, problem};
+use super::crypto::{self, Hash};
+use super::web::{faulty, parse_json};
+use super::{Fault, Refusal, Timestamp, problem};
 
 /// An event that is what the specification asks for.
 #[derive(Clone, Debug)]
@@ -15,6 +15,27 @@ pub struct Event {
     pub bytes: Vec<u8>,
     /// Digest of source and id, by which a repetition is known.
     pub dedupe: Hash,
+    /// Where it comes from.
+    pub source: String,
+    /// What it is.
+    pub kind: String,
+    /// Its id, unique for its source.
+    pub id: String,
+}
+
+impl Event {
+    /// One that was read before and kept, under another digest.
+    #[must_use]
+    pub fn kept(bytes: Vec<u8>, dedupe: Hash) -> Self {
+        let event = serde_json::from_slice(&bytes).unwrap_or_default();
+        Self { dedupe, ..Self::new(bytes, &event) }
+    }
+
+    fn new(bytes: Vec<u8>, event: &Map<String, Value>) -> Self {
+        let text = |name: &str| event.get(name).and_then(Value::as_str).unwrap_or_default().to_owned();
+        let (source, id) = (text("source"), text("id"));
+        Self { bytes, dedupe: crypto::hash_tuple([source.as_str(), id.as_str()]), source, kind: text("type"), id }
+    }
 }
 
 /// Events in one batch at most.
@@ -24,8 +45,8 @@ const BATCH: usize = 1000;
 pub enum Brought {
     /// Structured or binary.
     One(Event),
-    /// A batch.
-    Many(Vec<Event>),
+    /// A batch, each element read by itself.
+    Many(Vec<Result<Event, Refusal>>),
 }
 
 /// Reads a request's body by its content type.
@@ -41,7 +62,7 @@ pub fn read(headers: &HeaderMap, body: &[u8]) -> Result<Brought, Refusal> {
             return Err(Refusal::malformed("", format!("a batch has 1 to {BATCH} events")));
         }
         let each = items.iter().enumerate().map(|(i, raw)| structured(raw.get().as_bytes(), &format!("/{i}")));
-        return each.collect::<Result<_, _>>().map(Brought::Many);
+        return Ok(Brought::Many(each.collect()));
     }
     if essence == "application/cloudevents+json" {
         return structured(body, "").map(Brought::One);
@@ -58,18 +79,13 @@ pub fn read(headers: &HeaderMap, body: &[u8]) -> Result<Brought, Refusal> {
 fn structured(bytes: &[u8], at: &str) -> Result<Event, Refusal> {
     let event: Map<String, Value> = parse_json(bytes).map_err(|r| moved(&r, at))?;
     check(&event, at)?;
-    Ok(Event { bytes: bytes.to_vec(), dedupe: dedupe(&event) })
+    Ok(Event::new(bytes.to_vec(), &event))
 }
 
 /// The same refusal, of an element of a list.
 fn moved(refusal: &Refusal, at: &str) -> Refusal {
     let faults = refusal.errors().iter().map(|f| Fault::new(format!("{at}{}", f.pointer), f.detail.clone()));
     Refusal::new(refusal.problem(), refusal.detail()).with_faults(faults)
-}
-
-fn dedupe(event: &Map<String, Value>) -> Hash {
-    let text = |name: &str| event.get(name).and_then(Value::as_str).unwrap_or_default();
-    crypto::hash_tuple([text("source"), text("id")])
 }
 
 /// Holds an event against the specification.
@@ -102,7 +118,7 @@ fn check(event: &Map<String, Value>, at: &str) -> Result<(), Refusal> {
             fault(name, "a context attribute is text, a whole number or a boolean");
         }
     }
-    crate::kernel::web::faulty(faults).map_or(Ok(()), Err)
+    faulty(faults).map_or(Ok(()), Err)
 }
 
 /// Binary mode: attributes are headers, the body is the data.
@@ -127,7 +143,7 @@ fn binary(headers: &HeaderMap, declared: &str, essence: &str, body: &[u8]) -> Re
     }
     check(&event, "")?;
     let bytes = serde_json::to_vec(&event).map_err(Refusal::internal)?;
-    Ok(Event { bytes, dedupe: dedupe(&event) })
+    Ok(Event::new(bytes, &event))
 }
 
 #[cfg(test)]
@@ -165,7 +181,7 @@ mod tests {
         assert_eq!(binary.dedupe, structured.dedupe);
         let batch = with(&[("content-type", "application/cloudevents-batch+json")]);
         let Brought::Many(events) = read(&batch, format!("[{body}]").as_bytes()).unwrap() else { panic!("one") };
-        assert_eq!((events.len(), events[0].dedupe), (1, structured.dedupe));
+        assert_eq!((events.len(), events[0].as_ref().unwrap().dedupe), (1, structured.dedupe));
     }
 
     #[test]
@@ -188,7 +204,9 @@ mod tests {
         }
         assert_eq!(one(&[("content-type", "text/plain")], "x").unwrap_err().problem().status, 415);
         let batch = with(&[("content-type", "application/cloudevents-batch+json")]);
-        let Err(refusal) = read(&batch, br#"[{"id":"1"}]"#) else { panic!("taken") };
-        assert_eq!(refusal.errors()[0].pointer, "/0/source");
+        let mixed = r#"[{"id":"1"},{"specversion":"1.0","id":"1","source":"/s","type":"t"}]"#;
+        let Ok(Brought::Many(each)) = read(&batch, mixed.as_bytes()) else { panic!("no batch") };
+        assert_eq!(each[0].as_ref().unwrap_err().errors()[0].pointer, "/0/source");
+        assert!(each[1].is_ok(), "a good one is not blocked by a bad one");
     }
 }
