@@ -117,7 +117,7 @@ async fn decisions_and_messages_have_receipts_too() {
     let record = proven(&client, index, said["context"]["position"].as_i64().unwrap_or(0)).await;
     assert_eq!(record["decision"], said["decision"]);
 
-    client.json(Method::PUT, "/v1/nexus/topics/t", &json!({})).await;
+    client.json(Method::PUT, "/v1/nexus/topics/t", &json!({"retention": 3600})).await;
     let request = client.request(Method::POST, "/v1/nexus/topics/t/messages").await.header("content-type", MANY);
     let batch = json!([event("1"), event("2"), event("3")]).to_string();
     let said: Value = request.body(batch).send().await.unwrap().json().await.unwrap();
