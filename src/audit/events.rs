@@ -66,7 +66,7 @@ impl Audit {
         let actor = caller.actor();
         let record = |event: &Event| -> Result<Vec<u8>, Refusal> {
             let record = Record {
-                actor: actor,
+                actor,
                 event: std::str::from_utf8(&event.bytes).map_err(Refusal::internal)?,
                 request_id: &caller.request().id,
                 salt: crypto::base64(crypto::random::<16>()?),

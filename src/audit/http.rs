@@ -1,6 +1,7 @@
 //! The room's routes: the record under `/v1/audit`, the transparency log under `/log`.
 
 mod records;
+mod search;
 
 use std::time::Duration;
 
@@ -12,18 +13,19 @@ use serde_json::{Map, Value};
 use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
 
+use crate::kernel::Refusal;
 use crate::kernel::crypto::base64;
-use crate::kernel::web::{Answer, Caller, Path as UrlPath, Query, cursor, page_limit};
-use crate::kernel::{Refusal, Timestamp};
+use crate::kernel::web::{Answer, Caller, Path as UrlPath, Query};
 
 use super::Audit;
-use super::model::Filter;
 use super::tiles::Path;
 
 /// The routes of the room.
 pub fn routes(audit: Audit) -> OpenApiRouter {
     OpenApiRouter::new()
-        .routes(routes!(list))
+        .routes(routes!(search::list))
+        .routes(routes!(search::facets))
+        .routes(routes!(search::stream))
         .routes(routes!(entry))
         .routes(routes!(receipt))
         .routes(routes!(consistency))
@@ -34,99 +36,6 @@ pub fn routes(audit: Audit) -> OpenApiRouter {
         .routes(routes!(key))
         .routes(routes!(tile))
         .with_state(audit)
-}
-
-#[derive(Deserialize, utoipa::IntoParams)]
-#[serde(deny_unknown_fields)]
-#[into_params(parameter_in = Query)]
-struct ListQuery {
-    /// Who did it
-    #[serde(default)]
-    actor: Option<String>,
-    /// `state`, `token`, ...
-    #[serde(default)]
-    room: Option<String>,
-    /// `state:put`
-    #[serde(default)]
-    action: Option<String>,
-    /// Beginning of the resource: `key/arp/`
-    #[serde(default)]
-    resource: Option<String>,
-    /// `ok`, `denied` or `failed`
-    #[serde(default)]
-    outcome: Option<String>,
-    /// The request it came with
-    #[serde(default)]
-    request_id: Option<String>,
-    /// Not before (RFC 3339)
-    #[serde(default)]
-    since: Option<String>,
-    /// Before (RFC 3339)
-    #[serde(default)]
-    until: Option<String>,
-    /// `desc` (the default, newest first) or `asc`
-    #[serde(default)]
-    order: Option<String>,
-    /// 1-1000, default 100
-    #[serde(default)]
-    limit: Option<i64>,
-    /// `next` of the page before
-    #[serde(default)]
-    after: Option<String>,
-}
-
-#[derive(Serialize, Deserialize)]
-struct Cursor {
-    upto: i64,
-    last: i64,
-}
-
-#[derive(Serialize, utoipa::ToSchema)]
-struct Entries {
-    items: Vec<Map<String, Value>>,
-    next: Option<String>,
-    indexed_to: i64,
-}
-
-/// List entries; all pages are of the first one's moment
-#[utoipa::path(get, path = "/v1/audit/entries", tag = "audit", params(ListQuery), responses((status = 200, body = Entries)))]
-async fn list(
-    Room(audit): Room<Audit>,
-    caller: Caller,
-    Query(q): Query<ListQuery>,
-) -> Result<Answer<Entries>, Refusal> {
-    let limit = page_limit(q.limit)?;
-    let time = |name: &str, text: Option<String>| match text {
-        None => Ok(None),
-        Some(t) => Timestamp::parse(&t)
-            .map(Some)
-            .ok_or_else(|| Refusal::malformed(format!("?{name}"), format!("{name} is an RFC 3339 time"))),
-    };
-    let ascending = match q.order.as_deref() {
-        None | Some("desc") => false,
-        Some("asc") => true,
-        Some(_) => return Err(Refusal::malformed("?order", "order is asc or desc")),
-    };
-    let from: Option<Cursor> = q.after.as_deref().map(cursor::decode).transpose()?;
-    let filter = Filter {
-        actor: q.actor,
-        room: q.room,
-        action: q.action,
-        resource: q.resource,
-        outcome: q.outcome,
-        request_id: q.request_id,
-        since: time("since", q.since)?,
-        until: time("until", q.until)?,
-        ascending,
-    };
-    let (upto, mut entries) =
-        audit.list(&caller, &filter, from.as_ref().map(|c| c.upto), from.map(|c| c.last), limit).await?;
-    let more = entries.len() > limit;
-    entries.truncate(limit);
-    let next = entries.last().filter(|_| more).map(|e| cursor::encode(&Cursor { upto, last: e.index }));
-    let indexed_to = audit.indexed_to();
-    let items = entries.iter().map(|e| e.shown(indexed_to)).collect();
-    Ok(Answer::ok(Entries { items, next, indexed_to }).at(upto))
 }
 
 /// One entry

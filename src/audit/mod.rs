@@ -22,10 +22,10 @@ pub mod tiles;
 mod tree;
 pub mod verify;
 
-use std::sync::Arc;
 use std::time::Duration;
 
 use prometheus::{IntCounter, IntGauge, Registry};
+use std::sync::Arc;
 use tokio::sync::watch;
 
 use crate::config;
@@ -37,9 +37,10 @@ use crate::ledger::{Entry, Ledger};
 use crate::store::Store;
 
 pub use events::Records;
-use model::{Filter, Stored};
+use model::Stored;
 use note::VerifierKey;
 pub use receipts::Consistency;
+pub use search::{Counted, Page, Tail, Told};
 pub use start::{Lost, check_at_start, lost, resume};
 use tiles::{Tile, WIDTH};
 
@@ -60,6 +61,7 @@ pub struct Audit {
     metrics: Metrics,
     signer: Arc<SigningKey>,
     records: Arc<[Arc<dyn Records>]>,
+    clock: Clock,
 }
 
 /// What the room counts.
@@ -122,7 +124,7 @@ impl Audit {
         let file = config.data.dir.join("checkpoint");
         let publisher = publisher::Publisher {
             store: store.clone(),
-            clock,
+            clock: clock.clone(),
             key: key.clone(),
             origin,
             file,
@@ -140,6 +142,7 @@ impl Audit {
             metrics,
             signer: key,
             records: records.into(),
+            clock,
         })
     }
 
@@ -220,37 +223,6 @@ impl Audit {
             // Another daemon may be the one that publishes, so there is nothing here to be woken by.
             tokio::time::sleep(Duration::from_millis(10)).await;
         }
-    }
-
-    /// Entries that fit, of one moment; recorded.
-    ///
-    /// # Errors
-    /// 503 when the search does not reach that moment in time.
-    pub async fn list(
-        &self,
-        caller: &Caller,
-        filter: &Filter,
-        upto: Option<i64>,
-        after: Option<i64>,
-        limit: usize,
-    ) -> Result<(i64, Vec<Stored>), Refusal> {
-        let permit = self.ledger.permit(caller, &[Ask::new("audit:read", "Entry", "")]).await?;
-        let upto = upto.unwrap_or_else(|| self.ledger.index());
-        let mut indexed = self.indexed.clone();
-        let waited = tokio::time::timeout(Duration::from_secs(5), indexed.wait_for(|i| *i >= upto)).await.is_ok();
-        if !waited {
-            return Err(Refusal::unavailable(format!("the search has not reached index {upto} yet")));
-        }
-        let mut conn = self.connection().await?;
-        let refusal = |e| self.store.refusal(e);
-        let take = i64::try_from(limit).unwrap_or(1000) + 1;
-        let found = store::search(&mut conn, filter, upto, after, take).await.map_err(refusal)?;
-        let mut entries = store::entries(&mut conn, &found).await.map_err(refusal)?;
-        entries.sort_by_key(|e| if filter.ascending { e.index } else { -e.index });
-        drop(conn);
-        let entry = Entry::ok("audit:read", "entry").change("found", entries.len().min(limit)).change("upto", upto);
-        self.ledger.record(caller, permit, entry).await?;
-        Ok((upto, entries))
     }
 
     /// One entry; recorded.

@@ -8,6 +8,8 @@ use serde_json::{Map, Value};
 use crate::kernel::Timestamp;
 use crate::kernel::crypto::base64;
 
+use super::search::tokens::words_of;
+
 /// An entry as it is stored.
 #[derive(Clone, Debug)]
 pub struct Stored {
@@ -46,6 +48,8 @@ struct Brief<'a> {
     resource: Cow<'a, str>,
     #[serde(borrow)]
     request_id: Cow<'a, str>,
+    #[serde(borrow)]
+    trace_id: Cow<'a, str>,
 }
 
 impl Stored {
@@ -69,6 +73,7 @@ impl Stored {
             actor: details.actor.into_owned(),
             resource: details.resource.into_owned(),
             request_id: details.request_id.into_owned(),
+            trace_id: details.trace_id.into_owned(),
         }
     }
 
@@ -110,6 +115,7 @@ pub struct Found {
     pub(super) actor: String,
     pub(super) resource: String,
     pub(super) request_id: String,
+    pub(super) trace_id: String,
 }
 
 /// Which entries.
@@ -127,10 +133,41 @@ pub struct Filter {
     pub outcome: Option<String>,
     /// The request it came with.
     pub request_id: Option<String>,
+    /// The trace it belongs to.
+    pub trace_id: Option<String>,
+    /// Words that its details have, all of them, in lower case.
+    pub words: Vec<String>,
     /// Not before.
     pub since: Option<Timestamp>,
     /// Before.
     pub until: Option<Timestamp>,
     /// Oldest first.
     pub ascending: bool,
+}
+
+impl Filter {
+    /// Whether an entry fits, but for its words.
+    #[must_use]
+    pub fn fits(&self, found: &Found) -> bool {
+        let is = |wanted: &Option<String>, value: &str| wanted.as_ref().is_none_or(|w| w == value);
+        is(&self.actor, &found.actor)
+            && is(&self.room, &found.room)
+            && is(&self.action, &found.action)
+            && is(&self.outcome, &found.outcome)
+            && is(&self.request_id, &found.request_id)
+            && is(&self.trace_id, &found.trace_id)
+            && self.resource.as_ref().is_none_or(|r| found.resource.starts_with(r.as_str()))
+            && self.since.is_none_or(|t| found.time >= t)
+            && self.until.is_none_or(|t| found.time < t)
+    }
+
+    /// Whether its details have all the words.
+    #[must_use]
+    pub fn says(&self, details: Option<&[u8]>) -> bool {
+        if self.words.is_empty() {
+            return true;
+        }
+        let words = details.map(words_of).unwrap_or_default();
+        self.words.iter().all(|w| words.contains(w))
+    }
 }

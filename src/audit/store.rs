@@ -1,14 +1,15 @@
 //! The room's SQL.
 
+pub(super) mod search;
 pub(super) mod segments;
 
 use sqlx::postgres::PgRow;
-use sqlx::{PgConnection, QueryBuilder, Row as _};
+use sqlx::{PgConnection, Row as _};
 
 use crate::kernel::Timestamp;
 use crate::kernel::crypto::Hash;
 
-use super::model::{Filter, Found, Stored};
+use super::model::Stored;
 use super::tiles::Tile;
 
 fn hash(bytes: Vec<u8>) -> Result<Hash, sqlx::Error> {
@@ -161,20 +162,6 @@ pub(super) async fn entries(conn: &mut PgConnection, indexes: &[i64]) -> Result<
     rows.iter().map(stored).collect()
 }
 
-/// This transaction's commit does not wait for the disk.
-pub(super) async fn not_synchronous(conn: &mut PgConnection) -> Result<(), sqlx::Error> {
-    sqlx::query("SET LOCAL synchronous_commit = off").execute(conn).await.map(|_| ())
-}
-
-/// How far the search has come; the row is kept for this transaction. `None`: another daemon is at it.
-pub(super) async fn take_indexed(conn: &mut PgConnection) -> Result<Option<i64>, sqlx::Error> {
-    sqlx::query_scalar("SELECT at FROM audit.indexed WHERE id = 1 FOR UPDATE SKIP LOCKED").fetch_optional(conn).await
-}
-
-pub(super) async fn indexed(conn: &mut PgConnection) -> Result<i64, sqlx::Error> {
-    sqlx::query_scalar("SELECT at FROM audit.indexed WHERE id = 1").fetch_one(conn).await
-}
-
 /// The `limit` entries after `after` that there are, in order, for the search. The range is said of both tables: a range is
 /// not carried over by a join, and without it each round would read all details there are.
 pub(super) async fn unindexed(conn: &mut PgConnection, after: i64, limit: i64) -> Result<Vec<Stored>, sqlx::Error> {
@@ -190,89 +177,10 @@ pub(super) async fn unindexed(conn: &mut PgConnection, after: i64, limit: i64) -
     rows.iter().map(stored).collect()
 }
 
-/// Puts entries into the search and moves it to `to`.
-pub(super) async fn index(conn: &mut PgConnection, found: &[Found], to: i64) -> Result<(), sqlx::Error> {
-    let column = |f: fn(&Found) -> String| found.iter().map(f).collect::<Vec<_>>();
-    sqlx::query(
-        "INSERT INTO audit.search (index, time, room, action, outcome, actor, resource, request_id)
-         SELECT index, to_timestamp(ms / 1000.0), room, action, outcome, actor, resource, nullif(request_id, '')
-         FROM unnest($1::int8[], $2::int8[], $3::text[], $4::text[], $5::text[], $6::text[], $7::text[], $8::text[])
-              AS f (index, ms, room, action, outcome, actor, resource, request_id)
-         ON CONFLICT (index) DO NOTHING",
-    )
-    .bind(found.iter().map(|f| f.index).collect::<Vec<_>>())
-    .bind(found.iter().map(|f| f.time.millis()).collect::<Vec<_>>())
-    .bind(column(|f| f.room.clone()))
-    .bind(column(|f| f.action.clone()))
-    .bind(column(|f| f.outcome.clone()))
-    .bind(column(|f| f.actor.clone()))
-    .bind(column(|f| f.resource.clone()))
-    .bind(column(|f| f.request_id.clone()))
-    .execute(&mut *conn)
-    .await?;
-    sqlx::query("UPDATE audit.indexed SET at = $1 WHERE id = 1").bind(to).execute(conn).await?;
-    Ok(())
-}
-
-/// The first index whose entry is not earlier than `time`. No entry is earlier than the one before it (rule 17 of the ledger),
-/// so halving finds it.
-async fn not_before(conn: &mut PgConnection, time: Timestamp) -> Result<i64, sqlx::Error> {
-    sqlx::query_scalar(
-        "WITH RECURSIVE b (lo, hi) AS (
-             SELECT coalesce(min(index), 0), coalesce(max(index), -1) + 1 FROM audit.search
-             UNION ALL
-             SELECT CASE WHEN e.time < $1 THEN e.index + 1 ELSE b.lo END, CASE WHEN e.time < $1 THEN b.hi ELSE m.mid END
-             FROM b, LATERAL (SELECT (b.lo + b.hi) / 2 AS mid) AS m,
-                  LATERAL (SELECT index, time FROM audit.search WHERE index >= m.mid ORDER BY index LIMIT 1) AS e
-             WHERE b.lo < b.hi
-         ) SELECT max(lo) FROM b",
-    )
-    .bind(time.to_offset())
-    .fetch_one(conn)
-    .await
-}
-
-/// Indexes that fit the filter, up to `upto`, past `after`, in the filter's order.
-pub(super) async fn search(
-    conn: &mut PgConnection,
-    filter: &Filter,
-    upto: i64,
-    after: Option<i64>,
-    limit: i64,
-) -> Result<Vec<i64>, sqlx::Error> {
-    let (mut since, mut until) = (None, None);
-    if let Some(time) = filter.since {
-        since = Some(not_before(conn, time).await?);
-    }
-    if let Some(time) = filter.until {
-        until = Some(not_before(conn, time).await?);
-    }
-    let mut q = QueryBuilder::new("SELECT index FROM audit.search WHERE index <= ");
-    q.push_bind(upto);
-    for (column, value) in [
-        ("actor", &filter.actor),
-        ("room", &filter.room),
-        ("action", &filter.action),
-        ("outcome", &filter.outcome),
-        ("request_id", &filter.request_id),
-    ] {
-        if let Some(value) = value {
-            q.push(format!(" AND {column} = ")).push_bind(value.clone());
-        }
-    }
-    if let Some(resource) = &filter.resource {
-        q.push(" AND starts_with(resource, ").push_bind(resource.clone()).push(")");
-    }
-    if let Some(since) = since {
-        q.push(" AND index >= ").push_bind(since);
-    }
-    if let Some(until) = until {
-        q.push(" AND index < ").push_bind(until);
-    }
-    if let Some(after) = after {
-        q.push(if filter.ascending { " AND index > " } else { " AND index < " }).push_bind(after);
-    }
-    q.push(if filter.ascending { " ORDER BY index ASC LIMIT " } else { " ORDER BY index DESC LIMIT " })
-        .push_bind(limit);
-    q.build_query_scalar().fetch_all(conn).await
+/// The details of these entries, where they are kept.
+pub(super) async fn details(conn: &mut PgConnection, indexes: &[i64]) -> Result<Vec<(i64, Vec<u8>)>, sqlx::Error> {
+    sqlx::query_as("SELECT index, details FROM ledger.details WHERE index = ANY ($1) AND details IS NOT NULL")
+        .bind(indexes)
+        .fetch_all(conn)
+        .await
 }

@@ -25,5 +25,6 @@ mod hostile;
 mod ledger;
 mod nexus;
 mod proxy;
+mod search;
 mod state;
 mod token;

@@ -1,0 +1,188 @@
+//! Entries found by what is known of them; counted; followed as they come.
+
+use std::collections::BTreeSet;
+use std::time::Duration;
+
+use futures_util::StreamExt as _;
+use reqwest::Method;
+use serde_json::{Value, json};
+
+use crate::support::client::Client;
+use crate::support::daemon::{Daemon, Launch};
+use crate::support::postgres::{Database, database};
+
+async fn start() -> (Database, Daemon, Client) {
+    let db = database().await;
+    let daemon = Launch::on(db.url()).start().await;
+    let client = Client::of(&daemon);
+    (db, daemon, client)
+}
+
+async fn found(client: &Client, query: &str) -> Vec<i64> {
+    let (status, page) = client.get(&format!("/v1/audit/entries?{query}&limit=1000&order=asc")).await;
+    assert_eq!(status, 200, "{query}: {page}");
+    page["items"].as_array().unwrap().iter().map(|e| e["index"].as_i64().unwrap()).collect()
+}
+
+fn ms() -> Duration {
+    Duration::from_secs(10)
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn any_combination_finds_what_a_plain_look_at_every_entry_finds() {
+    let (_db, _daemon, client) = start().await;
+    // Enough for whole blocks and a tail, with kinds that meet and kinds that do not.
+    let (_, made) =
+        client.json(Method::POST, "/oauth2/register", &json!({"client_name": "r", "scope": "state:read"})).await;
+    let (id, secret) = (made["client_id"].as_str().unwrap(), made["client_secret"].as_str().unwrap());
+    let reader = client.with(id, secret);
+    for round in 0..10 {
+        let puts = (0..60).map(|i| {
+            let client = &client;
+            async move { client.put(&format!("arp/{round}/{}", i % 9), "v").await.unwrap() }
+        });
+        futures_util::future::join_all(puts).await;
+        let key = format!("/v1/state/kv/arp/{round}/0");
+        assert_eq!(reader.send(Method::PUT, &key, b"v".to_vec()).await.unwrap().status(), 403);
+        client
+            .request(Method::PUT, &key)
+            .await
+            .header("x-request-id", format!("it-{round}"))
+            .body("v")
+            .send()
+            .await
+            .unwrap();
+    }
+    let mut all = Vec::new();
+    let mut after = String::new();
+    loop {
+        let (_, page) = client.get(&format!("/v1/audit/entries?limit=333{after}")).await;
+        all.extend(page["items"].as_array().unwrap().iter().cloned());
+        match page["next"].as_str() {
+            Some(next) => after = format!("&after={next}"),
+            None => break,
+        }
+    }
+    let upto = all.iter().map(|e| e["index"].as_i64().unwrap()).max().unwrap();
+    assert!(upto > 600, "two blocks at least: {upto}");
+    assert_eq!(all.len() as i64, upto + 1, "every entry once");
+    let actor = all.iter().find(|e| e["outcome"] == "denied").unwrap()["actor"].as_str().unwrap().to_owned();
+    let known = [
+        ("actor", actor.as_str()),
+        ("room", "state"),
+        ("action", "state:put"),
+        ("resource", "key/arp/3"),
+        ("outcome", "denied"),
+        ("request_id", "it-3"),
+    ];
+    for mask in 0..(1 << known.len()) {
+        let given: Vec<_> = (0..known.len()).filter(|i| mask >> i & 1 == 1).map(|i| known[i]).collect();
+        let query: Vec<String> = given.iter().map(|(n, v)| format!("{n}={v}")).collect();
+        let fits = |e: &&Value| {
+            given.iter().all(|(name, value)| match *name {
+                "resource" => e["resource"].as_str().unwrap().starts_with(value),
+                name => e[name] == *value,
+            })
+        };
+        let expected: BTreeSet<i64> = all.iter().filter(fits).map(|e| e["index"].as_i64().unwrap()).collect();
+        let got: Vec<i64> = found(&client, &query.join("&")).await.into_iter().filter(|i| *i <= upto).collect();
+        assert!(got.windows(2).all(|w| w[0] < w[1]), "{query:?}");
+        assert_eq!(got.into_iter().collect::<BTreeSet<_>>(), expected, "{query:?}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn words_of_the_details_are_found_wherever_they_stand() {
+    let (_db, _daemon, client) = start().await;
+    for i in 0..300 {
+        client.put(&format!("plans/{i}"), "v").await.unwrap();
+    }
+    let rare = client.put("plans/Overview-41", "v").await.unwrap();
+    for i in 0..300 {
+        client.put(&format!("plans/{i}"), "w").await.unwrap();
+    }
+    assert_eq!(found(&client, "text=overview").await, [rare], "whatever its case");
+    assert_eq!(found(&client, "text=41+plans+OVERVIEW&action=state:put").await, [rare]);
+    assert_eq!(found(&client, "text=41").await.len(), 3, "a word, in a block or not yet in one");
+    assert_eq!(found(&client, "text=verview").await, [0i64; 0], "whole words");
+    assert_eq!(client.get("/v1/audit/entries?text=--").await.0, 400);
+    assert_eq!(client.get("/v1/audit/entries?outcome=perhaps").await.0, 400);
+    let trace = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01";
+    let put = client.request(Method::PUT, "/v1/state/kv/traced").await.header("traceparent", trace).body("v");
+    let index: Value = put.send().await.unwrap().json().await.unwrap();
+    let hits = found(&client, "trace_id=4bf92f3577b34da6a3ce929d0e0e4736").await;
+    assert_eq!(hits, [index["index"].as_i64().unwrap()]);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn counts_by_facet_are_those_of_the_entries() {
+    let (_db, _daemon, client) = start().await;
+    for i in 0..300 {
+        client.put(&format!("a/{i}"), "v").await.unwrap();
+    }
+    for i in 0..7 {
+        client.request(Method::DELETE, &format!("/v1/state/kv/a/{i}")).await.send().await.unwrap();
+    }
+    let (status, said) = client.get("/v1/audit/facets?room=state").await;
+    assert_eq!((status, &said["entries"], &said["complete"]), (200, &307.into(), &true.into()), "{said}");
+    let actions = said["facets"]["action"].as_array().unwrap();
+    assert_eq!(actions[0], json!({"value": "state:put", "count": 300}));
+    assert_eq!(actions[1], json!({"value": "state:delete", "count": 7}));
+    let (_, said) = client.get("/v1/audit/facets?room=state&text=299").await;
+    assert_eq!(said["entries"], 1, "{said}");
+    let (_, said) = client.get("/v1/audit/facets?action=nothing:at-all").await;
+    assert_eq!((&said["entries"], &said["complete"]), (&0.into(), &true.into()));
+}
+
+/// Reads a stream until `enough`; the (event, id, data) of each.
+async fn read(
+    answer: reqwest::Response,
+    enough: impl Fn(&[(String, i64, Value)]) -> bool,
+) -> Vec<(String, i64, Value)> {
+    let mut body = answer.bytes_stream();
+    let (mut text, mut told) = (String::new(), Vec::new());
+    while !enough(&told) {
+        let part = tokio::time::timeout(ms(), body.next()).await.expect("the stream goes on").expect("more").unwrap();
+        text.push_str(std::str::from_utf8(&part).unwrap());
+        while let Some((event, rest)) = text.split_once("\n\n") {
+            let field =
+                |name: &str| event.lines().find_map(|l| l.strip_prefix(name)).unwrap_or_default().trim().to_owned();
+            told.push((field("event:"), field("id:").parse().unwrap(), serde_json::from_str(&field("data:")).unwrap()));
+            text = rest.to_owned();
+        }
+    }
+    told
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_tail_goes_on_at_another_daemon_without_loss_or_repeats() {
+    let db = database().await;
+    let one = Launch::on(db.url()).start().await;
+    let two = Launch::beside(&one, db.url()).start().await;
+    let (a, b) = (Client::of(&one), Client::of(&one).also_of(&two));
+    let before = a.put("t/0", "v").await.unwrap();
+    let path = format!("/v1/audit/stream?action=state:put&after={before}");
+    let stream = a.request(Method::GET, &path).await.send().await.unwrap();
+    assert_eq!(stream.headers()["content-type"], "text/event-stream");
+    let writer = a.clone_at(&two.url);
+    let writes = tokio::spawn(async move {
+        let mut all = Vec::new();
+        for i in 0..60 {
+            all.push(writer.put(&format!("t/{i}"), "v").await.unwrap());
+        }
+        all
+    });
+    let entries =
+        |told: &[(String, i64, Value)]| -> Vec<i64> { told.iter().filter(|t| t.0 == "entry").map(|t| t.1).collect() };
+    let first = read(stream, |told| entries(told).len() >= 20).await;
+    assert!(first.iter().any(|t| t.0 == "bookmark"), "it says where it stands");
+    let entry = first.iter().find(|t| t.0 == "entry").unwrap();
+    assert_eq!((&entry.2["action"], entry.2["index"].as_i64()), (&"state:put".into(), Some(entry.1)));
+    let last = first.last().unwrap().1;
+    let again = b.request(Method::GET, "/v1/audit/stream?action=state:put").await.header("last-event-id", last);
+    let all = writes.await.unwrap();
+    let rest = read(again.send().await.unwrap(), |told| entries(told).last() == all.last()).await;
+    assert_eq!([entries(&first), entries(&rest)].concat(), all);
+    assert_eq!(a.get("/v1/audit/stream?after=x").await.0, 400);
+    assert_eq!(a.bare(Method::GET, "/v1/audit/stream").send().await.unwrap().status(), 401);
+}
