@@ -10,7 +10,7 @@ use tokio::signal::unix::{SignalKind, signal};
 use utoipa_axum::router::OpenApiRouter;
 
 use crate::api::{self, Authenticator, Bound, Certificates, Check, Limits, Rate, Readiness};
-use crate::audit::{self, Audit};
+use crate::audit::{self, Audit, Halt};
 use crate::config::{Config, Loaded};
 use crate::governance::{self, Governance, Rules};
 use crate::health::{self, Health};
@@ -25,7 +25,7 @@ use crate::store::{self, Store};
 use crate::telemetry;
 use crate::token::{self, Token};
 
-pub use apart::{Recovered, Resumed, recover, resume};
+pub use apart::{Recovered, Resumed, diagnose, recover, resume};
 
 /// How long one task may take to stop.
 const STOP_EACH: Duration = Duration::from_secs(5);
@@ -85,11 +85,11 @@ async fn run(
 ) -> Result<(), String> {
     let config = &loaded.config;
     store.migrate().await?;
-    audit::check_at_start(store, &config.data.dir).await?;
+    let halt = audit::check_at_start(store, &config.data.dir).await?;
     jose::install();
     let ground = Ground::new(config, store)?;
     store.start_tasks(config, &ground.tasks, &ground.registry).map_err(|e| e.to_string())?;
-    let started = ground.start(front, announce).await;
+    let started = ground.start(front, halt, announce).await;
     if started.is_err() {
         ground.tasks.stop(STOP_EACH).await;
         return started;
@@ -138,9 +138,12 @@ impl<'a> Ground<'a> {
         Ok(Views { entities, clients, keys: Arc::new(Hub::new()), board: Arc::default(), rules })
     }
 
-    async fn start(&self, front: Front, announce: impl FnOnce(&str)) -> Result<(), String> {
+    async fn start(&self, front: Front, halt: Option<Halt>, announce: impl FnOnce(&str)) -> Result<(), String> {
         let views = self.views()?;
         let ledger = self.ledger(&views).await?;
+        if let Some(halt) = halt {
+            ledger.halt(halt.problem, &halt.why);
+        }
         let (gate, routes) = self.rooms(&ledger, views, &front.bound.url).await?;
         self.serve(&ledger, gate, routes, front, announce)
     }
@@ -341,7 +344,7 @@ fn readiness(store: &Store, ledger: &Ledger, clock: &Clock, certificates: Option
                 let (stopped, index, queued) = (l.stopped(), l.index(), l.queued());
                 Box::pin(async move {
                     match stopped {
-                        Some(why) => Err(format!("{why}: this daemon writes no more; see /problems/{why}")),
+                        Some((slug, why)) => Err(format!("{slug}: {why}; see /problems/{slug}")),
                         None => Ok(format!("at index {index}, {queued} changes wait")),
                     }
                 })

@@ -9,6 +9,7 @@
 //! can be late, repeated or done by another daemon without weakening anything.
 
 mod events;
+mod examine;
 pub mod http;
 pub mod model;
 pub mod note;
@@ -16,6 +17,7 @@ pub mod proof;
 mod publisher;
 mod receipts;
 mod search;
+mod selfaudit;
 mod start;
 mod store;
 pub mod tiles;
@@ -37,11 +39,13 @@ use crate::ledger::{Entry, Ledger};
 use crate::store::Store;
 
 pub use events::Records;
+pub use examine::Finding;
 use model::Stored;
 use note::VerifierKey;
 pub use receipts::Consistency;
 pub use search::{Counted, Page, Tail, Told};
-pub use start::{Lost, check_at_start, lost, resume};
+pub use selfaudit::diagnose;
+pub use start::{Halt, Lost, accept, check_at_start, damaged, lost, must_write, resume};
 use tiles::{Tile, WIDTH};
 
 /// Tables that are partitioned by index as the entries are.
@@ -71,6 +75,7 @@ struct Metrics {
     mismatches: IntCounter,
     indexed: IntGauge,
     events: IntCounter,
+    audited: IntCounter,
 }
 
 impl Metrics {
@@ -82,12 +87,17 @@ impl Metrics {
                 "Times the entries did not give the head's root",
             )?,
             indexed: IntGauge::new("sop_audit_indexed_to", "Newest index that can be searched")?,
+            audited: IntCounter::new(
+                "sop_audit_self_audits_total",
+                "Samples of the record that the self-audit examined",
+            )?,
             events: IntCounter::new("sop_audit_events_total", "Events of the protocols that were recorded")?,
         };
         registry.register(Box::new(m.published.clone()))?;
         registry.register(Box::new(m.mismatches.clone()))?;
         registry.register(Box::new(m.indexed.clone()))?;
         registry.register(Box::new(m.events.clone()))?;
+        registry.register(Box::new(m.audited.clone()))?;
         Ok(m)
     }
 }
@@ -128,12 +138,13 @@ impl Audit {
             key: key.clone(),
             origin,
             file,
+            ledger: ledger.clone(),
             metrics: metrics.clone(),
             place: None,
         };
         publisher::start(publisher, &ledger, config.audit.publish_interval.get(), tasks);
         let indexed = search::start(&store, &ledger, metrics.clone(), tasks);
-        Ok(Self {
+        let audit = Self {
             ledger,
             store,
             key: verifier,
@@ -143,7 +154,9 @@ impl Audit {
             signer: key,
             records: records.into(),
             clock,
-        })
+        };
+        selfaudit::start(&audit, tasks);
+        Ok(audit)
     }
 
     /// The key that checks this log.

@@ -33,6 +33,8 @@ pub(super) struct Publisher {
     pub origin: String,
     /// `DATA/checkpoint`: what this daemon published last, kept outside the database.
     pub file: PathBuf,
+    /// Nothing is signed when it has stopped.
+    pub ledger: Ledger,
     pub metrics: Metrics,
     /// Where it is, between two rounds.
     pub place: Option<Place>,
@@ -71,6 +73,9 @@ pub(super) fn start(publisher: Publisher, ledger: &Ledger, interval: Duration, t
 
 impl Publisher {
     async fn publish(&mut self) -> Result<(), TaskError> {
+        if self.ledger.stopped().is_some() {
+            return Ok(());
+        }
         let mut conn = self.store.reader().acquire().await?;
         let Some((index, root)) = store::head(&mut conn).await? else { return Ok(()) };
         let size = u64::try_from(index + 1)?;

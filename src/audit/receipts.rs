@@ -1,5 +1,6 @@
 //! Receipts and consistency: what a client keeps, and can check without us.
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use serde_json::json;
@@ -10,6 +11,10 @@ use crate::kernel::{Refusal, problem};
 use crate::ledger::entry::{canonical, commitment};
 use crate::ledger::{Entry, merkle};
 
+use crate::store::Store;
+
+use super::events::Records;
+use super::model::Stored;
 use super::note::Checkpoint;
 use super::proof::Proof;
 use super::{Audit, events, store, tree};
@@ -76,7 +81,7 @@ impl Audit {
         self.segment(caller, index).await.map(|(records, _)| records)
     }
 
-    async fn segment(&self, caller: &Caller, index: i64) -> Result<(Vec<Vec<u8>>, super::model::Stored), Refusal> {
+    async fn segment(&self, caller: &Caller, index: i64) -> Result<(Vec<Vec<u8>>, Stored), Refusal> {
         let permit = self.ledger.permit(caller, &[Ask::new("audit:read", "Entry", index.to_string())]).await?;
         let mut conn = self.connection().await?;
         let found = store::entries(&mut conn, &[index]).await.map_err(|e| self.store.refusal(e))?.pop();
@@ -85,29 +90,13 @@ impl Audit {
         if stored.segment.is_none() {
             return Err(Refusal::not_found(format!("record of entry {index}: it does not stand for a segment")));
         }
-        let records = self.records_of(&stored).await?;
+        let records = records_of(&self.store, &self.records, &stored).await?;
         if records.is_empty() {
             return Err(Refusal::new(&problem::GONE, format!("the records of entry {index} are no longer kept")));
         }
         let entry = Entry::ok("audit:read", format!("entry/{index}")).change("records", records.len());
         self.ledger.record(caller, permit, entry).await?;
         Ok((records, stored))
-    }
-
-    /// The records an entry stands for, from whichever room keeps them; none if they are no longer kept.
-    pub(super) async fn records_of(&self, stored: &super::model::Stored) -> Result<Vec<Vec<u8>>, Refusal> {
-        let action = stored.found().action;
-        if action == events::ACTION {
-            let mut conn = self.connection().await?;
-            let packed = store::segments::records(&mut conn, stored.index).await.map_err(|e| self.store.refusal(e))?;
-            let unpacked = packed.as_deref().map_or(Some(Vec::new()), events::unpack);
-            let damaged = || Refusal::internal(format!("the records of entry {} cannot be read", stored.index));
-            return unpacked.ok_or_else(damaged);
-        }
-        match self.records.iter().find(|r| r.action() == action) {
-            Some(room) => room.of(stored.index).await,
-            None => Ok(Vec::new()),
-        }
     }
 
     /// An inclusion proof without what it proves.
@@ -174,5 +163,24 @@ impl Audit {
 
     fn erased(&self, index: i64) -> Refusal {
         Refusal::new(&problem::GONE, format!("the details of entry {index} were erased"))
+    }
+}
+
+/// The records an entry stands for, from whichever room keeps them; none if they are no longer kept.
+pub(super) async fn records_of(
+    db: &Store,
+    rooms: &[Arc<dyn Records>],
+    stored: &Stored,
+) -> Result<Vec<Vec<u8>>, Refusal> {
+    let action = stored.found().action;
+    if action == events::ACTION {
+        let mut conn = db.reader().acquire().await.map_err(|e| db.refusal(e))?;
+        let packed = store::segments::records(&mut conn, stored.index).await.map_err(|e| db.refusal(e))?;
+        // What cannot be taken apart is one record that is not what it was.
+        return Ok(packed.map(|p| events::unpack(&p).unwrap_or_else(|| vec![p])).unwrap_or_default());
+    }
+    match rooms.iter().find(|r| r.action() == action) {
+        Some(room) => room.of(stored.index).await,
+        None => Ok(Vec::new()),
     }
 }

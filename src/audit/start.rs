@@ -6,12 +6,14 @@ use sqlx::PgConnection;
 
 use crate::kernel::Refusal;
 use crate::kernel::crypto::{self, Hash};
+use crate::kernel::problem::{self, Problem};
 use crate::kernel::web::Caller;
 use crate::ledger::{Committed, Entry, Ledger, Permit, merkle};
 use crate::store::Store;
 
 use super::note::{Checkpoint, VerifierKey};
-use super::{store, tree};
+use super::store::{self, damage};
+use super::tree;
 
 /// A checkpoint that was published, and that the database does not extend.
 #[derive(Clone, Debug)]
@@ -26,21 +28,66 @@ pub struct Lost {
     pub why: String,
 }
 
-/// Before anything is written: the tree must agree with the head, and with what was published, in the database and beside it.
+/// Why nothing may be written, though the daemon may start and be read.
+#[derive(Clone, Debug)]
+pub struct Halt {
+    /// Its type.
+    pub problem: &'static Problem,
+    /// What is wrong.
+    pub why: String,
+}
+
+/// Before anything is written: the tree must agree with the head, and with what was published, in the database and beside it;
+/// and nothing may be open that the self-audit found. If not, the daemon starts and writes nothing.
 ///
 /// # Errors
-/// With what disagrees; the daemon must not write on such a database.
-pub async fn check_at_start(store: &Store, data: &Path) -> Result<(), String> {
+/// When there is nothing to start on: the log is gone, or cannot be read.
+pub async fn check_at_start(store: &Store, data: &Path) -> Result<Option<Halt>, String> {
     let mut conn = connection(store).await?;
     let Some(head) = store::head(&mut conn).await.map_err(failed)? else {
         // A log that was signed here and is gone is the largest loss of all, not a first start.
-        return kept_note(data)?.map_or(Ok(()), |_| Err(emptied()));
+        return kept_note(data)?.map_or(Ok(None), |_| Err(emptied()));
     };
+    let damaged = |why| Some(Halt { problem: &problem::RECORD_DAMAGED, why });
     // What was published is looked at first: it says more than that something does not fit.
     if let Some(lost) = against_kept(&mut conn, data, head).await? {
-        return Err(lost.why);
+        return Ok(Some(Halt { problem: &problem::RECORD_BEHIND, why: lost.why }));
     }
-    consistent(&mut conn, head).await
+    if let Err(why) = consistent(&mut conn, head).await {
+        return Ok(damaged(why));
+    }
+    Ok(damage::open(&mut conn).await.map_err(failed)?.into_iter().next().and_then(damaged))
+}
+
+/// The same for work that writes and serves nobody.
+///
+/// # Errors
+/// With what is wrong.
+pub async fn must_write(store: &Store, data: &Path) -> Result<(), String> {
+    check_at_start(store, data).await?.map_or(Ok(()), |halt| Err(halt.why))
+}
+
+/// What the self-audit found, that nobody has accepted.
+///
+/// # Errors
+/// When the record cannot be read.
+pub async fn damaged(store: &Store) -> Result<Vec<String>, String> {
+    damage::open(&mut connection(store).await?).await.map_err(failed)
+}
+
+/// Goes on although something stored was changed: what it is is said in an entry, and is not reported again.
+///
+/// # Errors
+/// When the entry cannot be written.
+pub async fn accept(ledger: &Ledger, store: &Store, found: &[String], reason: &str) -> Result<Committed<()>, Refusal> {
+    let entry = Entry::ok("audit:resume", "log")
+        .reason(reason)
+        .change("accepted", found.to_vec())
+        .signal("critical", "audit/record-damaged");
+    let done = ledger.record(&Caller::daemon("operator"), Permit::granted(), entry).await?;
+    let mut conn = store.dedicated("resume").await.map_err(|e| store.refusal(e))?;
+    damage::accept(&mut conn, done.index).await.map_err(|e| store.refusal(e))?;
+    Ok(done)
 }
 
 /// What the checkpoint in the data folder has that the database has not, where the database agrees with itself.

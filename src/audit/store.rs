@@ -1,5 +1,6 @@
 //! The room's SQL.
 
+pub(super) mod damage;
 pub(super) mod search;
 pub(super) mod segments;
 

@@ -8,8 +8,10 @@ use serde_json::json;
 
 use crate::audit;
 use crate::config::Loaded;
-use crate::kernel::{crypto, jose};
+use crate::governance;
+use crate::kernel::{crypto, jose, problem};
 use crate::ledger::Ledger;
+use crate::nexus;
 use crate::store::{self, Store};
 
 use super::{Ground, STOP_EACH, Views, files, said};
@@ -24,12 +26,12 @@ pub struct Recovered {
     pub index: i64,
 }
 
-/// A record that goes on after a loss.
+/// A record that goes on although something of it is lost or was changed.
 pub struct Resumed {
-    /// What was lost.
-    pub lost: audit::Lost,
-    /// Where the checkpoint is that had it.
-    pub aside: PathBuf,
+    /// What was lost, and where the checkpoint is that had it.
+    pub lost: Option<(audit::Lost, PathBuf)>,
+    /// What was changed, and is accepted.
+    pub accepted: Vec<String>,
     /// The index of the entry.
     pub index: i64,
 }
@@ -40,7 +42,7 @@ pub struct Resumed {
 /// With a sentence for the operator.
 pub async fn recover(loaded: &Loaded) -> Result<Recovered, String> {
     apart(loaded, async |ground, store| {
-        audit::check_at_start(store, &ground.config.data.dir).await?;
+        audit::must_write(store, &ground.config.data.dir).await?;
         let (ledger, views) = ledger(ground).await?;
         let token = ground.token(&ledger, views.clients, "http://127.0.0.1").await?;
         let client_id = uuid::Uuid::new_v4().to_string();
@@ -57,17 +59,49 @@ pub async fn recover(loaded: &Loaded) -> Result<Recovered, String> {
     .await
 }
 
-/// Goes on with a record that lost entries that were published. `None`: nothing is lost.
+/// Goes on with a record that lost entries that were published, or in which something was changed. `None`: nothing is wrong.
 ///
 /// # Errors
 /// With a sentence for the operator.
 pub async fn resume(loaded: &Loaded, reason: &str) -> Result<Option<Resumed>, String> {
     apart(loaded, async |ground, store| {
         let data = &ground.config.data.dir;
-        let Some(lost) = audit::lost(store, data).await? else { return Ok(None) };
+        let (lost, accepted) = (audit::lost(store, data).await?, audit::damaged(store).await?);
+        if lost.is_none() && accepted.is_empty() {
+            return Ok(None);
+        }
         let (ledger, _) = ledger(ground).await?;
-        let (done, aside) = audit::resume(&ledger, data, &lost, reason).await.map_err(said)?;
-        Ok(Some(Resumed { lost, aside, index: done.index }))
+        let mut resumed = Resumed { lost: None, accepted: Vec::new(), index: -1 };
+        if !accepted.is_empty() {
+            resumed.index = audit::accept(&ledger, store, &accepted, reason).await.map_err(said)?.index;
+            resumed.accepted = accepted;
+        }
+        if let Some(lost) = lost {
+            let (done, aside) = audit::resume(&ledger, data, &lost, reason).await.map_err(said)?;
+            resumed.index = done.index;
+            resumed.lost = Some((lost, aside));
+        }
+        Ok(Some(resumed))
+    })
+    .await
+}
+
+/// Examines the whole record as it is stored, and writes nothing: how many entries, and what was changed.
+///
+/// # Errors
+/// With a sentence for the operator.
+pub async fn diagnose(loaded: &Loaded) -> Result<(i64, Vec<audit::Finding>), String> {
+    apart(loaded, async |ground, store| {
+        let halt = audit::check_at_start(store, &ground.config.data.dir).await?;
+        let records = vec![governance::records(store), nexus::records(store)];
+        let (entries, mut found) = audit::diagnose(store, records).await.map_err(said)?;
+        // What only the checkpoint in the data folder tells.
+        if let Some(halt) = halt
+            && (found.is_empty() || halt.problem == &problem::RECORD_BEHIND)
+        {
+            found.push(audit::Finding { index: None, what: halt.why });
+        }
+        Ok((entries, found))
     })
     .await
 }

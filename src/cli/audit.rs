@@ -45,6 +45,8 @@ pub(crate) enum AuditCommand {
         #[arg(long)]
         reason: String,
     },
+    /// Examine the whole record as it is stored and say what was changed; the daemon must not run
+    Diagnose,
     /// Save the log into a folder that `sop verify DIR` checks offline
     Save {
         /// The folder; one that holds an earlier save is carried on
@@ -58,10 +60,11 @@ pub(crate) enum AuditCommand {
 pub(crate) async fn run(global: &Global, command: AuditCommand) -> anyhow::Result<()> {
     let client = match &command {
         AuditCommand::Resume { reason } => return resume(global, reason).await,
+        AuditCommand::Diagnose => return diagnose(global).await,
         _ => Client::find(global).await?,
     };
     match command {
-        AuditCommand::Resume { .. } => Ok(()),
+        AuditCommand::Resume { .. } | AuditCommand::Diagnose => Ok(()),
         AuditCommand::List { actor, action, resource, limit } => {
             let mut query = vec![("limit", limit.to_string())];
             query.extend(actor.map(|v| ("actor", v)));
@@ -175,20 +178,52 @@ fn write(file: &Path, bytes: &[u8]) -> anyhow::Result<()> {
 
 async fn resume(global: &Global, reason: &str) -> anyhow::Result<()> {
     let done = boot::resume(&serve::load(global, None)?, reason).await.map_err(|e| anyhow!(e))?;
-    let Some(done) = done else { bail!("nothing is lost: the database extends the checkpoint in the data folder") };
+    let Some(done) = done else {
+        bail!("nothing is lost or known to be changed: the database extends the checkpoint in the data folder")
+    };
+    let lost = done.lost.as_ref();
     if global.json {
         say(json!({
-            "published_size": done.lost.size, "database_size": done.lost.head, "index": done.index,
-            "checkpoint": done.aside.display().to_string(),
+            "published_size": lost.map(|l| l.0.size), "database_size": lost.map(|l| l.0.head), "index": done.index,
+            "checkpoint": lost.map(|l| l.1.display().to_string()), "accepted": done.accepted,
         }));
         return Ok(());
     }
-    say(format!(
-        "entry {} says that the log goes on at {} of {} published entries; the checkpoint that had them is now {}",
-        done.index,
-        done.lost.head,
-        done.lost.size,
-        done.aside.display()
-    ));
+    for what in &done.accepted {
+        say(format!("accepted: {what}"));
+    }
+    if let Some((lost, aside)) = lost {
+        say(format!(
+            "entry {} says that the log goes on at {} of {} published entries; the checkpoint that had them is now {}",
+            done.index,
+            lost.head,
+            lost.size,
+            aside.display()
+        ));
+    } else {
+        say(format!("entry {} says that the log goes on although this was changed", done.index));
+    }
     Ok(())
+}
+
+async fn diagnose(global: &Global) -> anyhow::Result<()> {
+    let (entries, found) = boot::diagnose(&serve::load(global, None)?).await.map_err(|e| anyhow!(e))?;
+    if global.json {
+        let found: Vec<Value> = found.iter().map(|f| json!({"index": f.index, "what": f.what})).collect();
+        say(json!({"entries": entries, "found": found}));
+    } else {
+        found.iter().for_each(|f| say(&f.what));
+    }
+    if found.is_empty() {
+        if !global.json {
+            say(format!(
+                "{entries} entries, their details, records and tiles, the checkpoint and the head: all as they were written"
+            ));
+        }
+        return Ok(());
+    }
+    bail!(
+        "{} things are not as they were written; mend them from a backup, or go on with: sop audit resume",
+        found.len()
+    )
 }

@@ -76,7 +76,9 @@ problems! {
     OVERLOADED, "overloaded", 503, Unavailable, Some(1), "Too much at once",
         "The queue of changes is full. Nothing was changed. Try again after `Retry-After` seconds.";
     RECORD_BEHIND, "record-behind", 503, Unavailable, Some(30), "The record went backwards",
-        "The database holds an older record than this daemon has acknowledged: a failover lost entries, or a backup was put back. Writes have stopped so that the log cannot fork. Bring the missing entries back (the former primary, a newer backup) and restart the daemon.";
+        "The database holds an older record than this daemon has acknowledged: a failover lost entries, or a backup was put back. Writes have stopped so that the log cannot fork. Reads go on. Bring the missing entries back (the former primary, a newer backup) and restart the daemon, or, if they are lost for good, stop it and go on with `sop audit resume`.";
+    RECORD_DAMAGED, "record-damaged", 503, Unavailable, Some(30), "The record was changed",
+        "The self-audit, or the check at start, found that something stored is not what was written: an entry, its details, a tile, the head. Writes have stopped on every daemon so that nothing is built on it. Stop the daemon, see what was changed with `sop audit diagnose`, mend it from a backup, or go on with `sop audit resume`, which says so in the record.";
     CLOCK_UNSURE, "clock-unsure", 503, Unavailable, Some(5), "The clock disagrees with the database's",
         "This daemon's clock is more than 5 seconds ahead of the database's. It does not write until they agree. Check time synchronisation on both hosts.";
     BEHIND, "behind", 504, Unavailable, None, "The index asked for was not reached in time",

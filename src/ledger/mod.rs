@@ -33,6 +33,7 @@ use std::time::Duration;
 use tokio::sync::{Mutex, mpsc, oneshot, watch};
 
 use crate::kernel::crypto::MasterKey;
+use crate::kernel::problem::Problem;
 use crate::kernel::supervisor::{self, Stop, Supervisor, Task};
 use crate::kernel::web::{Ask, Caller};
 use crate::kernel::{Clock, Refusal, problem};
@@ -128,6 +129,8 @@ struct Shared {
     /// The newest index this daemon knows to be committed.
     head: AtomicI64,
     behind: AtomicBool,
+    /// Why nothing may be written, if somebody above found a reason.
+    halted: std::sync::OnceLock<Refusal>,
 }
 
 impl Shared {
@@ -144,6 +147,9 @@ impl Shared {
     }
 
     fn record_detached(&self, caller: Caller, entry: Entry) {
+        if self.halted.get().is_some() {
+            return;
+        }
         let permit = Permit::granted();
         let (job, _) = Ticket::new(Record(entry), caller, permit, false);
         if let Err(e) = self.queue.try_send(job) {
@@ -181,6 +187,7 @@ impl Ledger {
             news,
             head: AtomicI64::new(-1),
             behind: AtomicBool::new(false),
+            halted: std::sync::OnceLock::new(),
         });
         shared.prepare().await.map_err(|e| shared.store.refusal(e))?;
         let mut follower = Follower::new(shared.clone(), parts.projections, heard, at_tx);
@@ -277,6 +284,9 @@ impl Ledger {
         permit: Permit,
         keyed: bool,
     ) -> Result<Heard<C>, Refusal> {
+        if let Some(refusal) = self.0.shared.halted.get() {
+            return Err(refusal.clone());
+        }
         let (job, heard) = Ticket::new(command, caller.clone(), permit, keyed);
         match self.0.shared.queue.try_send(job) {
             Ok(()) => {}
@@ -365,10 +375,23 @@ impl Ledger {
         self.0.closing.clone()
     }
 
-    /// Why the ledger does not write now, if it does not.
+    /// Writes nothing from here on: `why` is wrong with the record. Reads go on. Only a restart ends it.
+    pub fn halt(&self, problem: &'static Problem, why: &str) {
+        let refusal = Refusal::new(problem, format!("{why}; nothing is written until that is settled"));
+        if self.0.shared.halted.set(refusal).is_ok() {
+            self.0.shared.metrics.behind.set(1);
+            tracing::error!(why, "{}: nothing is written by this daemon any more: {why}", problem.slug);
+        }
+    }
+
+    /// Why the ledger does not write now, if it does not: the problem's slug, and what is wrong.
     #[must_use]
-    pub fn stopped(&self) -> Option<&'static str> {
-        self.0.shared.behind.load(Ordering::Acquire).then_some("record-behind")
+    pub fn stopped(&self) -> Option<(&'static str, String)> {
+        if let Some(refusal) = self.0.shared.halted.get() {
+            return Some((refusal.problem().slug, refusal.detail().to_owned()));
+        }
+        let behind = self.0.shared.behind.load(Ordering::Acquire);
+        behind.then(|| ("record-behind", "this daemon writes no more".to_owned()))
     }
 
     /// How many commands wait.
