@@ -155,7 +155,7 @@ impl Audit {
             records: records.into(),
             clock,
         };
-        selfaudit::start(&audit, tasks);
+        selfaudit::start(&audit, config.audit.self_audit_interval.get(), tasks);
         Ok(audit)
     }
 

@@ -15,8 +15,6 @@ use super::receipts::records_of;
 use super::store::{self, damage};
 use super::{Audit, Records};
 
-/// Between two samples.
-const SAMPLE: Duration = Duration::from_secs(60);
 /// How often it looks whether another daemon found something, or a whole audit is due.
 const LOOK: Duration = Duration::from_secs(5);
 /// Between two audits of everything.
@@ -27,7 +25,7 @@ const STRETCH: usize = 16;
 const BLOCKS: usize = 4;
 
 /// Starts it.
-pub(super) fn start(audit: &Audit, tasks: &Supervisor) {
+pub(super) fn start(audit: &Audit, every: Duration, tasks: &Supervisor) {
     let audit = audit.clone();
     tasks.start(Task::restarting("audit/self-audit", move |stop| {
         let audit = audit.clone();
@@ -36,7 +34,7 @@ pub(super) fn start(audit: &Audit, tasks: &Supervisor) {
             loop {
                 audit.heed().await?;
                 let now = audit.clock.elapsed();
-                if sampled.is_none_or(|then| now.saturating_sub(then) >= SAMPLE) {
+                if sampled.is_none_or(|then| now.saturating_sub(then) >= every) {
                     audit.sample().await?;
                     sampled = Some(now);
                 }
@@ -49,7 +47,7 @@ pub(super) fn start(audit: &Audit, tasks: &Supervisor) {
                 }
                 tokio::select! {
                     () = stop.cancelled() => return Ok(()),
-                    () = tokio::time::sleep(LOOK) => {}
+                    () = tokio::time::sleep(LOOK.min(every)) => {}
                 }
             }
         }

@@ -51,7 +51,9 @@ pub async fn check_at_start(store: &Store, data: &Path) -> Result<Option<Halt>, 
     let damaged = |why| Some(Halt { problem: &problem::RECORD_DAMAGED, why });
     // What was published is looked at first: it says more than that something does not fit.
     if let Some(lost) = against_kept(&mut conn, data, head).await? {
-        return Ok(Some(Halt { problem: &problem::RECORD_BEHIND, why: lost.why }));
+        let behind = lost.size > lost.head;
+        let problem = if behind { &problem::RECORD_BEHIND } else { &problem::RECORD_DAMAGED };
+        return Ok(Some(Halt { problem, why: lost.why }));
     }
     if let Err(why) = consistent(&mut conn, head).await {
         return Ok(damaged(why));
@@ -190,7 +192,7 @@ async fn consistent(conn: &mut PgConnection, (index, root): (i64, Hash)) -> Resu
     }
     if frontier.root() != root {
         return Err(format!(
-            "the entries 0 to {index} do not give the head's root: the database was changed from outside; `sop verify` names the entry"
+            "the entries 0 to {index} do not give the head's root: the database was changed from outside; `sop audit diagnose` names what was"
         ));
     }
     Ok(())
@@ -209,10 +211,19 @@ async fn disagreement(
             "record-behind: {what} has {size} entries, the database has {head}: it lost entries (a failover, a restored backup). Writing would fork the log: bring the missing entries back, or, if they are lost for good, go on with `sop audit resume`"
         )));
     }
-    let computed = tree::root(conn, size).await.map_err(failed)?;
+    let computed = match tree::root(conn, size).await {
+        Ok(computed) => computed,
+        // Rows that should be there are not.
+        Err(sqlx::Error::Decode(e)) => {
+            return Ok(Some(format!(
+                "{e}: the database was changed from outside; `sop audit diagnose` names what was"
+            )));
+        }
+        Err(e) => return Err(failed(e)),
+    };
     Ok((computed != *root).then(|| {
         format!(
-            "the first {size} entries do not give the root of {what}: the database was changed from outside, or another daemon went on after a loss; `sop verify` names the entry"
+            "the first {size} entries do not give the root of {what}: the database was changed from outside, or another daemon went on after a loss; `sop audit diagnose` names what was"
         )
     }))
 }

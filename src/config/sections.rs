@@ -136,6 +136,7 @@ pub struct Audit {
     pub origin: Option<String>,
     pub public_entries: bool,
     pub publish_interval: Span,
+    pub self_audit_interval: Span,
 }
 
 #[derive(Clone, Debug, Deserialize)]

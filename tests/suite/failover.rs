@@ -96,8 +96,14 @@ async fn a_failover_that_lost_entries_stops_the_writing_until_an_operator_resume
     let (fine, said) = daemon.launch.run(&resume).await;
     assert!(!fine && said.contains("in use by the daemon"), "{said}");
     assert!(daemon.terminate(Duration::from_secs(20)).await.success());
-    let said = daemon.launch.clone().refused().await;
+    // It starts, is read, and writes nothing.
+    let mut daemon = daemon.launch.clone().start().await;
+    let ready = Client::of(&daemon).bare(Method::GET, "/readyz?verbose").send().await.unwrap();
+    assert_eq!(ready.status(), 503);
+    let said = ready.text().await.unwrap();
     assert!(said.contains("record-behind") && said.contains("sop audit resume"), "{said}");
+    assert!(Client::of(&daemon).bare(Method::GET, "/log/checkpoint").send().await.unwrap().status().is_success());
+    assert!(daemon.terminate(Duration::from_secs(20)).await.success());
     let (fine, said) = daemon.launch.run(&resume).await;
     assert!(fine, "{said}");
     let (fine, said) = daemon.launch.run(&resume).await;

@@ -16,6 +16,7 @@ mod support;
 mod audit;
 mod cli;
 mod crash;
+mod damage;
 mod events;
 mod failover;
 mod front;

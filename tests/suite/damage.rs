@@ -1,0 +1,154 @@
+//! Whatever is changed in the database from outside is noticed, named, and nothing is built on it.
+
+use std::time::Duration;
+
+use reqwest::Method;
+use serde_json::json;
+use sqlx::{AssertSqlSafe, PgConnection};
+
+use crate::support::client::Client;
+use crate::support::daemon::Launch;
+use crate::support::postgres::database;
+use crate::support::until;
+
+async fn sql(conn: &mut PgConnection, text: &str) {
+    for part in text.split(';').filter(|p| !p.trim().is_empty()) {
+        sqlx::query(AssertSqlSafe(part)).execute(&mut *conn).await.unwrap_or_else(|e| panic!("{part}: {e}"));
+    }
+}
+
+/// Flips one bit of a column; doing it again undoes it.
+fn flip(table: &str, column: &str, which: &str) -> String {
+    format!("UPDATE {table} SET {column} = set_bit({column}, 77, 1 - get_bit({column}, 77)) WHERE {which}")
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn each_thing_that_is_stored_is_named_when_it_was_changed() {
+    let db = database().await;
+    let mut daemon = Launch::on(db.url()).start().await;
+    let client = Client::of(&daemon);
+    let events = json!([{"specversion": "1.0", "id": "1", "source": "/s", "type": "t"},
+                        {"specversion": "1.0", "id": "2", "source": "/s", "type": "t"}]);
+    let request = client.request(Method::POST, "/v1/audit/events").await;
+    let request = request.header("content-type", "application/cloudevents-batch+json").body(events.to_string());
+    let said: serde_json::Value = request.send().await.unwrap().json().await.unwrap();
+    let segment = said["index"].as_i64().unwrap();
+    let puts = (0..600).map(|i| {
+        let client = &client;
+        async move { client.put(&format!("k/{i}"), "v").await.unwrap() }
+    });
+    let head = futures_util::future::join_all(puts).await.into_iter().max().unwrap();
+    assert!(head > 512, "two whole tiles");
+    assert!(daemon.terminate(Duration::from_secs(20)).await.success());
+    let launch = daemon.launch.clone();
+    let (fine, said) = launch.run(&["audit", "diagnose"]).await;
+    assert!(fine && said.contains("all as they were written"), "{said}");
+
+    let keep = "CREATE TABLE public.kept AS SELECT * FROM ledger.entries WHERE index";
+    let bring = "INSERT INTO ledger.entries SELECT * FROM public.kept; DROP TABLE public.kept";
+    let swap = "UPDATE ledger.entries e SET leaf = o.leaf, hash = o.hash FROM ledger.entries o
+                WHERE (e.index, o.index) IN ((40, 41), (41, 40))";
+    let tail = head + 1 - 20;
+    let same = |text: String| (text.clone(), text);
+    let cases: Vec<((String, String), Vec<String>)> = vec![
+        (same(flip("ledger.entries", "leaf", "index = 300")), vec!["entry 300: its leaf was changed".into()]),
+        (same(flip("ledger.entries", "leaf", &format!("index = {head}"))), vec![format!("entry {head}: its leaf")]),
+        (same(flip("ledger.entries", "hash", "index = 301")), vec!["entry 301: the hash beside".into()]),
+        (
+            same(format!(
+                "{}; {}",
+                flip("ledger.entries", "leaf", "index = 3"),
+                flip("ledger.details", "salt", "index = 9")
+            )),
+            vec!["entry 3: its leaf".into(), "entry 9: its details".into()],
+        ),
+        (same(flip("ledger.details", "details", "index = 302")), vec!["entry 302: its details".into()]),
+        (
+            same(flip("ledger.details", "segment", &format!("index = {segment}"))),
+            vec![format!("entry {segment}: its details")],
+        ),
+        (
+            same(flip("audit.segments", "records", &format!("index = {segment}"))),
+            vec![format!("entry {segment}: its records")],
+        ),
+        (same(flip("audit.tiles", "hashes", "level = 0 AND n = 1")), vec!["tile 0/1 was changed".into()]),
+        (same(flip("audit.tiles", "hashes", "level = 1 AND n = 0")), vec!["tile".into()]),
+        (same(flip("ledger.head", "root", "id = 1")), vec!["the head was changed".into()]),
+        (same(flip("ledger.head", "frontier", "id = 1")), vec!["the head was changed: its frontier".into()]),
+        (same(flip("audit.checkpoint", "root", "id = 1")), vec!["the published checkpoint was changed".into()]),
+        (same(flip("audit.checkpoint", "note", "id = 1")), vec!["the published checkpoint was changed".into()]),
+        (
+            (format!("{keep} = 77; DELETE FROM ledger.entries WHERE index = 77"), bring.into()),
+            vec!["entry 77: it is missing".into()],
+        ),
+        (
+            (format!("{keep} >= {tail}; DELETE FROM ledger.entries WHERE index >= {tail}"), bring.into()),
+            vec![format!("entry {tail}: it is missing")],
+        ),
+        (same(swap.to_owned()), vec!["entry 40: it was swapped with entry 41".into(), "entry 41".into()]),
+    ];
+    let mut conn = db.connect().await;
+    for ((change, undo), names) in cases {
+        sql(&mut conn, &change).await;
+        let (fine, said) = launch.run(&["audit", "diagnose"]).await;
+        assert!(!fine, "{change} was not noticed: {said}");
+        for name in names {
+            assert!(said.contains(&name), "{change}: {name:?} is not in: {said}");
+        }
+        sql(&mut conn, &undo).await;
+    }
+    let file = launch.dir.join("checkpoint");
+    let note = std::fs::read_to_string(&file).unwrap();
+    std::fs::write(&file, note.replace("\n\n", "\n\n\u{2014} x AAAA\n").replace('1', "2")).unwrap();
+    let (fine, said) = launch.run(&["audit", "diagnose"]).await;
+    assert!(!fine && said.contains("checkpoint in the data folder"), "{said}");
+    std::fs::write(&file, note).unwrap();
+    let (fine, said) = launch.run(&["audit", "diagnose", "--json"]).await;
+    assert!(fine, "what was put back is as it was: {said}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_the_self_audit_finds_stops_writing_on_every_daemon_until_somebody_accepts_it() {
+    let db = database().await;
+    let one = Launch::on(db.url()).env("SOP__AUDIT__SELF_AUDIT_INTERVAL", "200ms").start().await;
+    let two = Launch::beside(&one, db.url()).env("SOP__AUDIT__SELF_AUDIT_INTERVAL", "200ms").start().await;
+    let (a, b) = (Client::of(&one), Client::of(&one).also_of(&two));
+    let index = a.put("k", "v").await.unwrap();
+    b.put("k", "w").await.unwrap();
+    sql(&mut db.connect().await, &flip("ledger.details", "details", &format!("index = {index}"))).await;
+    for client in [&a, &b] {
+        until("writing stops", Duration::from_secs(20), || async {
+            let answer = client.request(Method::PUT, "/v1/state/kv/k").await.body("x").send().await.unwrap();
+            answer.status() == 503 && answer.text().await.unwrap().contains("record-damaged")
+        })
+        .await;
+        let ready = client.bare(Method::GET, "/readyz?verbose").send().await.unwrap();
+        assert_eq!(ready.status(), 503);
+        assert!(ready.text().await.unwrap().contains(&format!("entry {index}: its details")));
+        let read = client.request(Method::GET, "/v1/state/kv/k").await.send().await.unwrap();
+        assert_eq!(read.status(), 200, "reading goes on");
+    }
+    let (mut one, mut two) = (one, two);
+    assert!(one.terminate(Duration::from_secs(20)).await.success());
+    assert!(two.terminate(Duration::from_secs(20)).await.success());
+    // A restart does not forget it.
+    let mut one = one.launch.clone().start().await;
+    let ready = Client::of(&one).bare(Method::GET, "/readyz?verbose").send().await.unwrap();
+    assert!(ready.text().await.unwrap().contains("record-damaged"));
+    let (fine, said) = one.launch.run(&["audit", "diagnose"]).await;
+    assert!(!fine && said.contains("in use by the daemon"), "{said}");
+    assert!(one.terminate(Duration::from_secs(20)).await.success());
+    let (fine, said) = one.launch.run(&["audit", "resume", "--reason", "we know who it was"]).await;
+    assert!(fine && said.contains(&format!("accepted: entry {index}")), "{said}");
+    let one = one.launch.clone().start().await;
+    let client = Client::of(&one);
+    client.put("k", "goes on").await.unwrap();
+    let (_, page) = client.get("/v1/audit/entries?action=audit:resume").await;
+    assert_eq!(page["items"][0]["reason"], "we know who it was");
+    tokio::time::sleep(Duration::from_millis(600)).await;
+    client.put("k", "and is not stopped by what was accepted").await.unwrap();
+    until("the incident", Duration::from_secs(10), || async {
+        client.get("/v1/health/incidents").await.1.to_string().contains("audit/record-damaged")
+    })
+    .await;
+}
