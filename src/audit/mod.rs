@@ -129,7 +129,7 @@ impl Audit {
         let Parts { ledger, store, clock, master, config, registry, records } = parts;
         let metrics = Metrics::new(registry).map_err(Refusal::internal)?;
         let (origin, key) = signing_key(&store, master, &clock, config.audit.origin.as_deref()).await?;
-        let verifier = VerifierKey { name: origin.clone(), public: key.public() };
+        let verifier = VerifierKey::log(origin.clone(), key.public());
         let key = Arc::new(key);
         let file = config.data.dir.join("checkpoint");
         let publisher = publisher::Publisher {

@@ -3,12 +3,10 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use serde_json::json;
-
 use crate::kernel::crypto::{self, Hash};
 use crate::kernel::web::{Ask, Caller};
 use crate::kernel::{Refusal, problem};
-use crate::ledger::entry::{canonical, commitment};
+use crate::ledger::entry::commitment;
 use crate::ledger::{Entry, merkle};
 
 use crate::store::Store;
@@ -16,7 +14,7 @@ use crate::store::Store;
 use super::events::Records;
 use super::model::Stored;
 use super::note::Checkpoint;
-use super::proof::Proof;
+use super::proof::{Proof, RecordExtra};
 use super::{Audit, events, store, tree};
 
 /// A consistency proof between two sizes, each with its root.
@@ -65,11 +63,15 @@ impl Audit {
         let kept = events::pick(&records, position, index, root)?;
         let mut proof = self.proof(index, None, wait).await?;
         let (Some(salt), Some(details)) = (&stored.salt, &stored.details) else { return Err(self.erased(index)) };
-        proof.extra = canonical(&json!({
-            "commitment": crypto::base64(commitment(salt, details)), "entry": crypto::base64(&stored.leaf),
-            "path": kept.path.iter().map(crypto::base64).collect::<Vec<_>>(), "position": position,
-            "record": crypto::base64(&kept.record), "records": kept.records,
-        }));
+        let extra = RecordExtra {
+            commitment: crypto::base64(commitment(salt, details)),
+            entry: crypto::base64(&stored.leaf),
+            path: kept.path.iter().map(crypto::base64).collect(),
+            position: position as u64,
+            record: crypto::base64(&kept.record),
+            records: kept.records as u64,
+        };
+        proof.extra = serde_json::to_vec(&extra).map_err(Refusal::internal)?;
         Ok(proof)
     }
 

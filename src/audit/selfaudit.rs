@@ -148,5 +148,5 @@ pub async fn diagnose(db: &Store, rooms: Vec<Arc<dyn Records>>) -> Result<(i64, 
     let key = store::log_key(&mut conn).await.map_err(|e| db.refusal(e))?;
     let (name, public, _) = key.ok_or_else(|| Refusal::not_found("log in this database"))?;
     drop(conn);
-    examine_all(db, &rooms, VerifierKey { name, public }).await
+    examine_all(db, &rooms, VerifierKey::log(name, public)).await
 }

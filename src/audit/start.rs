@@ -153,7 +153,7 @@ fn kept_note(data: &Path) -> Result<Option<String>, String> {
 async fn against_kept(conn: &mut PgConnection, data: &Path, head: (i64, Hash)) -> Result<Option<Lost>, String> {
     let Some(note) = kept_note(data)? else { return Ok(None) };
     let (name, public, _) = store::log_key(conn).await.map_err(failed)?.ok_or_else(emptied)?;
-    let kept = Checkpoint::open(&note, &VerifierKey { name, public }).map_err(|e| {
+    let kept = Checkpoint::open(&note, &VerifierKey::log(name, public)).map_err(|e| {
         format!("the checkpoint in the data folder cannot be used: {e}; if this is another database, use another data folder")
     })?;
     let what = "the checkpoint kept in the data folder";

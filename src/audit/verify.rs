@@ -8,6 +8,7 @@ use crate::ledger::entry;
 use crate::ledger::merkle::Frontier;
 
 use super::note::Checkpoint;
+use super::tiles::WIDTH;
 
 /// What is wrong, and where.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -55,6 +56,7 @@ pub struct Verifier {
     /// A leaf that does not hash to what its tile says: which of the two is wrong shows at the end.
     suspect: Option<(u64, String)>,
     last_time: String,
+    known: u64,
     details: u64,
     denied: u64,
 }
@@ -64,8 +66,10 @@ pub struct Verifier {
 pub struct Verified {
     /// Its name.
     pub origin: String,
-    /// Entries, all checked.
+    /// Entries it has.
     pub entries: u64,
+    /// Entries that were checked before, and are bound by their root.
+    pub known: u64,
     /// Details checked against their entries.
     pub details: u64,
     /// Entries that record a denial.
@@ -95,9 +99,25 @@ impl Verifier {
             frontier: Frontier::default(),
             suspect: None,
             last_time: String::new(),
+            known: 0,
             details: 0,
             denied: 0,
         })
+    }
+
+    /// Goes on after a checkpoint that was verified before: `nodes` are the roots of the perfect subtrees of its size, as the
+    /// log has them now. They give its root, or the log's past is another.
+    ///
+    /// # Errors
+    /// When the log has shrunk or is another.
+    pub fn resume(checkpoint: Checkpoint, seen: Checkpoint, nodes: Vec<Hash>) -> Result<Self, Wrong> {
+        let mut verifier = Self::new(checkpoint, Some(seen.clone()))?;
+        let frontier = Frontier::from_nodes(nodes, seen.size).filter(|f| f.root() == seen.root);
+        verifier.frontier = frontier.ok_or_else(|| {
+            Wrong::Shrunk(format!("at {} entries it had another root before: its past was changed", seen.size))
+        })?;
+        verifier.known = seen.size;
+        Ok(verifier)
     }
 
     /// Where the next entry belongs.
@@ -111,6 +131,8 @@ impl Verifier {
     /// # Errors
     /// With the first thing that is wrong.
     pub fn bundle(&mut self, mut bundle: &[u8], tile: &[Hash], place: &str) -> Result<(), Wrong> {
+        // Of the tile that the last run ended in the middle of, what is known is passed by.
+        let known = usize::try_from(self.next() % WIDTH).unwrap_or(0);
         let mut at = 0;
         while !bundle.is_empty() {
             let index = self.next();
@@ -119,6 +141,10 @@ impl Verifier {
             let length = usize::from(u16::from_be_bytes([length[0], length[1]]));
             let (leaf, rest) = rest.split_at_checked(length).ok_or_else(cut)?;
             bundle = rest;
+            if at < known {
+                at += 1;
+                continue;
+            }
             let hash = self.leaf(leaf)?;
             if tile.get(at) != Some(&hash) && self.suspect.is_none() {
                 self.suspect = Some((index, place.to_owned()));
@@ -199,6 +225,7 @@ impl Verifier {
             (true, None) => Ok(Verified {
                 origin: self.checkpoint.origin,
                 entries: self.frontier.size(),
+                known: self.known,
                 details: self.details,
                 denied: self.denied,
             }),

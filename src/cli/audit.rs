@@ -130,6 +130,19 @@ pub(super) async fn save(client: Client, dir: &Path, details: bool) -> anyhow::R
             }
         }
     }
+    for level in 1u32..8 {
+        let all = checkpoint.size >> (8 * level);
+        for n in 0..all.div_ceil(WIDTH) {
+            let width = (all - n * WIDTH).min(WIDTH);
+            let suffix = if width == WIDTH { String::new() } else { format!(".p/{width}") };
+            let path = format!("tile/{level}/{}{suffix}", place(n));
+            if !dir.join(&path).exists() {
+                let bytes = source.read(&path).await?.with_context(|| format!("the log has no {path}"))?;
+                write(&dir.join(&path), &bytes)?;
+                fetched += 1;
+            }
+        }
+    }
     if details && let Source::Daemon(client) = &source {
         save_details(client, dir, checkpoint.size).await?;
     }

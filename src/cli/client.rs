@@ -60,6 +60,17 @@ impl Client {
         Ok(client)
     }
 
+    /// The daemon at `url`, with the credential of the environment if there is one.
+    pub async fn at_url(url: &str) -> anyhow::Result<Self> {
+        let url = url.trim_end_matches('/').to_owned();
+        let mut client = Self { http: http()?, url, token: None, credential: None };
+        let (id, secret) = (config::environment("SOP_CLIENT_ID"), config::environment("SOP_CLIENT_SECRET"));
+        if let (Some(id), Some(secret)) = (id, secret) {
+            client.token = Some(client.authenticate(&id, &secret).await?);
+        }
+        Ok(client)
+    }
+
     /// At a daemon that is known, as a client that is known.
     pub async fn at(url: &str, id: &str, secret: &str) -> anyhow::Result<Self> {
         let mut client = Self { http: http()?, url: url.to_owned(), token: None, credential: None };

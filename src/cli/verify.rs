@@ -1,35 +1,84 @@
 //! `sop verify`: checks a whole log, from a running daemon or a saved folder, with nothing but its public key.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use anyhow::{Context as _, bail};
 use clap::Args;
+use futures_util::{StreamExt as _, stream};
 use reqwest::{Method, StatusCode};
 use serde_json::{Value, json};
 
 use crate::audit::note::{Checkpoint, VerifierKey};
-use crate::audit::proof::Proof;
+use crate::audit::proof::{Proof, RecordExtra};
 use crate::audit::tiles::{self, WIDTH, place};
 use crate::audit::verify::{Verified, Verifier, Wrong};
 use crate::kernel::Clock;
 use crate::kernel::crypto::from_base64;
+use crate::ledger::merkle;
 
 use super::client::Client;
 use super::{Global, say};
 
 #[derive(Args)]
 pub(crate) struct VerifyArgs {
-    /// Folder saved with `sop audit save`; without it, the running daemon
-    dir: Option<PathBuf>,
-    /// The log's verifier key, or a file that holds it; without it, the one that lies beside the log is believed
-    #[arg(long)]
-    key: Option<String>,
-    /// A checkpoint that was seen before: the log must contain it
+    /// Nothing, or `log`, for the running daemon; `[log] URL|DIR`; `receipt FILE`; `consistency OLD NEW [URL|DIR]`
+    #[arg(value_name = "WHAT", num_args = 0..=4)]
+    what: Vec<String>,
+    /// The log's verifier key, or a file that holds one or more; without it, the one that lies beside the log is believed
+    #[arg(long = "key", value_name = "VKEY|FILE")]
+    keys: Vec<String>,
+    /// A checkpoint that was verified before: only what came since is read, and the file is moved on (not if it lies in a saved log). Made if it is not there
     #[arg(long, value_name = "FILE")]
     since: Option<PathBuf>,
-    /// Verify this receipt instead of a log
-    #[arg(long, value_name = "FILE", conflicts_with_all = ["dir", "since"])]
+    /// The same as `receipt FILE`
+    #[arg(long, value_name = "FILE", conflicts_with_all = ["what", "since"])]
     receipt: Option<PathBuf>,
+    /// How many of the witnesses must have signed the checkpoint
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    require_witnesses: usize,
+    /// A witness's verifier key, or a file that holds some
+    #[arg(long = "witness", value_name = "VKEY|FILE")]
+    witnesses: Vec<String>,
+}
+
+/// What is to be verified.
+enum Target {
+    Log(Option<String>),
+    Receipt(PathBuf),
+    Consistency(PathBuf, PathBuf, Option<String>),
+}
+
+impl Target {
+    fn read(args: &VerifyArgs) -> anyhow::Result<Self> {
+        if let Some(file) = &args.receipt {
+            return Ok(Self::Receipt(file.clone()));
+        }
+        let words: Vec<&str> = args.what.iter().map(String::as_str).collect();
+        Ok(match words[..] {
+            [] | ["log"] => Self::Log(None),
+            ["log", place] | [place] => Self::Log(Some(place.to_owned())),
+            ["receipt", file] => Self::Receipt(file.into()),
+            ["consistency", old, new] => Self::Consistency(old.into(), new.into(), None),
+            ["consistency", old, new, place] => Self::Consistency(old.into(), new.into(), Some(place.to_owned())),
+            _ => bail!("what is to be verified: [log] [URL|DIR], receipt FILE, or consistency OLD NEW [URL|DIR]"),
+        })
+    }
+}
+
+/// Witnesses, and how many of them must have signed.
+struct Required {
+    witnesses: Vec<VerifierKey>,
+    least: usize,
+}
+
+impl Required {
+    fn check(&self, note: &str) -> anyhow::Result<()> {
+        let signed = self.witnesses.iter().filter(|w| w.witness && w.cosigned(note).is_some()).count();
+        if signed < self.least {
+            bail!("the checkpoint is signed by {signed} of the given witnesses, {} are required", self.least);
+        }
+        Ok(())
+    }
 }
 
 /// Where a log is read from.
@@ -66,57 +115,228 @@ impl Source {
 }
 
 pub(crate) async fn run(global: &Global, args: VerifyArgs) -> anyhow::Result<()> {
-    let given = args.key.as_deref().map(read_key).transpose()?;
-    if let Some(file) = &args.receipt {
-        return receipt(global, file, given);
+    let target = Target::read(&args)?;
+    let keys = read_keys(&args.keys)?;
+    let required = Required { witnesses: read_keys(&args.witnesses)?, least: args.require_witnesses };
+    match target {
+        Target::Receipt(file) => receipt(global, &file, &keys, &required),
+        Target::Log(place) => whole(global, place, keys, args.since.as_deref(), &required).await,
+        Target::Consistency(old, new, place) => consistency(global, &old, &new, place, keys).await,
     }
+}
+
+async fn source(global: &Global, place: Option<String>) -> anyhow::Result<Source> {
+    Ok(match place {
+        Some(url) if url.starts_with("http://") || url.starts_with("https://") => {
+            Source::Daemon(Client::at_url(&url).await?)
+        }
+        Some(dir) => Source::Folder(dir.into()),
+        None => Source::Daemon(Client::find(global).await?),
+    })
+}
+
+async fn or_its_own(keys: Vec<VerifierKey>, source: &Source) -> anyhow::Result<Vec<VerifierKey>> {
+    if !keys.is_empty() {
+        return Ok(keys);
+    }
+    Ok(vec![VerifierKey::parse(&source.text("key").await?).context("the log's key cannot be read")?])
+}
+
+async fn whole(
+    global: &Global,
+    place: Option<String>,
+    keys: Vec<VerifierKey>,
+    since: Option<&Path>,
+    required: &Required,
+) -> anyhow::Result<()> {
     let clock = Clock::system();
     let began = clock.elapsed();
-    let source = match args.dir {
-        Some(dir) => Source::Folder(dir),
-        None => Source::Daemon(Client::find(global).await?),
+    let source = source(global, place).await?;
+    let keys = or_its_own(keys, &source).await?;
+    let seen = match since {
+        Some(file) if file.exists() => Some(kept(file, &keys)?),
+        _ => None,
     };
-    let key = match given {
-        Some(key) => key,
-        None => VerifierKey::parse(&source.text("key").await?).context("the log's key cannot be read")?,
-    };
-    let seen = match &args.since {
-        Some(file) => {
-            let note = std::fs::read_to_string(file).with_context(|| format!("{} cannot be read", file.display()))?;
-            Some(Checkpoint::open(&note, &key).map_err(Wrong::Signature)?)
-        }
-        None => None,
-    };
-    let verified = log(&source, &key, seen).await?;
+    let note = source.text("checkpoint").await?;
+    required.check(&note)?;
+    let checkpoint = Checkpoint::open_any(&note, &keys).map_err(Wrong::Signature)?;
+    let verified = leaves(&source, checkpoint, seen).await?;
+    // A checkpoint in a saved log belongs to it: it is used, and left as it is.
+    let ours = |file: &&Path| !file.parent().is_some_and(|dir| dir.join("tile").is_dir());
+    if let Some(file) = since.filter(ours) {
+        let beside = file.with_extension("new");
+        std::fs::write(&beside, &note)
+            .and_then(|()| std::fs::rename(&beside, file))
+            .with_context(|| format!("{} cannot be written", file.display()))?;
+    }
     let took = clock.elapsed().saturating_sub(began).as_secs_f64();
     if global.json {
-        say(json!({"verified": verified, "seconds": took, "key": key.to_string()}));
+        say(json!({"verified": verified, "seconds": took, "key": keys.first().map(ToString::to_string)}));
     } else {
+        let known = match verified.known {
+            0 => String::new(),
+            n => format!("; {n} of them known from before and bound by their root"),
+        };
         say(format!(
-            "verified {} entries of {} in {took:.2} s: every leaf, tile and the root; {} details checked; {} denials recorded",
+            "verified {} entries of {} in {took:.2} s: every leaf, tile and the root; {} details checked; {} denials recorded{known}",
             verified.entries, verified.origin, verified.details, verified.denied
         ));
     }
     Ok(())
 }
 
+/// A checkpoint that somebody kept.
+fn kept(file: &Path, keys: &[VerifierKey]) -> anyhow::Result<Checkpoint> {
+    let note = std::fs::read_to_string(file).with_context(|| format!("{} cannot be read", file.display()))?;
+    Ok(Checkpoint::open_any(&note, keys).map_err(Wrong::Signature)?)
+}
+
 /// Checks a whole log.
 pub(super) async fn log(source: &Source, key: &VerifierKey, seen: Option<Checkpoint>) -> anyhow::Result<Verified> {
     let checkpoint = Checkpoint::open(&source.text("checkpoint").await?, key).map_err(Wrong::Signature)?;
+    leaves(source, checkpoint, seen).await
+}
+
+/// Pieces that are asked for before they are needed.
+const AHEAD: usize = 8;
+
+/// Checks the leaves of a log: all, or those since a checkpoint.
+async fn leaves(source: &Source, checkpoint: Checkpoint, seen: Option<Checkpoint>) -> anyhow::Result<Verified> {
     let size = checkpoint.size;
-    let mut verifier = Verifier::new(checkpoint, seen)?;
-    while verifier.next() < size {
-        let from = verifier.next();
-        let (bundle, hashes, name) = piece(source, from, size).await?;
+    let mut verifier = match seen.filter(|s| s.size > 0) {
+        Some(seen) if seen.size <= size => {
+            let nodes = nodes(source, seen.size, size).await?;
+            Verifier::resume(checkpoint, seen, nodes)?
+        }
+        seen => Verifier::new(checkpoint, seen)?,
+    };
+    let first = verifier.next() / WIDTH;
+    let ahead = if matches!(source, Source::Folder(_)) { 1 } else { AHEAD };
+    let starts = (first..size.div_ceil(WIDTH)).map(|n| n * WIDTH);
+    let mut pieces = std::pin::pin!(stream::iter(starts.map(|from| piece(source, from, size))).buffered(ahead));
+    let mut above = Above::default();
+    while let Some(read) = pieces.next().await {
+        let (from, (bundle, hashes, name)) = (verifier.next(), read?);
         verifier.bundle(&bundle, &hashes, &name)?;
         if verifier.next() == from {
             bail!(Wrong::Index(from));
         }
         if let Source::Folder(_) = source {
-            details(source, &mut verifier, from, &bundle).await?;
+            details(source, &mut verifier, from / WIDTH * WIDTH, &bundle).await?;
+        }
+        // A run that goes on in the middle does not have what a tile above began with.
+        if first == 0 && hashes.len() as u64 == WIDTH {
+            above.grow(0, merkle::root(&hashes));
+            above.check(source).await?;
         }
     }
-    Ok(verifier.finish()?)
+    let verified = verifier.finish()?;
+    above.rest(source).await?;
+    Ok(verified)
+}
+
+/// The tiles above the leaves' own, as the leaves give them.
+#[derive(Default)]
+struct Above {
+    /// Of each level from 1: how many are whole, and the hashes of the next.
+    levels: Vec<(u64, Vec<[u8; 32]>)>,
+    done: Vec<(usize, u64, Vec<[u8; 32]>)>,
+}
+
+impl Above {
+    fn grow(&mut self, level: usize, hash: [u8; 32]) {
+        if self.levels.len() <= level {
+            self.levels.push((0, Vec::new()));
+        }
+        let (whole, hashes) = &mut self.levels[level];
+        hashes.push(hash);
+        if hashes.len() as u64 == WIDTH {
+            let full = std::mem::take(hashes);
+            *whole += 1;
+            let n = *whole - 1;
+            let root = merkle::root(&full);
+            self.done.push((level + 1, n, full));
+            self.grow(level + 1, root);
+        }
+    }
+
+    async fn check(&mut self, source: &Source) -> anyhow::Result<()> {
+        for (level, n, hashes) in std::mem::take(&mut self.done) {
+            let suffix = if hashes.len() as u64 == WIDTH { String::new() } else { format!(".p/{}", hashes.len()) };
+            let name = format!("{level}/{}{suffix}", place(n));
+            match source.read(&format!("tile/{name}")).await? {
+                Some(bytes) if bytes == hashes.concat() => {}
+                // A folder that was saved before these were kept.
+                None if matches!(source, Source::Folder(_)) => {}
+                _ => bail!(Wrong::Tile(name)),
+            }
+        }
+        Ok(())
+    }
+
+    /// The unfinished ones.
+    async fn rest(&mut self, source: &Source) -> anyhow::Result<()> {
+        let levels = std::mem::take(&mut self.levels).into_iter().enumerate();
+        let open = levels.filter(|(_, (_, hashes))| !hashes.is_empty());
+        self.done.extend(open.map(|(level, (whole, hashes))| (level + 1, whole, hashes)));
+        self.check(source).await
+    }
+}
+
+/// The roots of the perfect subtrees of the first `of` leaves, as a log of `size` has them in its tiles.
+async fn nodes(source: &Source, of: u64, size: u64) -> anyhow::Result<Vec<[u8; 32]>> {
+    let mut out = Vec::new();
+    for subtree in merkle::subtrees(0, of) {
+        out.push(node(source, subtree, size).await?);
+    }
+    Ok(out)
+}
+
+async fn node(source: &Source, subtree: merkle::Subtree, size: u64) -> anyhow::Result<[u8; 32]> {
+    let (tile, range) = tiles::holder(subtree);
+    let all = size >> (8 * u32::from(tile.level));
+    let width = (all - tile.n * WIDTH).min(WIDTH);
+    let suffix = if width == WIDTH { String::new() } else { format!(".p/{width}") };
+    let name = format!("{}/{}{suffix}", tile.level, place(tile.n));
+    let bytes = source.read(&format!("tile/{name}")).await?.ok_or_else(|| Wrong::Tile(name.clone()))?;
+    let hashes = tiles::hashes(&bytes);
+    Ok(merkle::root(hashes.get(range).ok_or(Wrong::Tile(name))?))
+}
+
+/// Whether one checkpoint extends another, by the tiles of the log.
+async fn consistency(
+    global: &Global,
+    old: &Path,
+    new: &Path,
+    place: Option<String>,
+    keys: Vec<VerifierKey>,
+) -> anyhow::Result<()> {
+    let source = source(global, place).await?;
+    let keys = or_its_own(keys, &source).await?;
+    let (old, new) = (kept(old, &keys)?, kept(new, &keys)?);
+    let now = Checkpoint::open_any(&source.text("checkpoint").await?, &keys).map_err(Wrong::Signature)?;
+    if old.size > new.size || new.size > now.size {
+        bail!(Wrong::Shrunk(format!("sizes {}, {} and {} (the log's) do not grow", old.size, new.size, now.size)));
+    }
+    let mut proof = Vec::new();
+    if old.size > 0 && old.size < new.size {
+        for (start, end) in merkle::consistency(old.size, new.size) {
+            let mut nodes = Vec::new();
+            for subtree in merkle::subtrees(start, end) {
+                nodes.push(node(&source, subtree, now.size).await?);
+            }
+            proof.extend(merkle::fold(&nodes));
+        }
+    }
+    if !merkle::verify_consistency(old.size, new.size, &old.root, &new.root, &proof) {
+        bail!(Wrong::Shrunk(format!("the log of {} entries does not extend that of {}: a fork", new.size, old.size)));
+    }
+    if global.json {
+        say(json!({"origin": new.origin, "from": old.size, "to": new.size, "consistent": true}));
+    } else {
+        say(format!("{}: the log of {} entries extends that of {}", new.origin, new.size, old.size));
+    }
+    Ok(())
 }
 
 /// The entry bundle from `from` on, the hashes of the tile beside it, and the tile's name.
@@ -159,21 +379,42 @@ pub(super) fn split(mut bundle: &[u8]) -> Vec<&[u8]> {
     out
 }
 
-fn receipt(global: &Global, file: &std::path::Path, key: Option<VerifierKey>) -> anyhow::Result<()> {
-    let key = key.context("a receipt is checked with the log's key: --key")?;
+fn receipt(global: &Global, file: &Path, keys: &[VerifierKey], required: &Required) -> anyhow::Result<()> {
+    if keys.is_empty() {
+        bail!("a receipt is checked with the log's key: --key");
+    }
     let text = std::fs::read_to_string(file).with_context(|| format!("{} cannot be read", file.display()))?;
     let proof = Proof::parse(&text).map_err(anyhow::Error::msg)?;
-    let (leaf, checkpoint) = proof.verify(&key).map_err(anyhow::Error::msg)?;
-    let leaf: Value = serde_json::from_slice(leaf).context("the receipt's entry is not JSON")?;
-    if global.json {
-        say(json!({"index": proof.index, "entry": leaf, "origin": checkpoint.origin, "size": checkpoint.size}));
+    required.check(&proof.checkpoint)?;
+    let (leaf, record, checkpoint) = if RecordExtra::parse(&proof.extra).is_some() {
+        let (leaf, record, checkpoint) = proof.verify_record(keys).map_err(anyhow::Error::msg)?;
+        (leaf, Some(String::from_utf8_lossy(&record).into_owned()), checkpoint)
     } else {
-        say(format!("entry {} is in {} (size {}): {leaf}", proof.index, checkpoint.origin, checkpoint.size));
+        let (leaf, checkpoint) = proof.verify_any(keys).map_err(anyhow::Error::msg)?;
+        (leaf.to_vec(), None, checkpoint)
+    };
+    let leaf: Value = serde_json::from_slice(&leaf).context("the receipt's entry is not JSON")?;
+    let (index, origin, size) = (proof.index, checkpoint.origin, checkpoint.size);
+    if global.json {
+        say(json!({"index": index, "entry": leaf, "record": record, "origin": origin, "size": size}));
+    } else {
+        say(format!("entry {index} is in {origin} (size {size}): {leaf}"));
+        if let Some(record) = record {
+            say(format!("and this is a record of it: {record}"));
+        }
     }
     Ok(())
 }
 
-fn read_key(given: &str) -> anyhow::Result<VerifierKey> {
-    let text = std::fs::read_to_string(given).unwrap_or_else(|_| given.to_owned());
-    VerifierKey::parse(&text).with_context(|| format!("{given} is no verifier key, and no file that holds one"))
+/// Keys, given as such or in files, one a line.
+fn read_keys(given: &[String]) -> anyhow::Result<Vec<VerifierKey>> {
+    let mut all = Vec::new();
+    for one in given {
+        let text = std::fs::read_to_string(one).unwrap_or_else(|_| one.clone());
+        for line in text.lines().map(str::trim).filter(|l| !l.is_empty() && !l.starts_with('#')) {
+            let key = VerifierKey::parse(line);
+            all.push(key.with_context(|| format!("{one} is no verifier key, and no file that holds one"))?);
+        }
+    }
+    Ok(all)
 }

@@ -154,13 +154,19 @@ fn largest_power_below(n: u64) -> u64 {
 /// Checks an inclusion proof (RFC 9162, 2.1.3.2).
 #[must_use]
 pub fn verify_inclusion(leaf: &Hash, index: u64, size: u64, proof: &[Hash], root: &Hash) -> bool {
+    root_of(leaf, index, size, proof).as_ref() == Some(root)
+}
+
+/// The root that an inclusion proof leads to; `None` if it is not one of a tree of this size.
+#[must_use]
+pub fn root_of(leaf: &Hash, index: u64, size: u64, proof: &[Hash]) -> Option<Hash> {
     if index >= size {
-        return false;
+        return None;
     }
     let (mut fnode, mut snode, mut hash) = (index, size - 1, *leaf);
     for p in proof {
         if snode == 0 {
-            return false;
+            return None;
         }
         if fnode & 1 == 1 || fnode == snode {
             hash = node(p, &hash);
@@ -174,7 +180,7 @@ pub fn verify_inclusion(leaf: &Hash, index: u64, size: u64, proof: &[Hash], root
         fnode >>= 1;
         snode >>= 1;
     }
-    snode == 0 && hash == *root
+    (snode == 0).then_some(hash)
 }
 
 /// Checks a consistency proof (RFC 9162, 2.1.4.2).

@@ -22,6 +22,7 @@ mod known;
 pub mod merkle;
 mod metrics;
 pub mod segment;
+mod signals;
 mod store;
 pub mod touch;
 mod writer;
@@ -45,6 +46,7 @@ pub use command::{Command, Committed, Failure, Record, Tx};
 pub use entry::{Entry, Outcome, Sealed, Segment, Signal};
 pub use facts::{AUTHZ, authz_fact};
 pub use follower::Projection;
+pub use signals::Signalled;
 pub use touch::{Touch, Touched, What};
 
 use follower::{Follower, News};
@@ -53,29 +55,6 @@ use metrics::Metrics;
 
 /// How often a command is decided again because permission changed in between, before the caller is asked to come back.
 const DECIDE_AGAIN: u32 = 16;
-
-/// Entries looked through for signals at a time, and signals taken at a time.
-const SIGNALS_SPAN: i64 = 50_000;
-const SIGNALS_MOST: i64 = 1000;
-
-/// An entry that carries a signal.
-pub struct Signalled {
-    /// Its index.
-    pub index: i64,
-    /// The signal.
-    pub signal: Signal,
-    /// Its reason, or what it is about.
-    pub summary: String,
-}
-
-/// What is read of such an entry's details.
-#[derive(serde::Deserialize)]
-struct Signalling {
-    signal: Option<Signal>,
-    reason: Option<String>,
-    #[serde(default)]
-    resource: String,
-}
 
 /// What the ledger is made from.
 pub struct Parts {
@@ -398,26 +377,6 @@ impl Ledger {
     #[must_use]
     pub fn queued(&self) -> usize {
         self.0.shared.queue.max_capacity() - self.0.shared.queue.capacity()
-    }
-
-    /// Entries after `after` that carry a signal, at most a thousand: index, signal, what the entry says of it. And up to which
-    /// index there are no others.
-    ///
-    /// # Errors
-    /// 503 when the database is away.
-    pub async fn signals(&self, after: i64) -> Result<(Vec<Signalled>, i64), Refusal> {
-        let refusal = |e| self.0.shared.store.refusal(e);
-        let to = self.index().min(after + SIGNALS_SPAN);
-        let mut conn = self.0.shared.store.reader().acquire().await.map_err(refusal)?;
-        let found = store::signals(&mut conn, after, to, SIGNALS_MOST).await.map_err(refusal)?;
-        let full = found.len() as i64 == SIGNALS_MOST;
-        let to = if full { found.last().map_or(to, |(index, _)| *index) } else { to };
-        let read = |(index, details): (i64, Vec<u8>)| {
-            let details: Signalling = serde_json::from_slice(&details).ok()?;
-            let summary = details.reason.unwrap_or(details.resource);
-            Some(Signalled { index, signal: details.signal?, summary })
-        };
-        Ok((found.into_iter().filter_map(read).collect(), to))
     }
 
     /// A fact about this database that is set once: what it is, after `value` was offered.

@@ -237,11 +237,10 @@ async fn a_changed_database_is_found_out_at_start_and_by_verify() {
     let hash = "UPDATE ledger.entries SET hash = sha256(decode('00', 'hex') || leaf) WHERE index = 4";
     sqlx::query(hash).execute(&mut conn).await.unwrap();
     drop(conn);
-    let dir = daemon.launch.dir.clone();
     assert!(daemon.terminate(Duration::from_secs(20)).await.success());
-    let mut command = tokio::process::Command::new(env!("CARGO_BIN_EXE_sop"));
-    command.args(["serve", "--listen", "127.0.0.1:0", "--data-dir"]).arg(&dir).kill_on_drop(true);
-    let done = tokio::time::timeout(Duration::from_secs(20), command.output()).await.unwrap().unwrap();
-    let said = String::from_utf8_lossy(&done.stderr).into_owned();
-    assert!(!done.status.success() && said.contains("the database was changed from outside"), "{said}");
+    let daemon = daemon.launch.clone().start().await;
+    let ready = Client::of(&daemon).bare(reqwest::Method::GET, "/readyz?verbose").send().await.unwrap();
+    assert_eq!(ready.status(), 503, "it may be read, and writes nothing");
+    let said = ready.text().await.unwrap();
+    assert!(said.contains("record-damaged") && said.contains("the database was changed from outside"), "{said}");
 }

@@ -29,3 +29,4 @@ mod proxy;
 mod search;
 mod state;
 mod token;
+mod verify;
