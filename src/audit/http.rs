@@ -2,6 +2,7 @@
 
 mod records;
 mod search;
+mod witness;
 
 use std::time::Duration;
 
@@ -35,6 +36,8 @@ pub fn routes(audit: Audit) -> OpenApiRouter {
         .routes(routes!(checkpoint))
         .routes(routes!(key))
         .routes(routes!(tile))
+        .routes(routes!(witness::add))
+        .routes(routes!(witness::key))
         .with_state(audit)
 }
 

@@ -23,10 +23,11 @@ mod store;
 pub mod tiles;
 mod tree;
 pub mod verify;
+mod witness;
 
 use std::time::Duration;
 
-use prometheus::{IntCounter, IntGauge, Registry};
+use prometheus::{IntCounter, IntCounterVec, IntGauge, IntGaugeVec, Opts, Registry};
 use std::sync::Arc;
 use tokio::sync::watch;
 
@@ -47,9 +48,15 @@ pub use search::{Counted, Page, Tail, Told};
 pub use selfaudit::diagnose;
 pub use start::{Halt, Lost, accept, check_at_start, damaged, lost, must_write, resume};
 use tiles::{Tile, WIDTH};
+use witness::{Sender, Watched, Witness};
 
 /// Tables that are partitioned by index as the entries are.
 pub const PARTITIONED: &[&str] = &["audit.segments"];
+
+/// How long a checkpoint that witnesses signed is preferred to a newer one that they did not, milliseconds.
+const COSIGNED_FOR: i64 = 10_000;
+/// Seals the witness's key.
+const WITNESS: &str = "audit/witness-key";
 
 /// Seals the log's key.
 const PURPOSE: &str = "audit/log-key";
@@ -66,6 +73,8 @@ pub struct Audit {
     signer: Arc<SigningKey>,
     records: Arc<[Arc<dyn Records>]>,
     clock: Clock,
+    witness: Arc<Witness>,
+    watched: bool,
 }
 
 /// What the room counts.
@@ -143,6 +152,8 @@ impl Audit {
             place: None,
         };
         publisher::start(publisher, &ledger, config.audit.publish_interval.get(), tasks);
+        let witness = witness_of(&store, &ledger, &clock, master, &verifier.name, &config.audit.witness_logs).await?;
+        let watched = watch(&store, &ledger, &clock, &config.audit.witnesses, registry, tasks).await?;
         let indexed = search::start(&store, &ledger, metrics.clone(), tasks);
         let audit = Self {
             ledger,
@@ -154,6 +165,8 @@ impl Audit {
             signer: key,
             records: records.into(),
             clock,
+            witness: Arc::new(witness),
+            watched,
         };
         selfaudit::start(&audit, config.audit.self_audit_interval.get(), tasks);
         Ok(audit)
@@ -169,14 +182,22 @@ impl Audit {
         self.store.reader().acquire().await.map_err(|e| self.store.refusal(e))
     }
 
-    /// The newest signed checkpoint.
+    /// The newest signed checkpoint; with witnesses, the newest that they signed, if that is not long ago.
     ///
     /// # Errors
     /// 503 before the first.
     pub async fn checkpoint(&self) -> Result<String, Refusal> {
         let mut conn = self.connection().await?;
-        let published = store::checkpoint(&mut conn).await.map_err(|e| self.store.refusal(e))?;
-        published.map(|p| p.note).ok_or_else(|| Refusal::unavailable("no checkpoint was signed yet"))
+        let refusal = |e| self.store.refusal(e);
+        let published = store::checkpoint(&mut conn).await.map_err(refusal)?;
+        let published = published.ok_or_else(|| Refusal::unavailable("no checkpoint was signed yet"))?;
+        if self.watched
+            && let Some((size, note, time)) = store::witness::cosigned(&mut conn).await.map_err(refusal)?
+            && (size == published.size || self.clock.now().millis() - time.millis() < COSIGNED_FOR)
+        {
+            return Ok(note);
+        }
+        Ok(published.note)
     }
 
     /// A tile's bytes.
@@ -230,6 +251,14 @@ impl Audit {
             if let Some(p) = store::checkpoint(&mut conn).await.map_err(|e| self.store.refusal(e))?
                 && p.size > index
             {
+                // One that others signed too is worth more than a newer one.
+                if self.watched
+                    && let Some((size, note, _)) =
+                        store::witness::cosigned(&mut conn).await.map_err(|e| self.store.refusal(e))?
+                    && size > index
+                {
+                    return Ok((size, note));
+                }
                 return Ok((p.size, p.note));
             }
             drop(conn);
@@ -256,6 +285,11 @@ impl Audit {
     #[must_use]
     pub fn public_entries(&self) -> bool {
         self.public_entries
+    }
+
+    /// The witness that this daemon is for other logs.
+    fn witness(&self) -> &Witness {
+        &self.witness
     }
 
     /// How far the search has come.
@@ -293,4 +327,76 @@ async fn signing_key(
         return Err(Refusal::new(&problem::INTERNAL, "the log's key is not the one it is published as"));
     }
     Ok((name, key))
+}
+
+/// The witness: its key is made at first start, and kept sealed.
+async fn witness_of(
+    store: &Store,
+    ledger: &Ledger,
+    clock: &Clock,
+    master: &MasterKey,
+    origin: &str,
+    logs: &str,
+) -> Result<Witness, Refusal> {
+    let (_, seed) = SigningKey::generate()?;
+    let sealed = ledger.settle(WITNESS, &master.seal(WITNESS, seed.expose())?).await?;
+    let opened = master.open(WITNESS, &sealed);
+    let seed = opened
+        .ok_or_else(|| Refusal::new(&problem::INTERNAL, "the witness's key does not open under this master key"))?;
+    let mut watched: std::collections::BTreeMap<String, Vec<VerifierKey>> = std::collections::BTreeMap::new();
+    for text in logs.split(',').map(str::trim).filter(|t| !t.is_empty()) {
+        let key = VerifierKey::parse(text).filter(|k| !k.witness);
+        let key = key
+            .ok_or_else(|| Refusal::new(&problem::MALFORMED, format!("audit.witness_logs: {text} is no log's key")))?;
+        watched.entry(key.name.clone()).or_default().push(key);
+    }
+    Ok(Witness {
+        store: store.clone(),
+        ledger: ledger.clone(),
+        clock: clock.clone(),
+        key: SigningKey::from_seed(&seed)?,
+        name: format!("{origin}/witness"),
+        logs: watched,
+    })
+}
+
+/// Has checkpoints signed by the witnesses that are configured; whether there are any. Writing stops at once if one has seen
+/// more of this log than there is.
+async fn watch(
+    store: &Store,
+    ledger: &Ledger,
+    clock: &Clock,
+    witnesses: &str,
+    registry: &Registry,
+    tasks: &Supervisor,
+) -> Result<bool, Refusal> {
+    let mut all = Vec::new();
+    for text in witnesses.split(',').map(str::trim).filter(|t| !t.is_empty()) {
+        let parsed = text.split_once(char::is_whitespace).and_then(|(url, key)| {
+            let key = VerifierKey::parse(key).filter(|k| k.witness)?;
+            reqwest::Url::parse(url).ok().map(|_| Watched { url: url.to_owned(), key })
+        });
+        let wrong =
+            || Refusal::new(&problem::MALFORMED, format!("audit.witnesses: {text} is not `URL VKEY` of a witness"));
+        all.push(parsed.ok_or_else(wrong)?);
+    }
+    let counted = Opts::new("sop_audit_witness_answers_total", "What witnesses answered to checkpoints of this log");
+    let sent = IntCounterVec::new(counted, &["witness", "outcome"]).map_err(Refusal::internal)?;
+    let last =
+        Opts::new("sop_audit_witness_signed_seconds", "When a witness last signed a checkpoint of this log, Unix time");
+    let age = IntGaugeVec::new(last, &["witness"]).map_err(Refusal::internal)?;
+    registry.register(Box::new(sent.clone())).map_err(Refusal::internal)?;
+    registry.register(Box::new(age.clone())).map_err(Refusal::internal)?;
+    if all.is_empty() {
+        return Ok(false);
+    }
+    for w in &all {
+        age.with_label_values(&[&w.key.name]).set(0);
+    }
+    let sender = Sender::new(store.clone(), ledger.clone(), clock.clone(), all, sent, age)?;
+    if let Some(why) = sender.at_start().await {
+        ledger.halt(witness::FORKED, &why);
+    }
+    witness::start(sender, tasks);
+    Ok(true)
 }

@@ -3,6 +3,7 @@
 pub(super) mod damage;
 pub(super) mod search;
 pub(super) mod segments;
+pub(super) mod witness;
 
 use sqlx::postgres::PgRow;
 use sqlx::{PgConnection, Row as _};

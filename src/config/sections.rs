@@ -137,6 +137,8 @@ pub struct Audit {
     pub public_entries: bool,
     pub publish_interval: Span,
     pub self_audit_interval: Span,
+    pub witnesses: String,
+    pub witness_logs: String,
 }
 
 #[derive(Clone, Debug, Deserialize)]

@@ -30,3 +30,4 @@ mod search;
 mod state;
 mod token;
 mod verify;
+mod witness;
