@@ -1,6 +1,7 @@
 //! The room's routes: the record under `/v1/audit`, the transparency log under `/log`.
 
 mod records;
+mod saved;
 mod search;
 mod witness;
 
@@ -27,6 +28,8 @@ pub fn routes(audit: Audit) -> OpenApiRouter {
         .routes(routes!(search::list))
         .routes(routes!(search::facets))
         .routes(routes!(search::stream))
+        .routes(routes!(saved::list))
+        .routes(routes!(saved::put, saved::read, saved::forget))
         .routes(routes!(entry))
         .routes(routes!(receipt))
         .routes(routes!(consistency))

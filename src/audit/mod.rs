@@ -16,6 +16,7 @@ pub mod note;
 pub mod proof;
 mod publisher;
 mod receipts;
+mod saved;
 mod search;
 mod selfaudit;
 mod start;
@@ -85,6 +86,7 @@ struct Metrics {
     indexed: IntGauge,
     events: IntCounter,
     audited: IntCounter,
+    alerts: IntCounter,
 }
 
 impl Metrics {
@@ -100,6 +102,7 @@ impl Metrics {
                 "sop_audit_self_audits_total",
                 "Samples of the record that the self-audit examined",
             )?,
+            alerts: IntCounter::new("sop_audit_alerts_total", "Alerts of saved searches that were raised")?,
             events: IntCounter::new("sop_audit_events_total", "Events of the protocols that were recorded")?,
         };
         registry.register(Box::new(m.published.clone()))?;
@@ -107,6 +110,7 @@ impl Metrics {
         registry.register(Box::new(m.indexed.clone()))?;
         registry.register(Box::new(m.events.clone()))?;
         registry.register(Box::new(m.audited.clone()))?;
+        registry.register(Box::new(m.alerts.clone()))?;
         Ok(m)
     }
 }
@@ -169,6 +173,7 @@ impl Audit {
             watched,
         };
         selfaudit::start(&audit, config.audit.self_audit_interval.get(), tasks);
+        saved::start(&audit, tasks);
         Ok(audit)
     }
 

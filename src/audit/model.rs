@@ -161,6 +161,18 @@ impl Filter {
             && self.until.is_none_or(|t| found.time < t)
     }
 
+    /// This one on top of another: where both say something, this one decides.
+    #[must_use]
+    pub fn narrowing(mut self, other: Self) -> Self {
+        self.actor = self.actor.or(other.actor);
+        self.room = self.room.or(other.room);
+        self.action = self.action.or(other.action);
+        self.resource = self.resource.or(other.resource);
+        self.outcome = self.outcome.or(other.outcome);
+        self.words.extend(other.words);
+        self
+    }
+
     /// Whether its details have all the words.
     #[must_use]
     pub fn says(&self, details: Option<&[u8]>) -> bool {

@@ -2,6 +2,7 @@
 
 pub(super) mod damage;
 pub(super) mod search;
+pub(super) mod searches;
 pub(super) mod segments;
 pub(super) mod witness;
 

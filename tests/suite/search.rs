@@ -186,3 +186,60 @@ async fn the_tail_goes_on_at_another_daemon_without_loss_or_repeats() {
     assert_eq!(a.get("/v1/audit/stream?after=x").await.0, 400);
     assert_eq!(a.bare(Method::GET, "/v1/audit/stream").send().await.unwrap().status(), 401);
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_saved_search_is_searched_by_and_raises_its_alert_once() {
+    let db = database().await;
+    let one = Launch::on(db.url()).start().await;
+    let _two = Launch::beside(&one, db.url()).start().await;
+    let client = Client::of(&one);
+    let saved =
+        json!({"outcome": "denied", "alert": {"more_than": 2, "within": 60, "by": "actor", "severity": "critical"}});
+    let path = "/v1/audit/searches/denials";
+    assert_eq!(client.json(Method::PUT, path, &saved).await.0, 201);
+    assert_eq!(client.json(Method::PUT, path, &saved).await.0, 200);
+    let (_, made) =
+        client.json(Method::POST, "/oauth2/register", &json!({"client_name": "r", "scope": "state:read"})).await;
+    let (id, secret) = (made["client_id"].as_str().unwrap(), made["client_secret"].as_str().unwrap());
+    let reader = client.with(id, secret);
+    let incidents = async || {
+        let (_, page) = client.get("/v1/health/incidents").await;
+        page["items"]
+            .as_array()
+            .unwrap()
+            .iter()
+            .filter(|i| i["fingerprint"].as_str().unwrap().starts_with("audit/alert/denials/"))
+            .count()
+    };
+    let deny = async || reader.send(Method::PUT, "/v1/state/kv/k", b"v".to_vec()).await.unwrap().status().as_u16();
+    for _ in 0..2 {
+        assert_eq!(deny().await, 403);
+    }
+    tokio::time::sleep(Duration::from_millis(800)).await;
+    assert_eq!(incidents().await, 0, "two are not more than two");
+    for _ in 0..5 {
+        assert_eq!(deny().await, 403);
+    }
+    crate::support::until("the incident", ms(), || async { incidents().await == 1 }).await;
+    let alerts = found(&client, "action=audit:alert").await;
+    assert_eq!(alerts.len(), 1, "once in its time, on two daemons");
+    assert_eq!(found(&client, "search=denials").await.len(), 7);
+    assert_eq!(found(&client, "search=denials&action=state:get").await, [0i64; 0]);
+    assert_eq!(client.get("/v1/audit/entries?search=nothing").await.0, 404);
+    let (_, listed) = client.get("/v1/audit/searches").await;
+    assert_eq!(
+        (&listed["items"][0]["name"], &listed["items"][0]["alert"]["more_than"]),
+        (&"denials".into(), &2.into())
+    );
+    for bad in [
+        json!({"alert": {"more_than": 1, "within": 0}}),
+        json!({"alert": {"more_than": 1, "within": 60, "by": "time"}}),
+        json!({"nobody": 1}),
+        json!({"outcome": "perhaps"}),
+    ] {
+        assert_eq!(client.json(Method::PUT, path, &bad).await.0, 400, "{bad}");
+    }
+    assert_eq!(client.request(Method::DELETE, path).await.send().await.unwrap().status(), 204);
+    assert_eq!(client.get(path).await.0, 404);
+    assert_eq!(client.request(Method::DELETE, path).await.send().await.unwrap().status(), 404);
+}

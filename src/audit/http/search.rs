@@ -69,6 +69,8 @@ macro_rules! query {
 }
 
 query!(ListQuery {
+    /// A saved search; what else is given narrows it
+    search: Option<String>,
     /// `desc` (the default, newest first) or `asc`
     order: Option<String>,
     /// 1-1000, default 100
@@ -171,7 +173,10 @@ pub(super) async fn list(
         Some(_) => return Err(Refusal::malformed("?order", "order is asc or desc")),
     };
     let from: Option<Cursor> = q.after.as_deref().map(cursor::decode).transpose()?;
-    let filter = Filter { ascending, ..q.known().filter()? };
+    let mut filter = Filter { ascending, ..q.known().filter()? };
+    if let Some(name) = &q.search {
+        filter = filter.narrowing(audit.saved(&caller, name).await?.0.filter()?);
+    }
     let page = audit.list(&caller, &filter, from.as_ref().map(|c| c.upto), from.map(|c| c.last), limit).await?;
     let upto = page.upto;
     let next = page.next.map(|last| cursor::encode(&Cursor { upto, last }));
