@@ -177,7 +177,7 @@ impl<'a> Ground<'a> {
             ledger: ledger.clone(),
             store: self.store.clone(),
             clock: self.clock.clone(),
-            master: &self.master,
+            master: self.master.clone(),
             config: self.config,
             registry: &self.registry,
             records: vec![governance::records(self.store), nexus::records(self.store)],

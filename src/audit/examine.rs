@@ -39,7 +39,7 @@ impl Finding {
 
 /// An examination of the whole record, a block at a time.
 pub(super) struct Examiner {
-    key: VerifierKey,
+    keys: Vec<VerifierKey>,
     frontier: Frontier,
     /// What the leaves give at the size of the published checkpoint.
     published: Option<(u64, Hash)>,
@@ -49,10 +49,10 @@ pub(super) struct Examiner {
 }
 
 impl Examiner {
-    pub async fn new(conn: &mut PgConnection, key: VerifierKey) -> Result<Self, sqlx::Error> {
+    pub async fn new(conn: &mut PgConnection, keys: Vec<VerifierKey>) -> Result<Self, sqlx::Error> {
         let size = store::head(conn).await?.map_or(0, |h| h.0 + 1);
         let published = super::store::checkpoint(conn).await?.map(|p| (p.size, merkle::root(&[])));
-        Ok(Self { key, frontier: Frontier::default(), published, size, found: Vec::new(), entries_wrong: false })
+        Ok(Self { keys, frontier: Frontier::default(), published, size, found: Vec::new(), entries_wrong: false })
     }
 
     /// How many entries it looks at.
@@ -93,7 +93,7 @@ impl Examiner {
     pub async fn finish(mut self, conn: &mut PgConnection) -> Result<Vec<Finding>, sqlx::Error> {
         self.tiles(conn).await?;
         if let Some(p) = super::store::checkpoint(conn).await? {
-            match Checkpoint::open(&p.note, &self.key) {
+            match Checkpoint::open_any(&p.note, &self.keys) {
                 Err(e) => self.found.push(Finding::other(format!("the published checkpoint was changed: {e}"))),
                 Ok(c) if c.size != p.size || c.root != p.root => {
                     self.found.push(Finding::other(

@@ -1,10 +1,12 @@
 //! The room's routes: the record under `/v1/audit`, the transparency log under `/log`.
 
+mod keys;
 mod records;
 mod saved;
 mod search;
 mod witness;
 
+use std::io::Write as _;
 use std::time::Duration;
 
 use axum::extract::State as Room;
@@ -30,6 +32,8 @@ pub fn routes(audit: Audit) -> OpenApiRouter {
         .routes(routes!(search::stream))
         .routes(routes!(saved::list))
         .routes(routes!(saved::put, saved::read, saved::forget))
+        .routes(routes!(keys::list))
+        .routes(routes!(keys::rotate))
         .routes(routes!(entry))
         .routes(routes!(receipt))
         .routes(routes!(consistency))
@@ -147,6 +151,7 @@ async fn tile(
     Room(audit): Room<Audit>,
     caller: Option<axum::Extension<Caller>>,
     UrlPath(path): UrlPath<String>,
+    asked: HeaderMap,
 ) -> Result<Response, Refusal> {
     let (bytes, public) = match Path::parse(&path).ok_or_else(|| Refusal::not_found("such tile"))? {
         Path::Hashes(tile) => (audit.tile(tile).await?, true),
@@ -154,8 +159,24 @@ async fn tile(
     };
     // `public` would let a shared cache give to anybody what one caller was allowed to read (RFC 9111, 3.5).
     let kept = if public { "public, max-age=31536000, immutable" } else { "private, max-age=31536000, immutable" };
-    let headers = [(header::CONTENT_TYPE, "application/octet-stream"), (header::CACHE_CONTROL, kept)];
+    let headers = [
+        (header::CONTENT_TYPE, "application/octet-stream"),
+        (header::CACHE_CONTROL, kept),
+        (header::VARY, "accept-encoding"),
+    ];
+    // Hashes do not get shorter; leaves do.
+    let accepted = asked.get(header::ACCEPT_ENCODING).and_then(|v| v.to_str().ok()).unwrap_or_default();
+    if path.starts_with("entries/") && accepted.split(',').any(|c| c.trim() == "gzip") {
+        let coded = [(header::CONTENT_ENCODING, "gzip")];
+        return Ok((headers, coded, deflate(&bytes).map_err(Refusal::internal)?).into_response());
+    }
     Ok((headers, bytes).into_response())
+}
+
+fn deflate(bytes: &[u8]) -> std::io::Result<Vec<u8>> {
+    let mut out = flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::fast());
+    out.write_all(bytes)?;
+    out.finish()
 }
 
 fn whole(text: &str) -> Result<i64, Refusal> {

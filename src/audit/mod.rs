@@ -11,6 +11,7 @@
 mod events;
 mod examine;
 pub mod http;
+mod keys;
 pub mod model;
 pub mod note;
 pub mod proof;
@@ -33,7 +34,7 @@ use std::sync::Arc;
 use tokio::sync::watch;
 
 use crate::config;
-use crate::kernel::crypto::{self, MasterKey, SigningKey};
+use crate::kernel::crypto::{MasterKey, SigningKey};
 use crate::kernel::supervisor::Supervisor;
 use crate::kernel::web::{Ask, Caller};
 use crate::kernel::{Clock, Refusal, problem};
@@ -59,19 +60,15 @@ const COSIGNED_FOR: i64 = 10_000;
 /// Seals the witness's key.
 const WITNESS: &str = "audit/witness-key";
 
-/// Seals the log's key.
-const PURPOSE: &str = "audit/log-key";
-
 /// The room. Cheap to clone.
 #[derive(Clone)]
 pub struct Audit {
     ledger: Ledger,
     store: Store,
-    key: VerifierKey,
+    keys: keys::Keys,
     public_entries: bool,
     indexed: watch::Receiver<i64>,
     metrics: Metrics,
-    signer: Arc<SigningKey>,
     records: Arc<[Arc<dyn Records>]>,
     clock: Clock,
     witness: Arc<Witness>,
@@ -123,8 +120,8 @@ pub struct Parts<'a> {
     pub store: Store,
     /// The clock.
     pub clock: Clock,
-    /// Seals the log's key.
-    pub master: &'a MasterKey,
+    /// Seals the log's keys.
+    pub master: Arc<MasterKey>,
     /// The configuration.
     pub config: &'a config::Config,
     /// Where its metrics go.
@@ -141,32 +138,32 @@ impl Audit {
     pub async fn start(parts: Parts<'_>, tasks: &Supervisor) -> Result<Self, Refusal> {
         let Parts { ledger, store, clock, master, config, registry, records } = parts;
         let metrics = Metrics::new(registry).map_err(Refusal::internal)?;
-        let (origin, key) = signing_key(&store, master, &clock, config.audit.origin.as_deref()).await?;
-        let verifier = VerifierKey::log(origin.clone(), key.public());
-        let key = Arc::new(key);
+        let mut conn = store.reader().acquire().await.map_err(|e| store.refusal(e))?;
+        let refusal = |e| store.refusal(e);
+        let keys = keys::Keys::open(&mut conn, master.clone(), &clock, config.audit.origin.as_deref(), refusal).await?;
+        drop(conn);
         let file = config.data.dir.join("checkpoint");
         let publisher = publisher::Publisher {
             store: store.clone(),
             clock: clock.clone(),
-            key: key.clone(),
-            origin,
+            keys: keys.clone(),
             file,
             ledger: ledger.clone(),
             metrics: metrics.clone(),
             place: None,
         };
         publisher::start(publisher, &ledger, config.audit.publish_interval.get(), tasks);
-        let witness = witness_of(&store, &ledger, &clock, master, &verifier.name, &config.audit.witness_logs).await?;
+        let witness =
+            witness_of(&store, &ledger, &clock, &master, &keys.current().name, &config.audit.witness_logs).await?;
         let watched = watch(&store, &ledger, &clock, &config.audit.witnesses, registry, tasks).await?;
         let indexed = search::start(&store, &ledger, metrics.clone(), tasks);
         let audit = Self {
             ledger,
             store,
-            key: verifier,
+            keys,
             public_entries: config.audit.public_entries,
             indexed,
             metrics,
-            signer: key,
             records: records.into(),
             clock,
             witness: Arc::new(witness),
@@ -179,8 +176,8 @@ impl Audit {
 
     /// The key that checks this log.
     #[must_use]
-    pub fn key(&self) -> &VerifierKey {
-        &self.key
+    pub fn key(&self) -> VerifierKey {
+        self.keys.current()
     }
 
     async fn connection(&self) -> Result<sqlx::pool::PoolConnection<sqlx::Postgres>, Refusal> {
@@ -302,36 +299,6 @@ impl Audit {
     pub fn indexed_to(&self) -> i64 {
         *self.indexed.borrow()
     }
-}
-
-/// The log's key: made at first start, sealed under the master key.
-async fn signing_key(
-    store: &Store,
-    master: &MasterKey,
-    clock: &Clock,
-    origin: Option<&str>,
-) -> Result<(String, SigningKey), Refusal> {
-    let refusal = |e| store.refusal(e);
-    let mut conn = store.reader().acquire().await.map_err(refusal)?;
-    if store::log_key(&mut conn).await.map_err(refusal)?.is_none() {
-        let (key, seed) = SigningKey::generate()?;
-        let made: String = crypto::random::<4>()?.iter().map(|b| format!("{b:02x}")).collect();
-        let name = origin.map_or_else(|| format!("sop/{made}"), str::to_owned);
-        let sealed = master.seal(PURPOSE, seed.expose())?;
-        store::make_log_key(&mut conn, &name, &key.public(), &sealed, clock.now()).await.map_err(refusal)?;
-    }
-    let (name, public, sealed) = store::log_key(&mut conn)
-        .await
-        .map_err(refusal)?
-        .ok_or_else(|| Refusal::new(&problem::INTERNAL, "the log has no key"))?;
-    let seed = master
-        .open(PURPOSE, &sealed)
-        .ok_or_else(|| Refusal::new(&problem::INTERNAL, "the log's key does not open under this master key"))?;
-    let key = SigningKey::from_seed(&seed)?;
-    if key.public() != public {
-        return Err(Refusal::new(&problem::INTERNAL, "the log's key is not the one it is published as"));
-    }
-    Ok((name, key))
 }
 
 /// The witness: its key is made at first start, and kept sealed.

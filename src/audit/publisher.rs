@@ -10,14 +10,14 @@ use std::time::Duration;
 use sqlx::{Connection as _, PgConnection};
 use tokio::sync::Mutex;
 
-use crate::kernel::crypto::{Hash, SigningKey};
+use crate::kernel::crypto::Hash;
 use crate::kernel::supervisor::{Supervisor, Task, TaskError};
 use crate::kernel::{Clock, Timestamp};
 use crate::ledger::Ledger;
 use crate::ledger::merkle::{self, Frontier};
 use crate::store::Store;
 
-use super::note::Checkpoint;
+use super::keys::Keys;
 use super::tiles::{Tile, WIDTH};
 use super::{Metrics, store, tree};
 
@@ -29,8 +29,7 @@ const POLL: Duration = Duration::from_secs(1);
 pub(super) struct Publisher {
     pub store: Store,
     pub clock: Clock,
-    pub key: Arc<SigningKey>,
-    pub origin: String,
+    pub keys: Keys,
     /// `DATA/checkpoint`: what this daemon published last, kept outside the database.
     pub file: PathBuf,
     /// Nothing is signed when it has stopped.
@@ -107,9 +106,9 @@ impl Publisher {
             .into());
         }
         unfinished_tiles(&place, &mut tiles);
-        let checkpoint = Checkpoint { origin: self.origin.clone(), size, root };
-        let note = checkpoint.sign(&self.key);
         let now = self.clock.now();
+        self.keys.refresh(&mut conn, now).await?.map_err(|e| e.detail().to_owned())?;
+        let note = self.keys.sign(size, root);
         keep(&mut conn, &tiles, size, &root, &note, now).await?;
         let beside = self.file.with_extension("new");
         std::fs::write(&beside, &note)?;

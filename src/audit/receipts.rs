@@ -13,7 +13,6 @@ use crate::store::Store;
 
 use super::events::Records;
 use super::model::Stored;
-use super::note::Checkpoint;
 use super::proof::{Proof, RecordExtra};
 use super::{Audit, events, store, tree};
 
@@ -127,8 +126,7 @@ impl Audit {
             // Any size was the log's once: its root is in the tiles, and signing it says nothing new.
             Some(size) => {
                 let root = tree::root(&mut conn, size).await.map_err(refusal)?;
-                let past = Checkpoint { origin: self.key.name.clone(), size, root };
-                (size, past.sign(&self.signer))
+                (size, self.keys.sign(size, root))
             }
         };
         let path = tree::path(&mut conn, merkle::inclusion(at, size)).await.map_err(refusal)?;

@@ -10,10 +10,9 @@ use crate::ledger::Entry;
 use crate::store::Store;
 
 use super::examine::{self, Examiner, Finding};
-use super::note::VerifierKey;
 use super::receipts::records_of;
-use super::store::{self, damage};
-use super::{Audit, Records};
+use super::store::damage;
+use super::{Audit, Records, keys};
 
 /// How often it looks whether another daemon found something, or a whole audit is due.
 const LOOK: Duration = Duration::from_secs(5);
@@ -39,7 +38,7 @@ pub(super) fn start(audit: &Audit, every: Duration, tasks: &Supervisor) {
                     sampled = Some(now);
                 }
                 if now.saturating_sub(whole) >= WHOLE {
-                    let done = examine_all(&audit.store, &audit.records, audit.key.clone()).await;
+                    let done = examine_all(&audit.store, &audit.records).await;
                     let (_, found) = done.map_err(|e| e.detail().to_owned())?;
                     audit.report(&found).await?;
                     audit.recorded(&found).await;
@@ -118,10 +117,11 @@ impl Audit {
 }
 
 /// Examines everything, from rows to root.
-async fn examine_all(db: &Store, rooms: &[Arc<dyn Records>], key: VerifierKey) -> Result<(i64, Vec<Finding>), Refusal> {
+async fn examine_all(db: &Store, rooms: &[Arc<dyn Records>]) -> Result<(i64, Vec<Finding>), Refusal> {
     let refusal = |e| db.refusal(e);
     let mut conn = db.reader().acquire().await.map_err(refusal)?;
-    let mut examiner = Examiner::new(&mut conn, key).await.map_err(refusal)?;
+    let keys = keys::all(&mut conn).await.map_err(refusal)?;
+    let mut examiner = Examiner::new(&mut conn, keys).await.map_err(refusal)?;
     let mut blocks = 0;
     while let Some(rows) = examiner.next(&mut conn).await.map_err(refusal)? {
         for row in rows.iter().filter(|r| r.segment.is_some()) {
@@ -142,11 +142,7 @@ async fn examine_all(db: &Store, rooms: &[Arc<dyn Records>], key: VerifierKey) -
 /// Examines the whole record while no daemon writes: how many entries, and what was changed.
 ///
 /// # Errors
-/// 503 when the database is away, 404 when there is no log.
+/// 503 when the database is away.
 pub async fn diagnose(db: &Store, rooms: Vec<Arc<dyn Records>>) -> Result<(i64, Vec<Finding>), Refusal> {
-    let mut conn = db.reader().acquire().await.map_err(|e| db.refusal(e))?;
-    let key = store::log_key(&mut conn).await.map_err(|e| db.refusal(e))?;
-    let (name, public, _) = key.ok_or_else(|| Refusal::not_found("log in this database"))?;
-    drop(conn);
-    examine_all(db, &rooms, VerifierKey::log(name, public)).await
+    examine_all(db, &rooms).await
 }

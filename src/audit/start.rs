@@ -11,7 +11,8 @@ use crate::kernel::web::Caller;
 use crate::ledger::{Committed, Entry, Ledger, Permit, merkle};
 use crate::store::Store;
 
-use super::note::{Checkpoint, VerifierKey};
+use super::keys;
+use super::note::Checkpoint;
 use super::store::{self, damage};
 use super::tree;
 
@@ -152,8 +153,11 @@ fn kept_note(data: &Path) -> Result<Option<String>, String> {
 /// Compares with the checkpoint in the data folder.
 async fn against_kept(conn: &mut PgConnection, data: &Path, head: (i64, Hash)) -> Result<Option<Lost>, String> {
     let Some(note) = kept_note(data)? else { return Ok(None) };
-    let (name, public, _) = store::log_key(conn).await.map_err(failed)?.ok_or_else(emptied)?;
-    let kept = Checkpoint::open(&note, &VerifierKey::log(name, public)).map_err(|e| {
+    let keys = keys::all(conn).await.map_err(failed)?;
+    if keys.is_empty() {
+        return Err(emptied());
+    }
+    let kept = Checkpoint::open_any(&note, &keys).map_err(|e| {
         format!("the checkpoint in the data folder cannot be used: {e}; if this is another database, use another data folder")
     })?;
     let what = "the checkpoint kept in the data folder";

@@ -114,12 +114,56 @@ pub(super) async fn keep_checkpoint(
     Ok(())
 }
 
-/// The log's newest signing key: name, public key, sealed seed.
-pub(super) async fn log_key(conn: &mut PgConnection) -> Result<Option<(String, Hash, Vec<u8>)>, sqlx::Error> {
-    let row = sqlx::query("SELECT name, public, sealed FROM audit.log_keys ORDER BY id DESC LIMIT 1")
-        .fetch_optional(conn)
+/// One of the log's signing keys, with its sealed seed.
+pub(super) struct LogKey {
+    pub name: String,
+    pub public: Hash,
+    pub sealed: Vec<u8>,
+    pub time: Timestamp,
+    pub until: Option<Timestamp>,
+}
+
+/// The log's signing keys, the newest first.
+pub(super) async fn log_keys(conn: &mut PgConnection) -> Result<Vec<LogKey>, sqlx::Error> {
+    let rows = sqlx::query(
+        "SELECT name, public, sealed, (extract(epoch FROM time) * 1000)::int8 AS since, (extract(epoch FROM until) * 1000)::int8 AS until
+         FROM audit.log_keys ORDER BY id DESC",
+    )
+    .fetch_all(conn)
+    .await?;
+    let read = |r: &PgRow| {
+        Ok(LogKey {
+            name: r.try_get("name")?,
+            public: hash(r.try_get("public")?)?,
+            sealed: r.try_get("sealed")?,
+            time: Timestamp::from_millis(r.try_get("since")?),
+            until: r.try_get::<Option<i64>, _>("until")?.map(Timestamp::from_millis),
+        })
+    };
+    rows.iter().map(read).collect()
+}
+
+/// Puts a new key in the place of the one that signs, which signs beside it until `until`.
+pub(super) async fn replace_log_key(
+    conn: &mut PgConnection,
+    name: &str,
+    public: &Hash,
+    sealed: &[u8],
+    now: Timestamp,
+    until: Timestamp,
+) -> Result<(), sqlx::Error> {
+    sqlx::query("UPDATE audit.log_keys SET until = $1 WHERE until IS NULL")
+        .bind(until.to_offset())
+        .execute(&mut *conn)
         .await?;
-    row.map(|r| Ok((r.try_get("name")?, hash(r.try_get("public")?)?, r.try_get("sealed")?))).transpose()
+    sqlx::query("INSERT INTO audit.log_keys (name, public, sealed, time) VALUES ($1, $2, $3, $4)")
+        .bind(name)
+        .bind(public.as_slice())
+        .bind(sealed)
+        .bind(now.to_offset())
+        .execute(conn)
+        .await
+        .map(|_| ())
 }
 
 /// Makes the first signing key; one that is there stays.
@@ -132,7 +176,7 @@ pub(super) async fn make_log_key(
 ) -> Result<(), sqlx::Error> {
     sqlx::query(
         "INSERT INTO audit.log_keys (name, public, sealed, time)
-         SELECT $1, $2, $3, $4 WHERE NOT EXISTS (SELECT FROM audit.log_keys) ON CONFLICT DO NOTHING",
+         SELECT $1, $2, $3, $4 WHERE NOT EXISTS (SELECT FROM audit.log_keys)",
     )
     .bind(name)
     .bind(public.as_slice())

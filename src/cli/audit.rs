@@ -1,5 +1,7 @@
 //! `sop audit`: looks into the record, and saves it for others to check.
 
+mod look;
+
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context as _, anyhow, bail};
@@ -20,24 +22,62 @@ use super::{Global, say, serve};
 #[derive(Subcommand)]
 pub(crate) enum AuditCommand {
     /// List entries, newest first
+    #[command(visible_alias = "search")]
     List {
-        /// Only of this actor
-        #[arg(long)]
-        actor: Option<String>,
-        /// Only this action: state:put
-        #[arg(long)]
-        action: Option<String>,
-        /// Only resources that begin so: key/arp/
-        #[arg(long)]
-        resource: Option<String>,
+        #[command(flatten)]
+        known: look::Known,
+        /// A saved search
+        #[arg(long, value_name = "NAME")]
+        saved: Option<String>,
         /// At most so many
         #[arg(long, default_value_t = 20)]
-        limit: u16,
+        limit: u32,
+    },
+    /// Count entries by actor, room, action and outcome
+    Facets {
+        #[command(flatten)]
+        known: look::Known,
+    },
+    /// Show entries as they come
+    Tail {
+        #[command(flatten)]
+        known: look::Known,
+        /// Those after this index too
+        #[arg(long)]
+        after: Option<i64>,
+    },
+    /// Record a CloudEvent, or a batch of them (a JSON array)
+    Event {
+        /// The file, or `-`
+        file: String,
+        /// Refuse a batch whole if one of it is bad
+        #[arg(long)]
+        atomic: bool,
+    },
+    /// List saved searches
+    Searches,
+    /// Save a search, with an alert on it if wanted: JSON, as docs/audit.md has it
+    SaveSearch {
+        /// Its name
+        name: String,
+        /// The file, or `-`
+        file: String,
+    },
+    /// Forget a saved search
+    ForgetSearch {
+        /// Its name
+        name: String,
     },
     /// Print the receipt of an entry
     Receipt {
         /// The entry's index
         index: i64,
+    },
+    /// Replace the log's key; the old one signs beside the new one for a while
+    RotateKey {
+        /// For so many seconds
+        #[arg(long, default_value_t = 604_800)]
+        overlap: u64,
     },
     /// Go on with a record that lost entries for good (a failover, a restored backup); the daemon must not run
     Resume {
@@ -65,28 +105,23 @@ pub(crate) async fn run(global: &Global, command: AuditCommand) -> anyhow::Resul
     };
     match command {
         AuditCommand::Resume { .. } | AuditCommand::Diagnose => Ok(()),
-        AuditCommand::List { actor, action, resource, limit } => {
-            let mut query = vec![("limit", limit.to_string())];
-            query.extend(actor.map(|v| ("actor", v)));
-            query.extend(action.map(|v| ("action", v)));
-            query.extend(resource.map(|v| ("resource", v)));
-            let page = client.json(client.request(Method::GET, "/v1/audit/entries").query(&query)).await?;
-            for e in page["items"].as_array().into_iter().flatten() {
-                if global.json {
-                    say(e);
-                } else {
-                    let text = |name: &str| e[name].as_str().unwrap_or("-").to_owned();
-                    say(format!(
-                        "{}  {}  {:<22} {:<6} {}  {}",
-                        e["index"],
-                        text("time"),
-                        text("action"),
-                        text("outcome"),
-                        text("actor"),
-                        text("resource")
-                    ));
-                }
-            }
+        AuditCommand::List { known, saved, limit } => look::search(global, &client, known, saved, limit).await,
+        AuditCommand::Facets { known } => look::facets(global, &client, known).await,
+        AuditCommand::Tail { known, after } => look::tail(global, &client, known, after).await,
+        AuditCommand::Event { file, atomic } => look::event(&client, &file, atomic).await,
+        AuditCommand::Searches => {
+            let page = client.json(client.request(Method::GET, "/v1/audit/searches?limit=1000")).await?;
+            page["items"].as_array().into_iter().flatten().for_each(say);
+            Ok(())
+        }
+        AuditCommand::SaveSearch { name, file } => look::save(&client, &name, &file).await,
+        AuditCommand::ForgetSearch { name } => {
+            client.send(client.request(Method::DELETE, &format!("/v1/audit/searches/{name}"))).await?;
+            Ok(())
+        }
+        AuditCommand::RotateKey { overlap } => {
+            let request = client.request(Method::POST, "/v1/audit/log-keys/rotate").json(&json!({"overlap": overlap}));
+            say(client.json(request).await?);
             Ok(())
         }
         AuditCommand::Receipt { index } => {

@@ -30,6 +30,12 @@ enum What {
     Token,
     /// CloudEvents of 80 bytes to one topic, acknowledged when durable
     Publish,
+    /// CloudEvents of 80 bytes to the record, one a request
+    Event,
+    /// The same in batches of 100
+    Events,
+    /// Search, receipts and verification through the daemon, over a log of about a million entries
+    Record,
     /// From the answer to a put to the signed checkpoint that covers it, at 1,000 entries a second
     Checkpoint,
     /// A saved log, checked offline
@@ -112,6 +118,7 @@ pub(crate) async fn run(global: &Global, args: BenchArgs) -> anyhow::Result<()> 
     }
     match args.what {
         What::Checkpoint => record::checkpoint(global, &client, args.seconds).await?,
+        What::Record => record::large(global, &ours, client, &requests, args.seconds).await?,
         What::Verify => record::whole(global, &ours, client, &requests, args.seconds).await?,
         _ => load(global, &args, &ours, &requests).await?,
     }
@@ -197,7 +204,22 @@ async fn ours_requests(what: What, client: &Client, dir: &std::path::Path) -> an
                 load::http("POST", "/v1/nexus/topics/bench/messages", &headers, &body)
             })
         }
-        What::StatePut | What::Checkpoint | What::Verify => {
+        What::Event | What::Events => {
+            let batch = what == What::Events;
+            let kind = if batch { "application/cloudevents-batch+json" } else { "application/cloudevents+json" };
+            let headers = format!("{bearer}Content-Type: {kind}\r\n");
+            Request::new(move |n| {
+                let one = |i: usize| {
+                    let text = "x".repeat(60);
+                    format!(
+                        r#"{{"specversion":"1.0","id":"{n}-{i}","source":"/bench","type":"t","data":{{"n":{n},"text":"{text}"}}}}"#
+                    )
+                };
+                let many = || format!("[{}]", (0..100).map(one).collect::<Vec<_>>().join(","));
+                load::http("POST", "/v1/audit/events", &headers, &if batch { many() } else { one(0) })
+            })
+        }
+        What::StatePut | What::Checkpoint | What::Verify | What::Record => {
             Request::new(move |n| load::http("PUT", &format!("/v1/state/kv/bench/{}", n % KEYS), &bearer, &value(n)))
         }
         What::StateGet => {

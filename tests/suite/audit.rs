@@ -125,6 +125,15 @@ async fn tiles_are_what_the_leaves_give() {
         at += 1;
     }
     assert_eq!(at, 256);
+    let request = client.request(Method::GET, "/log/tile/entries/000").await.header("accept-encoding", "gzip");
+    let coded = request.send().await.unwrap();
+    assert_eq!(
+        (&coded.headers()["content-encoding"], &coded.headers()["vary"]),
+        (&"gzip".parse().unwrap(), &"accept-encoding".parse().unwrap())
+    );
+    let (coded, mut plain) = (coded.bytes().await.unwrap(), Vec::new());
+    std::io::Read::read_to_end(&mut flate2::read::GzDecoder::new(&coded[..]), &mut plain).unwrap();
+    assert!(plain == bundle && coded.len() < bundle.len() / 2, "leaves get shorter");
     let level1 = get("/log/tile/1/000.p/1".into()).await.bytes().await.unwrap();
     let hashes: Vec<[u8; 32]> = tile.as_chunks::<32>().0.to_vec();
     assert_eq!(level1[..], sop::ledger::merkle::root(&hashes)[..]);

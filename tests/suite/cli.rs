@@ -1,6 +1,7 @@
 //! The command line: the demo against a daemon that runs, and the rooms from a shell.
 
 use serde_json::Value;
+use tokio::io::AsyncBufReadExt as _;
 
 use crate::support::client::Client;
 use crate::support::daemon::{Daemon, Launch};
@@ -146,4 +147,35 @@ async fn an_operator_at_the_machine_gets_back_in_and_the_record_says_so() {
     assert_eq!(page["items"][0]["index"], done["index"]);
     assert_eq!(page["items"][0]["details"]["signal"]["severity"], "critical");
     record::check(&db).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_record_is_looked_into_from_the_command_line() {
+    let db = database().await;
+    let daemon = Launch::on(db.url()).start().await;
+    let file = daemon.launch.dir.join("event.json");
+    let event = r#"{"specversion":"1.0","id":"e-1","source":"/arp","type":"arp.plan"}"#;
+    std::fs::write(&file, format!("[{event}, {{}}]")).unwrap();
+    let path = file.display().to_string();
+    let (fine, said) = sop(&daemon, &["audit", "event", &path]).await;
+    assert!(fine && said.contains("\"accepted\":1"), "{said}");
+    let (fine, said) = sop(&daemon, &["audit", "event", &path, "--atomic"]).await;
+    assert!(!fine && said.contains("none was"), "{said}");
+    let (fine, said) = sop(&daemon, &["audit", "search", "plan", "--action", "audit:event"]).await;
+    assert!(fine && said.lines().count() == 1 && said.contains("event//arp"), "{said}");
+    let (fine, said) = sop(&daemon, &["audit", "facets", "--room", "audit"]).await;
+    assert!(fine && said.contains("audit:event"), "{said}");
+    std::fs::write(&file, r#"{"action": "audit:event"}"#).unwrap();
+    assert!(sop(&daemon, &["audit", "save-search", "events", &path]).await.0);
+    let (fine, said) = sop(&daemon, &["audit", "search", "--saved", "events", "--json"]).await;
+    assert!(fine && said.lines().count() == 1, "{said}");
+    let (_, said) = sop(&daemon, &["audit", "searches"]).await;
+    assert!(said.contains("\"name\":\"events\""), "{said}");
+    assert!(sop(&daemon, &["audit", "forget-search", "events"]).await.0);
+    let mut command = tokio::process::Command::new(env!("CARGO_BIN_EXE_sop"));
+    command.args(["audit", "tail", "--action", "audit:event", "--after", "0", "--data-dir"]).arg(&daemon.launch.dir);
+    let mut tail = command.stdout(std::process::Stdio::piped()).kill_on_drop(true).spawn().unwrap();
+    let mut lines = tokio::io::BufReader::new(tail.stdout.take().unwrap()).lines();
+    let line = tokio::time::timeout(std::time::Duration::from_secs(10), lines.next_line()).await.unwrap().unwrap();
+    assert!(line.unwrap().contains("audit:event"));
 }

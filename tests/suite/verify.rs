@@ -119,3 +119,46 @@ async fn receipts_verify_from_files_and_a_foreign_key_is_told_apart() {
     let (fine, said) = sop(&["verify", "one", "two", "three"]).await;
     assert!(!fine && said.contains("what is to be verified"), "{said}");
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_logs_key_is_replaced_and_what_the_old_one_signed_holds() {
+    let db = database().await;
+    let mut one = Launch::on(db.url()).start().await;
+    let two = Launch::beside(&one, db.url()).start().await;
+    let (a, b) = (Client::of(&one), Client::of(&one).also_of(&two));
+    let old = text(&a, "/log/key").await.trim().to_owned();
+    let index = a.put("k", "v").await.unwrap();
+    let dir = reaper::folder("v");
+    let (before, after) = (dir.join("before"), dir.join("after"));
+    std::fs::write(&before, text(&a, &format!("/v1/audit/entries/{index}/receipt")).await).unwrap();
+    let (fine, said) = one.launch.run(&["audit", "rotate-key", "--overlap", "4"]).await;
+    assert!(fine, "{said}");
+    let (_, page) = a.get("/v1/audit/entries?action=audit:key-rotate").await;
+    assert_eq!(page["items"][0]["details"]["change"]["old"], old.as_str());
+    let new = text(&a, "/log/key").await.trim().to_owned();
+    assert_ne!(new, old);
+    // While both sign, whoever has either key goes on, on either daemon.
+    let index = b.put("k", "w").await.unwrap();
+    std::fs::write(&after, text(&b, &format!("/v1/audit/entries/{index}/receipt")).await).unwrap();
+    for (file, key, fine) in [(&before, &old, true), (&before, &new, false), (&after, &old, true), (&after, &new, true)]
+    {
+        let (done, said) = sop(&["verify", "receipt", &path(file), "--key", key]).await;
+        assert_eq!(done, fine, "{}: {said}", file.display());
+    }
+    until("the old key's time to end", Duration::from_secs(20), || async {
+        a.put("k", "x").await.unwrap();
+        text(&a, "/log/checkpoint").await.matches('\u{2014}').count() == 1
+    })
+    .await;
+    let (fine, _) = one.launch.run(&["verify", "--key", &old]).await;
+    assert!(!fine, "it signs no more");
+    let (fine, said) = one.launch.run(&["verify", "--key", &new]).await;
+    assert!(fine, "{said}");
+    assert!(sop(&["verify", "receipt", &path(&before), "--key", &old]).await.0, "what it signed holds");
+    assert_eq!(a.get("/v1/audit/log-keys").await.1["items"].as_array().unwrap().len(), 2);
+    let bad = a.json(Method::POST, "/v1/audit/log-keys/rotate", &serde_json::json!({"overlap": -1})).await;
+    assert_eq!(bad.0, 400);
+    assert!(one.terminate(Duration::from_secs(20)).await.success());
+    let one = one.launch.clone().start().await;
+    Client::of(&one).put("k", "a restart finds its checkpoint signed by a key it knows").await.unwrap();
+}

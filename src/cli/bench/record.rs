@@ -112,3 +112,82 @@ pub(super) async fn whole(
     }
     Ok(())
 }
+
+/// Entries of the large log, about; and requests that are timed.
+const LARGE: f64 = 1_000_000.0;
+const TIMED: usize = 200;
+
+/// Fills a log, and times searches with two filters, receipts, and verification through the daemon.
+pub(super) async fn large(
+    global: &Global,
+    ours: &Sop,
+    client: Client,
+    puts: &Request,
+    seconds: u64,
+) -> anyhow::Result<()> {
+    let first = load::round(ours.address(), puts, 128, Duration::from_secs(seconds)).await?;
+    let rest = (LARGE / first.rate.max(1.0)) as u64;
+    load::round(ours.address(), puts, 128, Duration::from_secs(rest.clamp(seconds, 180))).await?;
+    // The search follows; nothing is timed before it has come to the end.
+    loop {
+        let answer = client.request(Method::GET, "/v1/audit/entries?limit=1").send().await?;
+        if answer.status().is_success() {
+            break;
+        }
+        tokio::time::sleep(Duration::from_millis(500)).await;
+    }
+    let page = client.json(client.request(Method::GET, "/v1/audit/entries?limit=1")).await?;
+    let entries = page["items"][0]["index"].as_u64().context("the record is empty")? + 1;
+    if !global.json {
+        say(format!(
+            "Over {entries} entries, one request at a time:\n\n| what | p50 ms | p95 ms | p99 ms |\n|---|---|---|---|"
+        ));
+    }
+    let actor = page["items"][0]["actor"].as_str().unwrap_or_default().to_owned();
+    for (what, query) in [
+        ("search: actor and action, frequent", format!("actor={actor}&action=state:put")),
+        ("search: actor and outcome, none", format!("actor={actor}&outcome=failed")),
+        ("search: action and action's room, rare", "action=ledger:begin&room=ledger".to_owned()),
+        ("search: resource and action", "resource=key/bench/4711&action=state:put".to_owned()),
+        ("search: a word and an action", "text=4711&action=state:put".to_owned()),
+    ] {
+        timed(global, what, &client, |_| format!("/v1/audit/entries?{query}")).await?;
+    }
+    let place = |n: usize| (n as u64 * 7_919_993) % entries;
+    timed(global, "receipt of an entry", &client, |n| format!("/v1/audit/entries/{}/receipt", place(n))).await?;
+    timed(global, "full tile of hashes", &client, |n| {
+        format!("/log/tile/0/{}", crate::audit::tiles::place(place(n) % (entries / 256)))
+    })
+    .await?;
+    let key = client.send(client.request(Method::GET, "/log/key")).await?.text().await?;
+    let key = VerifierKey::parse(&key).context("the log's key cannot be read")?;
+    let clock = Clock::system();
+    let began = clock.elapsed();
+    let verified = verify::log(&Source::Daemon(client), &key, None).await?.entries;
+    let took = clock.elapsed().saturating_sub(began).as_secs_f64();
+    let rate = verified as f64 / took;
+    if global.json {
+        say(json!({"entries": verified, "seconds": took, "a_second": rate}));
+    } else {
+        say(format!("\n{verified} entries verified through the daemon in {took:.1} s: {rate:.0} a second."));
+    }
+    Ok(())
+}
+
+async fn timed(global: &Global, what: &str, client: &Client, path: impl Fn(usize) -> String) -> anyhow::Result<()> {
+    let clock = Clock::system();
+    let mut all = Vec::with_capacity(TIMED);
+    for n in 0..TIMED {
+        let began = clock.elapsed();
+        client.send(client.request(Method::GET, &path(n))).await?.bytes().await?;
+        all.push(clock.elapsed().saturating_sub(began).as_secs_f64() * 1e3);
+    }
+    all.sort_by(f64::total_cmp);
+    let at = |q: f64| all.get(((TIMED - 1) as f64 * q) as usize).copied().unwrap_or(f64::NAN);
+    if global.json {
+        say(json!({"what": what, "p50_ms": at(0.5), "p95_ms": at(0.95), "p99_ms": at(0.99)}));
+    } else {
+        say(format!("| {what} | {:.2} | {:.2} | {:.2} |", at(0.5), at(0.95), at(0.99)));
+    }
+    Ok(())
+}
