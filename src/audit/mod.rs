@@ -364,6 +364,9 @@ async fn watch(
     }
     for w in &all {
         age.with_label_values(&[&w.key.name]).set(0);
+        for outcome in ["signed", "failed", "ahead", "fork"] {
+            sent.with_label_values(&[w.key.name.as_str(), outcome]).inc_by(0);
+        }
     }
     let sender = Sender::new(store.clone(), ledger.clone(), clock.clone(), all, sent, age)?;
     if let Some(why) = sender.at_start().await {

@@ -186,7 +186,11 @@ async fn systemd_hears_that_the_daemon_is_ready_alive_and_stopping() {
 #[tokio::test(flavor = "multi_thread")]
 async fn what_is_watched_is_what_there_is() {
     let db = database().await;
-    let daemon = Launch::on(db.url()).start().await;
+    // With a witness, so that what is counted of it is there too; nobody needs to answer.
+    let (key, _) = sop::kernel::crypto::SigningKey::generate().unwrap();
+    let witness = sop::audit::note::VerifierKey::witness("w.example/w", key.public());
+    let daemon =
+        Launch::on(db.url()).env("SOP__AUDIT__WITNESSES", &format!("http://127.0.0.1:9 {witness}")).start().await;
     let client = Client::of(&daemon);
     client.put("k", "v").await.unwrap();
     let metrics = client.bare(Method::GET, "/metrics").send().await.unwrap().text().await.unwrap();

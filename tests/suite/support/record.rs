@@ -19,6 +19,14 @@ pub async fn check(db: &Database) -> i64 {
 
 /// The same on any connection.
 pub async fn check_on(conn: &mut PgConnection) -> i64 {
+    // Of one moment: a daemon that runs may write an entry of its own at any time.
+    sqlx::raw_sql("BEGIN ISOLATION LEVEL REPEATABLE READ, READ ONLY").execute(&mut *conn).await.unwrap();
+    let entries = check_at(&mut *conn).await;
+    sqlx::raw_sql("COMMIT").execute(conn).await.unwrap();
+    entries
+}
+
+async fn check_at(conn: &mut PgConnection) -> i64 {
     let head = sqlx::query("SELECT index, root FROM ledger.head").fetch_one(&mut *conn).await.unwrap();
     let (index, root): (i64, Vec<u8>) = (head.get("index"), head.get("root"));
     let rows = sqlx::query(
