@@ -31,7 +31,7 @@ use std::time::Duration;
 
 use prometheus::{IntCounter, IntCounterVec, IntGauge, IntGaugeVec, Opts, Registry};
 use std::sync::Arc;
-use tokio::sync::watch;
+use tokio::sync::{Notify, watch};
 
 use crate::config;
 use crate::kernel::crypto::{MasterKey, SigningKey};
@@ -68,6 +68,7 @@ pub struct Audit {
     keys: keys::Keys,
     public_entries: bool,
     indexed: watch::Receiver<i64>,
+    hurry: Arc<Notify>,
     metrics: Metrics,
     records: Arc<[Arc<dyn Records>]>,
     clock: Clock,
@@ -156,13 +157,15 @@ impl Audit {
         let witness =
             witness_of(&store, &ledger, &clock, &master, &keys.current().name, &config.audit.witness_logs).await?;
         let watched = watch(&store, &ledger, &clock, &config.audit.witnesses, registry, tasks).await?;
-        let indexed = search::start(&store, &ledger, metrics.clone(), tasks);
+        let hurry = Arc::new(Notify::new());
+        let indexed = search::start(&store, &ledger, metrics.clone(), hurry.clone(), tasks);
         let audit = Self {
             ledger,
             store,
             keys,
             public_entries: config.audit.public_entries,
             indexed,
+            hurry,
             metrics,
             records: records.into(),
             clock,

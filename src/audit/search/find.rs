@@ -115,6 +115,9 @@ impl Audit {
     async fn searched(&self, upto: Option<i64>) -> Result<i64, Refusal> {
         let upto = upto.unwrap_or_else(|| self.ledger.index());
         let mut indexed = self.indexed.clone();
+        if *indexed.borrow() < upto {
+            self.hurry.notify_one();
+        }
         let waited = tokio::time::timeout(Duration::from_secs(5), indexed.wait_for(|i| *i >= upto)).await.is_ok();
         if waited {
             Ok(upto)

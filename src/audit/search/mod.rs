@@ -5,10 +5,11 @@ mod find;
 mod tail;
 pub(super) mod tokens;
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use sqlx::{Connection as _, PgConnection};
-use tokio::sync::watch;
+use tokio::sync::{Notify, watch};
 
 use crate::kernel::supervisor::{Supervisor, Task, TaskError};
 use crate::ledger::Ledger;
@@ -30,12 +31,19 @@ const POLL: Duration = Duration::from_millis(500);
 /// Pause between two rounds: many small ones would cost the writer more than a few large ones.
 const PAUSE: Duration = Duration::from_millis(100);
 
-/// Starts it; what it answers tells how far it has come.
-pub(super) fn start(db: &Store, ledger: &Ledger, metrics: Metrics, tasks: &Supervisor) -> watch::Receiver<i64> {
+/// Starts it; what it answers tells how far it has come. Who waits for it says so by `hurry`, and it does not pause.
+pub(super) fn start(
+    db: &Store,
+    ledger: &Ledger,
+    metrics: Metrics,
+    hurry: Arc<Notify>,
+    tasks: &Supervisor,
+) -> watch::Receiver<i64> {
     let (tell, told) = watch::channel(-1);
     let (db, index) = (db.clone(), ledger.watch_index());
     tasks.start(Task::restarting("audit/search", move |stop| {
         let (db, mut index, tell, metrics) = (db.clone(), index.clone(), tell.clone(), metrics.clone());
+        let hurry = hurry.clone();
         async move {
             loop {
                 index.mark_unchanged();
@@ -44,7 +52,11 @@ pub(super) fn start(db: &Store, ledger: &Ledger, metrics: Metrics, tasks: &Super
                 tell.send_if_modified(|known| std::mem::replace(known, at) != at);
                 tokio::select! {
                     () = stop.cancelled() => return Ok(()),
-                    _ = index.changed() => tokio::time::sleep(PAUSE).await,
+                    _ = index.changed() => tokio::select! {
+                        () = tokio::time::sleep(PAUSE) => {}
+                        () = hurry.notified() => {}
+                    },
+                    () = hurry.notified() => {}
                     () = tokio::time::sleep(POLL) => {}
                 }
             }
