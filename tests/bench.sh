@@ -23,3 +23,4 @@ $sop bench events --clients 1,8,32 --seconds "$seconds"
 $sop bench checkpoint --seconds "$seconds"
 $sop bench verify --seconds "$seconds"
 $sop bench record --seconds "$seconds"
+$sop bench proofs

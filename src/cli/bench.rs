@@ -36,6 +36,8 @@ enum What {
     Events,
     /// Search, receipts and verification through the daemon, over a log of about a million entries
     Record,
+    /// Receipts and tiles of a log of ten million leaves
+    Proofs,
     /// From the answer to a put to the signed checkpoint that covers it, at 1,000 entries a second
     Checkpoint,
     /// A saved log, checked offline
@@ -119,6 +121,7 @@ pub(crate) async fn run(global: &Global, args: BenchArgs) -> anyhow::Result<()> 
     match args.what {
         What::Checkpoint => record::checkpoint(global, &client, args.seconds).await?,
         What::Record => record::large(global, &ours, client, &requests, args.seconds).await?,
+        What::Proofs => record::proofs(global, &ours, client).await?,
         What::Verify => record::whole(global, &ours, client, &requests, args.seconds).await?,
         _ => load(global, &args, &ours, &requests).await?,
     }
@@ -219,7 +222,7 @@ async fn ours_requests(what: What, client: &Client, dir: &std::path::Path) -> an
                 load::http("POST", "/v1/audit/events", &headers, &if batch { many() } else { one(0) })
             })
         }
-        What::StatePut | What::Checkpoint | What::Verify | What::Record => {
+        What::StatePut | What::Checkpoint | What::Verify | What::Record | What::Proofs => {
             Request::new(move |n| load::http("PUT", &format!("/v1/state/kv/bench/{}", n % KEYS), &bearer, &value(n)))
         }
         What::StateGet => {

@@ -152,3 +152,50 @@ async fn what_the_self_audit_finds_stops_writing_on_every_daemon_until_somebody_
     })
     .await;
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_database_put_back_to_yesterdays_copy_is_not_written_until_the_gap_is_an_entry() {
+    let db = database().await;
+    let mut daemon = Launch::on(db.url()).start().await;
+    Client::of(&daemon).put("k", "yesterday").await.unwrap();
+    assert!(daemon.terminate(Duration::from_secs(20)).await.success());
+    let yesterday = db.copy().await;
+    let mut daemon = daemon.launch.clone().start().await;
+    let key = Client::of(&daemon).bare(Method::GET, "/log/key").send().await.unwrap().text().await.unwrap();
+    let client = Client::of(&daemon);
+    let today = client.put("k", "today").await.unwrap();
+    let token = client.token().await;
+    // Stopping signs what is there; this is what a witness or a client holds.
+    assert!(daemon.terminate(Duration::from_secs(20)).await.success());
+    let held = std::fs::read_to_string(daemon.launch.dir.join("checkpoint")).unwrap();
+    assert!(held.lines().nth(1).unwrap().parse::<i64>().unwrap() > today);
+
+    let launch = daemon.launch.clone().database(yesterday.url());
+    let mut daemon = launch.clone().start().await;
+    let client = Client::of(&daemon);
+    let ready = client.bare(Method::GET, "/readyz?verbose").send().await.unwrap();
+    assert_eq!(ready.status(), 503);
+    assert!(ready.text().await.unwrap().contains("record-behind"));
+    let refused = client.bare(Method::PUT, "/v1/state/kv/k").bearer_auth(token).body("forked").send().await.unwrap();
+    assert_eq!(refused.status(), 503);
+    assert!(refused.text().await.unwrap().contains("record-behind"));
+    let note = client.bare(Method::GET, "/log/checkpoint").send().await.unwrap().text().await.unwrap();
+    assert!(note.lines().nth(1).unwrap().parse::<i64>().unwrap() <= today, "nothing was added: {note}");
+    assert!(daemon.terminate(Duration::from_secs(20)).await.success());
+    assert_eq!(
+        std::fs::read_to_string(launch.dir.join("checkpoint")).unwrap(),
+        held,
+        "what was signed is not forgotten"
+    );
+
+    let (fine, said) = launch.run(&["audit", "resume", "--reason", "restored"]).await;
+    assert!(fine, "{said}");
+    let daemon = launch.start().await;
+    let client = Client::of(&daemon);
+    assert!(client.put("k", "goes on").await.unwrap() > 0);
+    let (_, page) = client.get("/v1/audit/entries?action=audit:resume&min_index=1").await;
+    let gap = &page["items"][0];
+    assert_eq!(gap["details"]["change"]["published_size"], json!(held.lines().nth(1).unwrap().parse::<i64>().unwrap()));
+    let same = client.bare(Method::GET, "/log/key").send().await.unwrap().text().await.unwrap();
+    assert_eq!(same, key, "the same log goes on, and says in it what it lost");
+}

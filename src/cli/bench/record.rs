@@ -15,6 +15,7 @@ use crate::kernel::Clock;
 use crate::kernel::supervisor::{Stop, detach};
 
 use super::load::{self, Request};
+use super::store;
 
 /// Entries a second while checkpoints are timed.
 const PACE: u64 = 1000;
@@ -172,6 +173,38 @@ pub(super) async fn large(
         say(format!("\n{verified} entries verified through the daemon in {took:.1} s: {rate:.0} a second."));
     }
     Ok(())
+}
+
+/// Leaves of the tree whose proofs are timed.
+const LEAVES: u64 = 10_000_000;
+
+/// Receipts and tiles of a log of ten million leaves, most of them made in the database and none by requests.
+pub(super) async fn proofs(global: &Global, ours: &Sop, client: Client) -> anyhow::Result<()> {
+    store::grow(ours.dir(), LEAVES.cast_signed()).await?;
+    let key = client.send(client.request(Method::GET, "/log/key")).await?.text().await?;
+    let key = VerifierKey::parse(&key).context("the log's key cannot be read")?;
+    loop {
+        let note = client.send(client.request(Method::GET, "/log/checkpoint")).await?.text().await?;
+        if Checkpoint::open(&note, &key).map_err(anyhow::Error::msg)?.size >= LEAVES {
+            break;
+        }
+        tokio::time::sleep(Duration::from_millis(500)).await;
+    }
+    if !global.json {
+        say(format!(
+            "Over {LEAVES} leaves, each place asked for once:\n\n| what | p50 ms | p95 ms | p99 ms |\n|---|---|---|---|"
+        ));
+    }
+    let place = |n: usize| (n as u64 * 7_919_993) % LEAVES;
+    timed(global, "receipt of an entry", &client, |n| format!("/v1/audit/entries/{}/receipt", place(n))).await?;
+    timed(global, "inclusion at an earlier size", &client, |n| {
+        format!("/v1/audit/entries/{}/receipt?size={}", place(n) / 2, LEAVES - 1 - place(n) / 2)
+    })
+    .await?;
+    timed(global, "cold tile of hashes", &client, |n| {
+        format!("/log/tile/0/{}", crate::audit::tiles::place(place(n + TIMED) % (LEAVES / 256)))
+    })
+    .await
 }
 
 async fn timed(global: &Global, what: &str, client: &Client, path: impl Fn(usize) -> String) -> anyhow::Result<()> {

@@ -1,5 +1,5 @@
-//! The least that a durable put can cost: one bare INSERT behind axum, on the same PostgreSQL. No caller is known, nothing is
-//! decided, recorded or kept of the past.
+//! What the bench does in the database itself: the least that a durable put can cost, and a log made larger than the bench has
+//! time to write.
 
 use std::path::Path;
 
@@ -7,12 +7,20 @@ use anyhow::Context as _;
 use axum::extract::{Path as Key, State};
 use axum::http::StatusCode;
 use axum::routing::put;
-use sqlx::PgPool;
 use sqlx::postgres::{PgConnectOptions, PgPoolOptions};
+use sqlx::{Connection as _, PgConnection, PgPool};
 
+use crate::kernel::crypto::Hash;
 use crate::kernel::supervisor::detach;
+use crate::ledger::merkle::Frontier;
 
-/// The server; it ends with the bench.
+/// The private cluster of the daemon of that folder.
+fn options(daemon: &Path) -> PgConnectOptions {
+    PgConnectOptions::new_without_pgpass().socket(daemon.join("run")).username("sop").database("sop")
+}
+
+/// One bare INSERT behind axum, on the same PostgreSQL: no caller is known, nothing is decided, recorded or kept of the past.
+/// The server ends with the bench.
 pub(super) struct Bare {
     address: String,
 }
@@ -20,8 +28,8 @@ pub(super) struct Bare {
 impl Bare {
     /// Beside our tables, in the private cluster of the daemon of that folder.
     pub async fn start(daemon: &Path) -> anyhow::Result<Self> {
-        let options = PgConnectOptions::new_without_pgpass().socket(daemon.join("run")).username("sop").database("sop");
-        let pool = PgPoolOptions::new().max_connections(16).test_before_acquire(false).connect_with(options).await?;
+        let pool = PgPoolOptions::new().max_connections(16).test_before_acquire(false);
+        let pool = pool.connect_with(options(daemon)).await?;
         sqlx::raw_sql(
             "CREATE SCHEMA bench; CREATE TABLE bench.bare (key bytea PRIMARY KEY, value bytea NOT NULL) WITH (fillfactor = 60)",
         )
@@ -51,4 +59,54 @@ async fn insert(State(pool): State<PgPool>, Key(key): Key<String>, body: axum::b
     .execute(&pool)
     .await;
     if done.is_ok() { StatusCode::OK } else { StatusCode::INTERNAL_SERVER_ERROR }
+}
+
+/// Entries that one statement makes.
+const CHUNK: i64 = 500_000;
+
+/// Puts leaves into the log until it has `size`, as another daemon would in one turn: true hashes, the head with them, and no
+/// details. The search is told that it has them.
+pub(super) async fn grow(daemon: &Path, size: i64) -> anyhow::Result<()> {
+    let mut conn = PgConnection::connect_with(&options(daemon)).await?;
+    let mut tx = conn.begin().await?;
+    let head = "SELECT index, frontier FROM ledger.head WHERE id = 1 FOR UPDATE";
+    let (index, frontier): (i64, Vec<u8>) = sqlx::query_as(head).fetch_one(&mut *tx).await?;
+    let mut frontier = Frontier::decode(&frontier, (index + 1).unsigned_abs()).context("the head has no frontier")?;
+    sqlx::raw_sql(
+        "DO $$ DECLARE t text; BEGIN FOREACH t IN ARRAY ARRAY['ledger.entries', 'ledger.details', 'audit.segments'] LOOP
+             EXECUTE format('CREATE TABLE IF NOT EXISTS %s_8388608 PARTITION OF %s FOR VALUES FROM (8388608) TO (16777216)', t, t);
+         END LOOP; END $$",
+    )
+    .execute(&mut *tx)
+    .await?;
+    while frontier.size() < size.unsigned_abs() {
+        let from = i64::try_from(frontier.size())?;
+        let hashes: Vec<Vec<u8>> = sqlx::query_scalar(
+            "WITH made AS (
+                 SELECT i, convert_to(format('{\"action\":\"bench:leaf\",\"body\":\"\",\"n\":%s,\"outcome\":\"ok\",\"room\":\"bench\",\"time\":\"2026-01-01T00:00:00.000Z\",\"v\":1}', i), 'UTF8') AS leaf
+                 FROM generate_series($1::int8, $2::int8) AS i
+             ), kept AS (
+                 INSERT INTO ledger.entries (index, leaf, hash, batch, touched)
+                 SELECT i, leaf, sha256('\\x00'::bytea || leaf), $3, '' FROM made
+                 RETURNING index, hash
+             ) SELECT hash FROM kept ORDER BY index",
+        )
+        .bind(from)
+        .bind((from + CHUNK).min(size) - 1)
+        .bind(uuid::Uuid::nil())
+        .fetch_all(&mut *tx)
+        .await?;
+        for hash in hashes {
+            frontier.push(Hash::try_from(hash).map_err(|_| anyhow::anyhow!("a hash has 32 bytes"))?);
+        }
+    }
+    sqlx::query("UPDATE ledger.head SET index = $1, root = $2, frontier = $3 WHERE id = 1")
+        .bind(size - 1)
+        .bind(&frontier.root()[..])
+        .bind(frontier.encode())
+        .execute(&mut *tx)
+        .await?;
+    sqlx::query("UPDATE audit.indexed SET at = $1 WHERE id = 1").bind(size - 1).execute(&mut *tx).await?;
+    tx.commit().await?;
+    Ok(())
 }

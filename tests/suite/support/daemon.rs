@@ -33,6 +33,12 @@ impl Launch {
         self
     }
 
+    /// The same folder, on another database.
+    pub fn database(mut self, url: String) -> Self {
+        self.url = url;
+        self
+    }
+
     /// With a configuration file.
     pub fn config(mut self, file: PathBuf) -> Self {
         self.config = Some(file);

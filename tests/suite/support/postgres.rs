@@ -221,6 +221,14 @@ impl Database {
         format!("postgres:///{}?host={}&user=sop", self.name, sockets.display())
     }
 
+    /// A copy of it as it is now; nobody may be connected to it.
+    pub async fn copy(&self) -> Self {
+        let name = format!("{}_copy", self.name);
+        let sql = format!("CREATE DATABASE {name} TEMPLATE {} OWNER sop", self.name);
+        self.cluster.admin().await.execute(AssertSqlSafe(sql)).await.expect("a copy");
+        Self { name, cluster: self.cluster.clone() }
+    }
+
     /// As the daemon's own role.
     pub async fn connect(&self) -> PgConnection {
         PgConnection::connect_with(&self.cluster.options(&self.name, "sop")).await.expect("the database answers")
