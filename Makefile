@@ -5,16 +5,25 @@ SHELL := /bin/bash
 DATA ?= ./data
 CARGO ?= cargo
 
-.PHONY: help run test lint fmt bench postgres clean
+# Clients that nobody here wrote, pinned in tests/clients/requirements.txt.
+CLIENTS := $(or $(CARGO_TARGET_DIR),target)/clients
+
+.PHONY: help run test test-clients lint fmt bench postgres clean
 
 help: ## Show what there is
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 run: postgres ## Build and serve on a private PostgreSQL in ./data
 	$(CARGO) run --release --locked -- serve --data-dir $(DATA)
 
 test: postgres lint ## Everything: format, lints, all tests (they start PostgreSQL themselves)
 	$(CARGO) test --locked --all-targets
+
+test-clients: postgres ## Clients of others against a real daemon (needs python3 and the network to install them)
+	$(CARGO) build --locked
+	python3 -m venv $(CLIENTS) && $(CLIENTS)/bin/pip install -q --disable-pip-version-check -r tests/clients/requirements.txt
+	cd tests/clients && SOP=$(abspath $(or $(CARGO_TARGET_DIR),target)/debug/sop) PYTHONDONTWRITEBYTECODE=1 \
+	    $(abspath $(CLIENTS))/bin/python -m unittest -v
 
 lint: ## rustfmt and clippy, warnings denied
 	$(CARGO) fmt --check
