@@ -14,6 +14,7 @@ use super::model::Stored;
 use super::note::{Checkpoint, VerifierKey};
 use super::store::damage::{self as store, Row};
 use super::tiles::{self, WIDTH};
+use super::tree;
 
 /// Entries looked at together: those of a tile.
 const BLOCK: i64 = WIDTH as i64;
@@ -177,6 +178,12 @@ async fn block(
     let tile = store::tile(conn, 0, n).await?.map(|b| tiles::hashes(&b)).filter(|t| t.len() as u64 == WIDTH);
     let above = store::tile(conn, 1, n / BLOCK).await?.map(|b| tiles::hashes(&b));
     let above = above.and_then(|a| a.get(usize::try_from(n % BLOCK).unwrap_or(0)).copied());
+    if let (true, Some(tile)) = (rows.is_empty(), &tile)
+        && tree::detached(conn, to.unsigned_abs()).await?
+    {
+        // Their tiles are held against each other, up to the head's root.
+        return Ok((tile.clone(), Vec::new()));
+    }
     let mut found = Vec::new();
     let mut leaves = Vec::new();
     for index in from..to {

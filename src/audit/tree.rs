@@ -13,12 +13,22 @@ pub(super) async fn tile(conn: &mut PgConnection, tile: Tile) -> Result<Option<V
     let width = usize::try_from(tile.width).unwrap_or(0);
     let mut hashes = if tile.level == 0 {
         let from = tile.n.saturating_mul(WIDTH);
-        store::hashes(conn, from, from.saturating_add(tile.width)).await?
+        let hashes = store::hashes(conn, from, from.saturating_add(tile.width)).await?;
+        if hashes.is_empty() && detached(conn, from.saturating_add(WIDTH)).await? {
+            store::tile(conn, 0, tile.n).await?.map(|b| tiles::hashes(&b)).unwrap_or_default()
+        } else {
+            hashes
+        }
     } else {
         store::tile(conn, tile.level, tile.n).await?.map(|b| tiles::hashes(&b)).unwrap_or_default()
     };
     hashes.truncate(width);
     Ok((hashes.len() == width).then_some(hashes))
+}
+
+/// Whether the entries before `end` are in partitions that were detached.
+pub(super) async fn detached(conn: &mut PgConnection, end: u64) -> Result<bool, sqlx::Error> {
+    Ok(store::first_attached(conn).await? >= i64::try_from(end).unwrap_or(i64::MAX))
 }
 
 /// The root of a perfect subtree.

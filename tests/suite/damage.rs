@@ -199,3 +199,63 @@ async fn a_database_put_back_to_yesterdays_copy_is_not_written_until_the_gap_is_
     let same = client.bare(Method::GET, "/log/key").send().await.unwrap().text().await.unwrap();
     assert_eq!(same, key, "the same log goes on, and says in it what it lost");
 }
+
+/// Divides the first partition of a table at `at` and detaches what lies before.
+fn divide(table: &str, at: i64) -> String {
+    format!(
+        "ALTER TABLE {table} DETACH PARTITION {table}_0; CREATE TABLE {table}_{at} (LIKE {table} INCLUDING ALL);
+         INSERT INTO {table}_{at} SELECT * FROM {table}_0 WHERE index >= {at};
+         ALTER TABLE {table} ATTACH PARTITION {table}_{at} FOR VALUES FROM ({at}) TO (8388608)"
+    )
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_was_detached_leaves_its_tiles_and_the_rest_is_proven_as_before() {
+    let db = database().await;
+    let mut daemon = Launch::on(db.url()).start().await;
+    let client = Client::of(&daemon);
+    let puts = (0..600).map(|i| {
+        let client = &client;
+        async move { client.put(&format!("k/{i}"), "v").await.unwrap() }
+    });
+    let head = futures_util::future::join_all(puts).await.into_iter().max().unwrap();
+    let get = |path: String| {
+        let request = client.bare(Method::GET, &path);
+        async move { request.send().await.unwrap() }
+    };
+    let tile = get("/log/tile/0/000".into()).await.bytes().await.unwrap();
+    assert_eq!(tile.len(), 256 * 32);
+    assert!(daemon.terminate(Duration::from_secs(20)).await.success());
+    let mut conn = db.connect().await;
+    for table in ["ledger.entries", "ledger.details"] {
+        sql(&mut conn, &divide(table, 512)).await;
+    }
+    let launch = daemon.launch.clone().env("SOP__AUDIT__SELF_AUDIT_INTERVAL", "100ms");
+    let (fine, said) = launch.run(&["audit", "diagnose"]).await;
+    assert!(fine && said.contains("all as they were written"), "{said}");
+    let mut daemon = launch.clone().start().await;
+    let client = Client::of(&daemon);
+    let key = client.bare(Method::GET, "/log/key").send().await.unwrap().text().await.unwrap();
+    let key = sop::audit::note::VerifierKey::parse(&key).unwrap();
+    let again = client.bare(Method::GET, "/log/tile/0/000").send().await.unwrap().bytes().await.unwrap();
+    assert_eq!(again, tile, "a tile is what it was");
+    let old = client.request(Method::GET, "/v1/audit/entries/5/receipt").await.send().await.unwrap();
+    assert_eq!(old.status(), 410);
+    for index in [512, head, client.put("k/new", "v").await.unwrap()] {
+        let text = client.request(Method::GET, &format!("/v1/audit/entries/{index}/receipt")).await;
+        let text = text.send().await.unwrap().text().await.unwrap();
+        sop::audit::proof::Proof::parse(&text).unwrap().verify(&key).unwrap();
+    }
+    let path = format!("/v1/audit/consistency?from=100&to={}", head + 1);
+    assert_eq!(client.request(Method::GET, &path).await.send().await.unwrap().status(), 200);
+    until("some self-audits", Duration::from_secs(20), || async {
+        crate::ledger::metric(&client, "sop_audit_self_audits_total").await > 20.0
+    })
+    .await;
+    client.put("k/new", "still written").await.unwrap();
+    assert!(daemon.terminate(Duration::from_secs(20)).await.success());
+    // A tile of what was detached is still held against the one above.
+    sql(&mut conn, &flip("audit.tiles", "hashes", "level = 0 AND n = 1")).await;
+    let (fine, said) = launch.run(&["audit", "diagnose"]).await;
+    assert!(!fine && said.contains("tile"), "{said}");
+}
