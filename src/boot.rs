@@ -231,6 +231,8 @@ impl<'a> Ground<'a> {
             issuer: self.config.token.issuer.clone(),
             url: url.to_owned(),
             ttl: self.config.token.ttl.get(),
+            lead: self.config.token.key_lead.get(),
+            rotation: Some(self.config.token.key_rotation.get()).filter(|every| !every.is_zero()),
             registry: self.registry.clone(),
         };
         Token::start(parts, &self.tasks).await.map_err(said)

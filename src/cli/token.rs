@@ -20,6 +20,12 @@ pub(crate) enum TokenCommand {
     Register(RegisterArgs),
     /// Remove a client; its tokens end with it
     Unregister { client_id: String },
+    /// Replace the keys that sign access tokens
+    RotateKeys {
+        /// The old ones may be known to others: what they signed is refused from now on
+        #[arg(long)]
+        immediately: bool,
+    },
     /// Issue an operation token; prints it, once
     Operation(OperationArgs),
     /// Use an operation token
@@ -41,6 +47,9 @@ pub(crate) struct RegisterArgs {
     /// system, user, external or cognitive
     #[arg(long)]
     agent_type: Option<String>,
+    /// How its access tokens are signed: EdDSA (the default) or ES256
+    #[arg(long)]
+    alg: Option<String>,
 }
 
 #[derive(Args)]
@@ -62,6 +71,17 @@ pub(crate) struct OperationArgs {
     /// Seconds
     #[arg(long)]
     expires_in: Option<f64>,
+}
+
+/// What of it was said.
+fn metadata(args: RegisterArgs) -> Value {
+    let all = [
+        ("client_name", Some(args.name)),
+        ("scope", Some(args.scope)),
+        ("agent_type", args.agent_type),
+        ("access_token_signed_response_alg", args.alg),
+    ];
+    all.into_iter().filter_map(|(name, value)| Some((name.to_owned(), Value::from(value?)))).collect()
 }
 
 pub(crate) async fn run(global: &Global, command: TokenCommand) -> anyhow::Result<()> {
@@ -86,15 +106,7 @@ pub(crate) async fn run(global: &Global, command: TokenCommand) -> anyhow::Resul
             tell(&json!({"revoked": true}), "revoked".to_owned());
         }
         TokenCommand::Register(args) => {
-            let body = json!({"client_name": args.name, "scope": args.scope, "agent_type": args.agent_type});
-            let body: serde_json::Map<String, Value> = body
-                .as_object()
-                .into_iter()
-                .flatten()
-                .filter(|(_, v)| !v.is_null())
-                .map(|(k, v)| (k.clone(), v.clone()))
-                .collect();
-            let made = client.json(client.request(Method::POST, "/oauth2/register").json(&body)).await?;
+            let made = client.json(client.request(Method::POST, "/oauth2/register").json(&metadata(args))).await?;
             tell(
                 &made,
                 format!("client_id {}\nclient_secret {}", word(&made, "client_id"), word(&made, "client_secret")),
@@ -103,6 +115,11 @@ pub(crate) async fn run(global: &Global, command: TokenCommand) -> anyhow::Resul
         TokenCommand::Unregister { client_id } => {
             client.send(client.request(Method::DELETE, &format!("/oauth2/register/{client_id}"))).await?;
             tell(&json!({"removed": client_id}), format!("{client_id} is removed"));
+        }
+        TokenCommand::RotateKeys { immediately } => {
+            let path = format!("/v1/token/signing-keys/rotate?immediately={immediately}");
+            let made = client.json(client.request(Method::POST, &path)).await?;
+            tell(&made, format!("{} signs from {} on", word(&made, "kid"), word(&made, "active_at")));
         }
         TokenCommand::Operation(args) => {
             let mut body = json!({"kind": args.kind, "operation": args.operation});

@@ -172,10 +172,27 @@ mod tests {
         pairs.iter().map(|(k, v)| ((*k).to_owned(), (*v).to_owned())).collect()
     }
 
-    fn file(text: &str) -> std::path::PathBuf {
+    /// A file that goes with the test.
+    struct File(std::path::PathBuf);
+
+    impl std::ops::Deref for File {
+        type Target = std::path::Path;
+
+        fn deref(&self) -> &Self::Target {
+            &self.0
+        }
+    }
+
+    impl Drop for File {
+        fn drop(&mut self) {
+            let _ = std::fs::remove_file(&self.0);
+        }
+    }
+
+    fn file(text: &str) -> File {
         let path = std::env::temp_dir().join(format!("sop-config-{}.toml", uuid::Uuid::new_v4()));
         std::fs::write(&path, text).unwrap();
-        path
+        File(path)
     }
 
     #[test]

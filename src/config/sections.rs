@@ -147,6 +147,8 @@ pub struct Token {
     #[serde(deserialize_with = "optional")]
     pub issuer: Option<String>,
     pub ttl: Span,
+    pub key_lead: Span,
+    pub key_rotation: Span,
 }
 
 #[derive(Clone, Debug, Deserialize)]

@@ -186,6 +186,55 @@ impl std::fmt::Debug for SigningKey {
     }
 }
 
+/// A key over P-256 that signs with SHA-256.
+pub struct EcdsaKey {
+    pair: signature::EcdsaKeyPair,
+}
+
+impl EcdsaKey {
+    /// A new key as PKCS#8, to be sealed and kept.
+    ///
+    /// # Errors
+    /// When the operating system has no random bytes.
+    pub fn generate() -> Result<Secret<Vec<u8>>, Refusal> {
+        let made = signature::EcdsaKeyPair::generate_pkcs8(
+            &signature::ECDSA_P256_SHA256_FIXED_SIGNING,
+            &ring::rand::SystemRandom::new(),
+        );
+        Ok(Secret::new(made.map_err(|_| Refusal::internal("no random bytes"))?.as_ref().to_vec()))
+    }
+
+    /// From what was kept.
+    ///
+    /// # Errors
+    /// When it is no such key.
+    pub fn open(pkcs8: &[u8]) -> Result<Self, Refusal> {
+        let pair = signature::EcdsaKeyPair::from_pkcs8(
+            &signature::ECDSA_P256_SHA256_FIXED_SIGNING,
+            pkcs8,
+            &ring::rand::SystemRandom::new(),
+        );
+        Ok(Self { pair: pair.map_err(|_| Refusal::internal("not a P-256 key"))? })
+    }
+
+    /// The public point, uncompressed.
+    #[must_use]
+    pub fn public(&self) -> [u8; 65] {
+        let mut point = [0; 65];
+        point.copy_from_slice(self.pair.public_key().as_ref());
+        point
+    }
+
+    /// Signs: r and s, 32 bytes each.
+    ///
+    /// # Errors
+    /// When the operating system has no random bytes.
+    pub fn sign(&self, message: &[u8]) -> Result<Vec<u8>, Refusal> {
+        let signed = self.pair.sign(&ring::rand::SystemRandom::new(), message);
+        Ok(signed.map_err(|_| Refusal::internal("no random bytes"))?.as_ref().to_vec())
+    }
+}
+
 /// Checks an Ed25519 signature.
 #[must_use]
 pub fn verify_ed25519(public: &[u8], message: &[u8], sig: &[u8]) -> bool {

@@ -9,6 +9,7 @@ use crate::kernel::{Clock, Refusal, ids, problem};
 use crate::ledger::{AUTHZ, Command, Entry, Failure, Touch, Tx};
 
 use super::form::OAuthError;
+use super::keys::Alg;
 use super::model::{AgentType, AuthMethod, Client};
 use super::store::{self, Registered};
 
@@ -34,6 +35,9 @@ pub struct Metadata {
     #[serde(default)]
     #[schema(value_type = Option<Object>)]
     jwks: Option<Value>,
+    /// How its access tokens are signed: `EdDSA` (the default) or `ES256`
+    #[serde(default)]
+    access_token_signed_response_alg: Option<String>,
     /// Audiences its tokens may be for
     #[serde(default)]
     allowed_resources: Option<Vec<String>>,
@@ -73,7 +77,12 @@ impl Metadata {
         }
         let scopes = scopes(self.scope.as_deref().unwrap_or_default())
             .ok_or_else(|| invalid("scope has a character that a scope cannot have"))?;
+        let alg = self.access_token_signed_response_alg.as_deref();
+        let access_token_alg = alg
+            .map_or(Some(Alg::default()), Alg::parse)
+            .ok_or_else(|| invalid("access_token_signed_response_alg is EdDSA or ES256"))?;
         Ok(Client {
+            access_token_alg,
             client_id,
             client_name,
             agent_type: self.agent_type.unwrap_or_default(),
@@ -117,6 +126,7 @@ pub fn shown(client: &Client, url: &str) -> Value {
     let method = serde_json::to_value(client.auth_method).unwrap_or_default();
     let mut shown = json!({
         "client_id": client.client_id, "client_name": client.client_name, "agent_type": client.agent_type,
+        "access_token_signed_response_alg": client.access_token_alg,
         "scope": client.scope(), "grant_types": client.grant_types, "token_endpoint_auth_method": method,
         "client_id_issued_at": client.issued.seconds(),
         "registration_client_uri": format!("{url}/oauth2/register/{}", client.client_id),
@@ -261,6 +271,7 @@ mod tests {
             json!({"token_endpoint_auth_method": "none"}),
             json!({"grant_types": ["password"]}),
             json!({"scope": "a\tb"}),
+            json!({"access_token_signed_response_alg": "none"}),
             json!({"client_name": "a\nb"}),
             json!({"jwks": {"keys": [{"kty": "OKP", "d": "secret"}]}}),
         ] {

@@ -19,6 +19,7 @@ use crate::kernel::{Refusal, crypto, ids, problem};
 
 use super::clients::{self, Issued, Metadata, Why};
 use super::form::{Form, OAuthError};
+use super::keys::{Rotated, Shown};
 use super::model::{AuthMethod, Client, Operation, entity};
 use super::operations::{Used, Wanted};
 use super::{Token, clients::Delete, clients::Register, clients::Update};
@@ -37,6 +38,8 @@ pub fn routes(token: Token) -> OpenApiRouter {
         .routes(routes!(use_operation))
         .routes(routes!(read_operation, revoke_operation))
         .routes(routes!(complete_operation))
+        .routes(routes!(rotate_keys))
+        .routes(routes!(list_keys))
         .with_state(token)
 }
 
@@ -118,9 +121,36 @@ async fn metadata(Room(room): Room<Token>, headers: HeaderMap) -> Response {
 /// The keys that check access tokens (RFC 7517)
 #[utoipa::path(get, path = "/.well-known/jwks.json", tag = "oauth", responses((status = 200, body = Object)))]
 async fn jwks(Room(room): Room<Token>) -> Response {
-    let keys: Vec<Value> = room.snapshot.keys().iter().map(|k| k.jwk()).collect();
+    let keys: Vec<Value> = room.snapshot.listed(room.clock.now()).iter().map(|k| k.key.jwk()).collect();
     let headers = [(header::CONTENT_TYPE, "application/jwk-set+json"), (header::CACHE_CONTROL, "public, max-age=30")];
     (headers, json!({"keys": keys}).to_string()).into_response()
+}
+
+#[derive(Deserialize, utoipa::IntoParams)]
+#[serde(deny_unknown_fields)]
+struct Rotation {
+    /// The old keys may be known to others: the new ones sign at once, and what the old ones signed is refused from the next request on
+    #[serde(default)]
+    immediately: bool,
+}
+
+/// Replace the signing keys: announced in the JWKS now, signing from `active_at` on; the old ones stay there until the last token
+/// they signed has ended
+#[utoipa::path(post, path = "/v1/token/signing-keys/rotate", tag = "token", params(Rotation),
+    responses((status = 201, body = Rotated), (status = 403)))]
+async fn rotate_keys(
+    Room(room): Room<Token>,
+    caller: Caller,
+    Query(how): Query<Rotation>,
+) -> Result<Answer<Rotated>, Refusal> {
+    let done = room.rotate_keys(&caller, how.immediately).await?;
+    Ok(Answer::created(done.value).at(done.index))
+}
+
+/// List the signing keys, the newest first
+#[utoipa::path(get, path = "/v1/token/signing-keys", tag = "token", responses((status = 200, body = Listing<Shown>)))]
+async fn list_keys(Room(room): Room<Token>, caller: Caller) -> Result<Answer<Listing<Shown>>, Refusal> {
+    Ok(Answer::ok(Listing { items: room.signing_keys(&caller).await?, next: None }))
 }
 
 /// Register a client (RFC 7591); needs a bearer whose policy allows it

@@ -1,10 +1,12 @@
-//! Access tokens: RFC 9068 `at+jwt`, EdDSA. Signed by held keys; read strictly, as RFC 8725 asks.
+//! Access tokens: RFC 9068 `at+jwt`, read strictly, as RFC 8725 asks. What signs them is in `keys`.
 
-use jsonwebtoken::{Algorithm, DecodingKey, Validation};
+use jsonwebtoken::{Algorithm, Validation};
 use serde::{Deserialize, Serialize};
-use serde_json::{Map, Value, json};
+use serde_json::{Map, Value};
 
-use crate::kernel::crypto::{self, Hash, SigningKey};
+use crate::kernel::crypto;
+
+use super::keys::{Alg, PublicKey};
 
 /// A token longer than this is not looked at.
 const LONGEST: usize = 8192;
@@ -65,56 +67,6 @@ impl Audience {
     }
 }
 
-/// A key that signs access tokens.
-pub struct TokenKey {
-    kid: String,
-    key: SigningKey,
-    header: String,
-}
-
-impl TokenKey {
-    /// From a key pair; the key id is the thumbprint of the public key (RFC 7638).
-    #[must_use]
-    pub fn new(key: SigningKey) -> Self {
-        let kid = thumbprint(&key.public());
-        let header = crypto::base64url(json!({"alg": "EdDSA", "kid": kid, "typ": "at+jwt"}).to_string());
-        Self { kid, key, header }
-    }
-
-    /// Its id.
-    #[must_use]
-    pub fn kid(&self) -> &str {
-        &self.kid
-    }
-
-    /// Its public half.
-    #[must_use]
-    pub fn public(&self) -> Hash {
-        self.key.public()
-    }
-
-    /// For the JWKS.
-    #[must_use]
-    pub fn jwk(&self) -> Value {
-        json!({"kty": "OKP", "crv": "Ed25519", "x": crypto::base64url(self.public()), "kid": self.kid, "use": "sig", "alg": "EdDSA"})
-    }
-
-    /// Signs.
-    #[must_use]
-    pub fn sign(&self, claims: &Claims) -> String {
-        let body = crypto::base64url(serde_json::to_vec(claims).unwrap_or_default());
-        let signed = format!("{}.{body}", self.header);
-        let signature = crypto::base64url(self.key.sign(signed.as_bytes()));
-        format!("{signed}.{signature}")
-    }
-}
-
-/// RFC 7638, for an Ed25519 key.
-fn thumbprint(public: &Hash) -> String {
-    let members = format!(r#"{{"crv":"Ed25519","kty":"OKP","x":"{}"}}"#, crypto::base64url(public));
-    crypto::base64url(crypto::sha256(members.as_bytes()))
-}
-
 /// The header of a token, if it is one that may be looked at: three canonical base64url parts, no member but these.
 #[must_use]
 pub fn header(token: &str) -> Option<Map<String, Value>> {
@@ -134,23 +86,32 @@ pub fn header(token: &str) -> Option<Map<String, Value>> {
 ///
 /// # Errors
 /// With why it is refused, for the log and the metric; callers hear only that it is.
-pub fn verify(token: &str, keys: &[(String, Hash)], issuer: &str, now: i64) -> Result<Claims, &'static str> {
+pub fn verify<'a>(
+    token: &str,
+    keys: &'a [PublicKey],
+    issuer: &str,
+    now: i64,
+) -> Result<(Claims, &'a PublicKey), &'static str> {
     let header = header(token).ok_or("form")?;
     if header.get("typ").and_then(Value::as_str) != Some("at+jwt") {
         return Err("typ");
     }
-    if header.get("alg").and_then(Value::as_str) != Some("EdDSA") {
+    let alg = header.get("alg").and_then(Value::as_str).and_then(Alg::parse).ok_or("alg")?;
+    let kid = header.get("kid").and_then(Value::as_str).ok_or("kid")?;
+    let key = keys.iter().find(|k| k.kid == kid && k.counts(now)).ok_or("kid")?;
+    // What a key signs with is said by the key, never by the token.
+    if key.alg != alg {
         return Err("alg");
     }
-    let kid = header.get("kid").and_then(Value::as_str).ok_or("kid")?;
-    let (_, public) = keys.iter().find(|(k, _)| k == kid).ok_or("kid")?;
-    let mut validation = Validation::new(Algorithm::EdDSA);
+    let mut validation = Validation::new(match key.alg {
+        Alg::EdDSA => Algorithm::EdDSA,
+        Alg::ES256 => Algorithm::ES256,
+    });
     // The crate reads the wall clock; times are checked below, on ours.
     validation.validate_exp = false;
     validation.validate_aud = false;
     validation.required_spec_claims.clear();
-    let key = DecodingKey::from_ed_der(public);
-    let claims = jsonwebtoken::decode::<Claims>(token, &key, &validation).map_err(|_| "signature")?.claims;
+    let claims = jsonwebtoken::decode::<Claims>(token, &key.key, &validation).map_err(|_| "signature")?.claims;
     if claims.iss != issuer {
         return Err("iss");
     }
@@ -160,13 +121,15 @@ pub fn verify(token: &str, keys: &[(String, Hash)], issuer: &str, now: i64) -> R
     if claims.iat > now + LEEWAY {
         return Err("iat");
     }
-    Ok(claims)
+    Ok((claims, key))
 }
 
 #[cfg(test)]
 mod tests {
+    use super::super::keys::TokenKey;
     use super::*;
-    use crate::kernel::jose;
+    use crate::kernel::{Timestamp, jose};
+    use serde_json::json;
 
     fn claims() -> Claims {
         Claims {
@@ -183,39 +146,51 @@ mod tests {
 
     fn forge(key: &TokenKey, header: &Value, claims: &Value) -> String {
         let signed = format!("{}.{}", crypto::base64url(header.to_string()), crypto::base64url(claims.to_string()));
-        format!("{signed}.{}", crypto::base64url(key.key.sign(signed.as_bytes())))
+        format!("{signed}.{}", crypto::base64url(key.signature(signed.as_bytes()).unwrap()))
     }
 
     #[test]
     fn a_token_verifies_and_every_forgery_is_refused() {
         jose::install();
-        let key = TokenKey::new(SigningKey::generate().unwrap().0);
-        let keys = [(key.kid().to_owned(), key.public())];
-        let good = key.sign(&claims());
-        assert_eq!(verify(&good, &keys, "http://i", 1500).unwrap(), claims());
-        let why = |token: &str, now| verify(token, &keys, "http://i", now).unwrap_err();
+        for alg in Alg::ALL {
+            forgeries(alg);
+        }
+    }
+
+    fn forgeries(alg: Alg) {
+        let fresh = || TokenKey::generate(alg).unwrap().0;
+        let key = fresh();
+        let keys = [PublicKey::of(&key, None)];
+        let good = key.sign(&claims()).unwrap();
+        assert_eq!(verify(&good, &keys, "http://i", 1500).map_err(str::to_owned).map(|v| v.0), Ok(claims()));
+        let why = |token: &str, now| verify(token, &keys, "http://i", now).map(|v| v.0).unwrap_err();
         assert_eq!(why(&good, 2000), "expired");
         assert_eq!(why(&good, 900), "iat");
-        assert_eq!(verify(&good, &keys, "http://j", 1500).unwrap_err(), "iss");
+        assert_eq!(verify(&good, &keys, "http://j", 1500).map(|v| v.0).unwrap_err(), "iss");
+        let ended = [PublicKey::of(&key, Some(Timestamp::from_millis(1_500_900)))];
+        assert!(verify(&good, &ended, "http://i", 1499).is_ok());
+        assert_eq!(verify(&good, &ended, "http://i", 1500).map(|v| v.0).unwrap_err(), "kid", "its key has ended");
         let body = serde_json::to_value(claims()).unwrap();
         let kid = key.kid();
+        let name = alg.as_str();
         for (header, says) in [
             (json!({"alg": "none", "kid": kid, "typ": "at+jwt"}), "alg"),
             (json!({"alg": "NoNe", "kid": kid, "typ": "at+jwt"}), "alg"),
+            (json!({"alg": if alg == Alg::EdDSA { "ES256" } else { "EdDSA" }, "kid": kid, "typ": "at+jwt"}), "alg"),
             (json!({"alg": "HS256", "kid": kid, "typ": "at+jwt"}), "alg"),
-            (json!({"alg": "EdDSA", "kid": kid, "typ": "JWT"}), "typ"),
-            (json!({"alg": "EdDSA", "kid": kid}), "typ"),
-            (json!({"alg": "EdDSA", "kid": "../../etc/passwd", "typ": "at+jwt"}), "kid"),
-            (json!({"alg": "EdDSA", "typ": "at+jwt"}), "kid"),
-            (json!({"alg": "EdDSA", "kid": kid, "typ": "at+jwt", "jwk": key.jwk()}), "form"),
-            (json!({"alg": "EdDSA", "kid": kid, "typ": "at+jwt", "jku": "http://evil"}), "form"),
-            (json!({"alg": "EdDSA", "kid": kid, "typ": "at+jwt", "x5u": "http://evil"}), "form"),
-            (json!({"alg": "EdDSA", "kid": kid, "typ": "at+jwt", "crit": ["exp"]}), "form"),
+            (json!({"alg": name, "kid": kid, "typ": "JWT"}), "typ"),
+            (json!({"alg": name, "kid": kid}), "typ"),
+            (json!({"alg": name, "kid": "../../etc/passwd", "typ": "at+jwt"}), "kid"),
+            (json!({"alg": name, "typ": "at+jwt"}), "kid"),
+            (json!({"alg": name, "kid": kid, "typ": "at+jwt", "jwk": key.jwk()}), "form"),
+            (json!({"alg": name, "kid": kid, "typ": "at+jwt", "jku": "http://evil"}), "form"),
+            (json!({"alg": name, "kid": kid, "typ": "at+jwt", "x5u": "http://evil"}), "form"),
+            (json!({"alg": name, "kid": kid, "typ": "at+jwt", "crit": ["exp"]}), "form"),
         ] {
             assert_eq!(why(&forge(&key, &header, &body), 1500), says, "{header}");
         }
-        let other = TokenKey::new(SigningKey::generate().unwrap().0);
-        let proper = json!({"alg": "EdDSA", "kid": kid, "typ": "at+jwt"});
+        let other = fresh();
+        let proper = json!({"alg": name, "kid": kid, "typ": "at+jwt"});
         assert_eq!(why(&forge(&other, &proper, &body), 1500), "signature", "signed by a stranger");
         assert_eq!(why(&format!("{good}="), 1500), "form");
         assert_eq!(why(&format!("{good}.x"), 1500), "form");
@@ -227,8 +202,7 @@ mod tests {
 
     #[test]
     fn spare_bits_are_refused() {
-        let key = TokenKey::new(SigningKey::generate().unwrap().0);
-        let good = key.sign(&claims());
+        let good = TokenKey::generate(Alg::EdDSA).unwrap().0.sign(&claims()).unwrap();
         let last = good.chars().last().unwrap();
         // 64 bytes leave 4 spare bits in the last character.
         let twin = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-_";

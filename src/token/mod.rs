@@ -12,6 +12,7 @@ mod clients;
 mod form;
 pub mod http;
 mod jwt;
+mod keys;
 mod model;
 mod oauth;
 mod operations;
@@ -22,17 +23,16 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use prometheus::{IntCounterVec, Opts, Registry};
-use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
-use crate::kernel::crypto::{self, Hash, MasterKey, SigningKey};
+use crate::kernel::crypto::{self, Hash, MasterKey};
 use crate::kernel::supervisor::{Supervisor, Task};
 use crate::kernel::web::{Ask, Caller, Credential, Identity};
 use crate::kernel::{Clock, Refusal, problem};
-use crate::ledger::{AUTHZ, Command, Committed, Entry, Failure, Ledger, Outcome, Permit, Touch, Tx, authz_fact};
+use crate::ledger::{Committed, Entry, Ledger, Outcome, Permit, authz_fact};
 use crate::store::Store;
 
-use jwt::{Claims, TokenKey};
+use jwt::Claims;
 use model::{Operation, entity};
 use operations::{Used, Wanted};
 pub use snapshot::Snapshot;
@@ -47,8 +47,10 @@ pub struct Token {
     store: Store,
     clock: Clock,
     snapshot: Arc<Snapshot>,
+    master: Arc<MasterKey>,
     issuer: Arc<str>,
     ttl: Duration,
+    lead: Duration,
     verified: moka::sync::Cache<Hash, Arc<Verified>>,
     counted: Counted,
 }
@@ -95,6 +97,10 @@ pub struct Parts {
     pub url: String,
     /// How long an access token is good.
     pub ttl: Duration,
+    /// How long a new signing key is announced before it signs.
+    pub lead: Duration,
+    /// How old a signing key becomes; `None`: until somebody replaces it.
+    pub rotation: Option<Duration>,
     /// Where its metrics go.
     pub registry: Registry,
 }
@@ -102,14 +108,16 @@ pub struct Parts {
 /// A token that was verified: what it claims, and whom it makes of its bearer.
 struct Verified {
     claims: Claims,
+    kid: String,
     bearer: Arc<Identity>,
 }
 
 impl Verified {
-    fn new(claims: Claims) -> Self {
-        let depends = [format!("client/{}", claims.client_id), format!("token/{}", claims.jti)];
+    fn new(claims: Claims, kid: String) -> Self {
+        let depends = [format!("client/{}", claims.client_id), format!("token/{}", claims.jti), format!("key/{kid}")];
         let credential = Credential {
             token: claims.jti.clone(),
+            key: kid.clone(),
             client: claims.client_id.clone(),
             expires: claims.exp,
             issued: claims.iat * 1000,
@@ -121,7 +129,7 @@ impl Verified {
             scopes: clients::scopes(&claims.scope).unwrap_or_default(),
             credential: Some(credential),
         };
-        Self { claims, bearer: Arc::new(bearer) }
+        Self { claims, kid, bearer: Arc::new(bearer) }
     }
 }
 
@@ -139,22 +147,14 @@ impl Token {
             clock: parts.clock,
             snapshot: parts.snapshot,
             issuer: String::from_utf8_lossy(&issuer).into(),
+            master: parts.master,
             ttl: parts.ttl,
+            lead: parts.lead,
             verified: moka::sync::Cache::new(REMEMBER),
             counted: Counted::new(&parts.registry).map_err(Refusal::internal)?,
         };
-        if room.snapshot.signer().is_none() {
-            let (key, seed) = SigningKey::generate()?;
-            let sealed = parts.master.seal(snapshot::PURPOSE, seed.expose())?;
-            let key = TokenKey::new(key);
-            let first = MakeKey { kid: key.kid().to_owned(), public: key.public(), sealed };
-            match room.ledger.write(&Caller::daemon("token"), &[], first).await {
-                Err(r) if r.problem() != &problem::CONFLICT => return Err(r),
-                _ => {
-                    room.ledger.fence().await?;
-                }
-            }
-        }
+        room.first_keys().await?;
+        room.start_rotation(parts.rotation, tasks);
         room.start_tasks(tasks);
         Ok(room)
     }
@@ -237,12 +237,16 @@ impl Token {
             Some(verified) if verified.claims.exp > now => verified,
             Some(_) => return Err("expired"),
             None => {
-                let claims = jwt::verify(token, &self.snapshot.public(), &self.issuer, now)?;
-                let verified = Arc::new(Verified::new(claims));
+                let public = self.snapshot.public();
+                let (claims, key) = jwt::verify(token, &public, &self.issuer, now)?;
+                let verified = Arc::new(Verified::new(claims, key.kid.clone()));
                 self.verified.insert(digest, verified.clone());
                 verified
             }
         };
+        if !self.snapshot.counts(&verified.kid, now) {
+            return Err("kid");
+        }
         if !self.snapshot.has_client(&verified.claims.client_id) {
             return Err("client");
         }
@@ -280,7 +284,9 @@ impl Token {
     /// Whether what was shown still holds, as far as this daemon knows.
     #[must_use]
     pub fn holds(&self, c: &Credential) -> bool {
-        c.expires > self.clock.now().seconds()
+        let now = self.clock.now().seconds();
+        c.expires > now
+            && self.snapshot.counts(&c.key, now)
             && self.snapshot.has_client(&c.client)
             && !self.snapshot.revoked(&c.token)
     }
@@ -346,31 +352,5 @@ impl Token {
         let found = store::operations(&mut conn, after, take).await.map_err(refusal)?;
         let now = self.clock.now();
         Ok(found.into_iter().map(|o| o.at(now)).collect())
-    }
-}
-
-/// Makes the first signing key.
-struct MakeKey {
-    kid: String,
-    public: Hash,
-    sealed: Vec<u8>,
-}
-
-#[derive(Serialize, Deserialize)]
-struct Made {
-    kid: String,
-}
-
-impl Command for MakeKey {
-    type Out = Made;
-
-    async fn apply(&mut self, tx: &mut Tx<'_>) -> Result<(Made, Entry), Failure> {
-        if !store::keys(tx.read()).await?.is_empty() {
-            return Err(Refusal::new(&problem::CONFLICT, "there is a signing key").into());
-        }
-        let (index, now) = (tx.index(), tx.now());
-        store::put_key(tx.write(), &self.kid, &self.public, &self.sealed, index, now).await?;
-        let entry = Entry::ok("token:key-make", format!("signingkey/{}", self.kid)).touch(Touch::key(AUTHZ, "key"));
-        Ok((Made { kid: self.kid.clone() }, entry))
     }
 }

@@ -7,6 +7,8 @@ use uuid::Uuid;
 use crate::kernel::Timestamp;
 use crate::kernel::web::EntityName;
 
+use super::keys::Alg;
+
 /// The four kinds of agent.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
 #[serde(rename_all = "lowercase")]
@@ -64,6 +66,9 @@ pub struct Client {
     pub auth_method: AuthMethod,
     /// Its public keys, for assertions.
     pub jwks: Option<Value>,
+    /// How its access tokens are signed.
+    #[serde(default)]
+    pub access_token_alg: Alg,
     /// Audiences its tokens may be for; any if not narrowed.
     pub allowed_resources: Option<Vec<String>>,
     /// When it was registered.

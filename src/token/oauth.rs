@@ -149,8 +149,9 @@ impl Token {
         if audience.is_empty() {
             audience.push(self.issuer.to_string());
         }
-        let key = self.snapshot.signer().ok_or_else(|| Refusal::unavailable("there is no signing key yet"))?;
         let now = self.clock.now();
+        let key = self.snapshot.signer(client.access_token_alg, now);
+        let key = key.ok_or_else(|| Refusal::unavailable("there is no signing key yet"))?;
         let expires_in = i64::try_from(self.ttl.as_secs()).unwrap_or(900);
         let claims = Claims {
             iss: self.issuer.to_string(),
@@ -178,7 +179,7 @@ impl Token {
         }
         self.counted.issued.with_label_values(&["client_credentials"]).inc();
         Ok(
-            json!({"access_token": key.sign(&claims), "token_type": "Bearer", "expires_in": expires_in, "scope": claims.scope}),
+            json!({"access_token": key.sign(&claims)?, "token_type": "Bearer", "expires_in": expires_in, "scope": claims.scope}),
         )
     }
 

@@ -5,22 +5,29 @@ use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard};
 
 use sqlx::PgConnection;
 
-use crate::kernel::crypto::{Hash, MasterKey, SigningKey};
+use crate::kernel::crypto::MasterKey;
 use crate::kernel::{BoxFuture, Timestamp};
 use crate::ledger::{AUTHZ, Projection, Touched, What};
 
-use super::jwt::TokenKey;
+use super::keys::{Alg, PublicKey, TokenKey};
 use super::store::{self, Registered};
 
 /// Seals signing keys.
 pub(super) const PURPOSE: &str = "token/signing-key";
 
+/// A signing key and its times.
+pub(super) struct Kept {
+    pub key: Arc<TokenKey>,
+    pub active_at: Timestamp,
+    pub ends_at: Option<Timestamp>,
+}
+
 #[derive(Default)]
 struct View {
     clients: HashMap<String, Registered>,
-    /// Newest first: the first signs.
-    keys: Vec<Arc<TokenKey>>,
-    public: Arc<Vec<(String, Hash)>>,
+    /// Newest first.
+    keys: Vec<Arc<Kept>>,
+    public: Arc<Vec<PublicKey>>,
     revoked: HashMap<String, Timestamp>,
 }
 
@@ -53,15 +60,29 @@ impl Snapshot {
         !self.view().clients.is_empty()
     }
 
-    pub(super) fn signer(&self) -> Option<Arc<TokenKey>> {
-        self.view().keys.first().cloned()
+    /// The key that signs now: of those that may, the one that was announced last.
+    pub(super) fn signer(&self, alg: Alg, now: Timestamp) -> Option<Arc<TokenKey>> {
+        let view = self.view();
+        let may = |k: &&Arc<Kept>| k.key.alg() == alg && k.active_at <= now && k.ends_at.is_none_or(|t| t > now);
+        view.keys.iter().find(may).map(|k| k.key.clone())
     }
 
-    pub(super) fn keys(&self) -> Vec<Arc<TokenKey>> {
-        self.view().keys.clone()
+    /// The keys that are listed, newest first.
+    pub(super) fn listed(&self, now: Timestamp) -> Vec<Arc<Kept>> {
+        self.view().keys.iter().filter(|k| k.ends_at.is_none_or(|t| t > now)).cloned().collect()
     }
 
-    pub(super) fn public(&self) -> Arc<Vec<(String, Hash)>> {
+    /// When the oldest of the keys that are not being replaced began to sign.
+    pub(super) fn newest(&self) -> Option<Timestamp> {
+        self.view().keys.iter().filter(|k| k.ends_at.is_none()).map(|k| k.active_at).min()
+    }
+
+    /// Whether what this key signed counts.
+    pub(super) fn counts(&self, kid: &str, now: i64) -> bool {
+        self.view().public.iter().any(|k| k.kid == kid && k.counts(now))
+    }
+
+    pub(super) fn public(&self) -> Arc<Vec<PublicKey>> {
         self.view().public.clone()
     }
 
@@ -74,20 +95,21 @@ impl Snapshot {
         self.view.write().unwrap_or_else(PoisonError::into_inner).revoked.retain(|_, expires| *expires > now);
     }
 
-    fn open(&self, stored: &store::StoredKey) -> Option<Arc<TokenKey>> {
-        let seed = self.master.open(PURPOSE, &stored.sealed)?;
-        let key = TokenKey::new(SigningKey::from_seed(&seed).ok()?);
-        (key.kid() == stored.kid).then(|| Arc::new(key))
+    fn open(&self, stored: &store::StoredKey) -> Option<Arc<Kept>> {
+        let secret = self.master.open(PURPOSE, &stored.sealed)?;
+        let key = TokenKey::open(stored.alg, &secret).ok()?;
+        let (active_at, ends_at) = (stored.active_at, stored.ends_at);
+        (key.kid() == stored.kid).then(|| Arc::new(Kept { key: Arc::new(key), active_at, ends_at }))
     }
 
     async fn load_keys(&self, conn: &mut PgConnection) -> Result<(), sqlx::Error> {
         let stored = store::keys(conn).await?;
-        let keys: Vec<Arc<TokenKey>> = stored.iter().filter_map(|k| self.open(k)).collect();
+        let keys: Vec<Arc<Kept>> = stored.iter().filter_map(|k| self.open(k)).collect();
         if keys.len() < stored.len() {
             tracing::error!("a signing key does not open under this master key and is left out");
         }
         let mut view = self.view.write().unwrap_or_else(PoisonError::into_inner);
-        view.public = Arc::new(keys.iter().map(|k| (k.kid().to_owned(), k.public())).collect());
+        view.public = Arc::new(keys.iter().map(|k| PublicKey::of(&k.key, k.ends_at)).collect());
         view.keys = keys;
         Ok(())
     }

@@ -6,6 +6,7 @@ use uuid::Uuid;
 
 use crate::kernel::Timestamp;
 
+use super::keys::Alg;
 use super::model::{Client, Operation};
 
 /// A client with the digests of its secrets.
@@ -65,29 +66,60 @@ pub(super) async fn delete_client(conn: &mut PgConnection, id: &str) -> Result<(
 }
 
 /// A signing key as it is stored.
+#[derive(Clone)]
 pub(super) struct StoredKey {
     pub kid: String,
+    pub alg: Alg,
+    pub public: Vec<u8>,
     pub sealed: Vec<u8>,
+    pub active_at: Timestamp,
+    pub ends_at: Option<Timestamp>,
 }
 
 /// Keys, newest first.
 pub(super) async fn keys(conn: &mut PgConnection) -> Result<Vec<StoredKey>, sqlx::Error> {
-    let rows = sqlx::query("SELECT kid, sealed FROM token.signing_keys ORDER BY index DESC").fetch_all(conn).await?;
-    rows.iter().map(|r| Ok(StoredKey { kid: r.try_get("kid")?, sealed: r.try_get("sealed")? })).collect()
+    let sql = "SELECT kid, alg, public, sealed, active_at, ends_at FROM token.signing_keys ORDER BY index DESC, alg";
+    let rows = sqlx::query(sql).fetch_all(conn).await?;
+    let read = |r: &PgRow| {
+        let alg: String = r.try_get("alg")?;
+        Ok(StoredKey {
+            kid: r.try_get("kid")?,
+            alg: Alg::parse(&alg).ok_or_else(|| sqlx::Error::Decode(format!("{alg} is no algorithm").into()))?,
+            public: r.try_get("public")?,
+            sealed: r.try_get("sealed")?,
+            active_at: Timestamp::from_offset(r.try_get("active_at")?),
+            ends_at: r.try_get::<Option<_>, _>("ends_at")?.map(Timestamp::from_offset),
+        })
+    };
+    rows.iter().map(read).collect()
+}
+
+/// Ends the keys of this algorithm then: those that have no end yet, or all of them.
+pub(super) async fn end_keys(conn: &mut PgConnection, alg: Alg, ends: Timestamp, all: bool) -> Result<(), sqlx::Error> {
+    sqlx::query(
+        "UPDATE token.signing_keys SET ends_at = least(ends_at, $2) WHERE alg = $1 AND ($3 OR ends_at IS NULL)",
+    )
+    .bind(alg.as_str())
+    .bind(ends.to_offset())
+    .bind(all)
+    .execute(conn)
+    .await?;
+    Ok(())
 }
 
 pub(super) async fn put_key(
     conn: &mut PgConnection,
-    kid: &str,
-    public: &[u8],
-    sealed: &[u8],
+    key: &StoredKey,
     index: i64,
     now: Timestamp,
 ) -> Result<(), sqlx::Error> {
-    sqlx::query("INSERT INTO token.signing_keys (kid, public, sealed, index, time) VALUES ($1, $2, $3, $4, $5)")
-        .bind(kid)
-        .bind(public)
-        .bind(sealed)
+    let sql = "INSERT INTO token.signing_keys (kid, alg, public, sealed, active_at, index, time) VALUES ($1, $2, $3, $4, $5, $6, $7)";
+    sqlx::query(sql)
+        .bind(&key.kid)
+        .bind(key.alg.as_str())
+        .bind(&key.public)
+        .bind(&key.sealed)
+        .bind(key.active_at.to_offset())
         .bind(index)
         .bind(now.to_offset())
         .execute(conn)
@@ -146,7 +178,8 @@ pub(super) async fn use_assertion(
 /// Drops what no longer matters: revocations and assertions that have expired.
 pub(super) async fn tidy(conn: &mut PgConnection, now: Timestamp) -> Result<(), sqlx::Error> {
     sqlx::query("DELETE FROM token.revocations WHERE expires < $1").bind(now.to_offset()).execute(&mut *conn).await?;
-    sqlx::query("DELETE FROM token.assertions WHERE expires < $1").bind(now.to_offset()).execute(conn).await?;
+    sqlx::query("DELETE FROM token.assertions WHERE expires < $1").bind(now.to_offset()).execute(&mut *conn).await?;
+    sqlx::query("DELETE FROM token.signing_keys WHERE ends_at < $1").bind(now.to_offset()).execute(conn).await?;
     Ok(())
 }
 

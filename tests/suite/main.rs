@@ -23,6 +23,7 @@ mod front;
 mod governance;
 mod health;
 mod hostile;
+mod keys;
 mod ledger;
 mod nexus;
 mod proxy;

@@ -68,17 +68,17 @@ const CHUNK: i64 = 500_000;
 /// details. The search is told that it has them.
 pub(super) async fn grow(daemon: &Path, size: i64) -> anyhow::Result<()> {
     let mut conn = PgConnection::connect_with(&options(daemon)).await?;
+    // One by one: the daemon is at work on these tables.
+    for table in ["ledger.entries", "ledger.details", "audit.segments"] {
+        let sql = format!(
+            "CREATE TABLE IF NOT EXISTS {table}_8388608 PARTITION OF {table} FOR VALUES FROM (8388608) TO (16777216)"
+        );
+        sqlx::query(sqlx::AssertSqlSafe(sql)).execute(&mut conn).await?;
+    }
     let mut tx = conn.begin().await?;
     let head = "SELECT index, frontier FROM ledger.head WHERE id = 1 FOR UPDATE";
     let (index, frontier): (i64, Vec<u8>) = sqlx::query_as(head).fetch_one(&mut *tx).await?;
     let mut frontier = Frontier::decode(&frontier, (index + 1).unsigned_abs()).context("the head has no frontier")?;
-    sqlx::raw_sql(
-        "DO $$ DECLARE t text; BEGIN FOREACH t IN ARRAY ARRAY['ledger.entries', 'ledger.details', 'audit.segments'] LOOP
-             EXECUTE format('CREATE TABLE IF NOT EXISTS %s_8388608 PARTITION OF %s FOR VALUES FROM (8388608) TO (16777216)', t, t);
-         END LOOP; END $$",
-    )
-    .execute(&mut *tx)
-    .await?;
     while frontier.size() < size.unsigned_abs() {
         let from = i64::try_from(frontier.size())?;
         let hashes: Vec<Vec<u8>> = sqlx::query_scalar(

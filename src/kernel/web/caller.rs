@@ -164,6 +164,8 @@ pub struct Identity {
 pub struct Credential {
     /// The token's `jti`.
     pub token: String,
+    /// The key that signed it.
+    pub key: String,
     /// The client it was issued to.
     pub client: String,
     /// When it ends, seconds since 1970.
