@@ -212,6 +212,8 @@ impl<'a> Ground<'a> {
             ledger: ledger.clone(),
             own: own.clone(),
         });
+        let authority: Weak<dyn Authority> = Arc::downgrade(&(gate.clone() as Arc<dyn Authority>));
+        token.decided_by(authority);
         let routes = audit::http::routes(audit)
             .merge(governance::http::routes(governance))
             .merge(token::http::routes(token))

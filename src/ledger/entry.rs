@@ -257,6 +257,9 @@ impl Entry {
         if let Some(trace) = &request.trace_id {
             details.member("trace_id", trace);
         }
+        if !caller.via().is_empty() {
+            details.member("via", &caller.via());
+        }
         let details = details.end();
         let salt = crypto::random::<32>()?;
         let segment = self.segment.map(|s| s.root);

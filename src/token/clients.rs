@@ -11,6 +11,7 @@ use crate::ledger::{AUTHZ, Command, Entry, Failure, Touch, Tx};
 use super::form::OAuthError;
 use super::keys::Alg;
 use super::model::{AgentType, AuthMethod, Client};
+use super::oauth::{CREDENTIALS, EXCHANGE};
 use super::store::{self, Registered};
 
 /// What a client asks to be registered as. Metadata we do not know is ignored, as RFC 7591 says.
@@ -25,7 +26,7 @@ pub struct Metadata {
     /// Scopes, separated by spaces
     #[serde(default)]
     scope: Option<String>,
-    /// `client_credentials`
+    /// `client_credentials` (the default), `urn:ietf:params:oauth:grant-type:token-exchange`
     #[serde(default)]
     grant_types: Option<Vec<String>>,
     /// `client_secret_basic` (the default), `client_secret_post` or `private_key_jwt`
@@ -71,8 +72,8 @@ impl Metadata {
         if keys.is_some_and(|k| k.iter().any(private)) {
             return Err(invalid("jwks holds a private key; send public keys only"));
         }
-        let grant_types = self.grant_types.unwrap_or_else(|| vec!["client_credentials".to_owned()]);
-        if let Some(other) = grant_types.iter().find(|g| *g != "client_credentials") {
+        let grant_types = self.grant_types.unwrap_or_else(|| vec![CREDENTIALS.to_owned()]);
+        if let Some(other) = grant_types.iter().find(|g| ![CREDENTIALS, EXCHANGE].contains(&g.as_str())) {
             return Err(invalid(format!("grant type {other} is not supported")));
         }
         let scopes = scopes(self.scope.as_deref().unwrap_or_default())

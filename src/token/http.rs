@@ -21,6 +21,7 @@ use super::clients::{self, Issued, Metadata, Why};
 use super::form::{Form, OAuthError};
 use super::keys::{Rotated, Shown};
 use super::model::{AuthMethod, Client, Operation, entity};
+use super::oauth::{CREDENTIALS, EXCHANGE};
 use super::operations::{Used, Wanted};
 use super::{Token, clients::Delete, clients::Register, clients::Update};
 
@@ -50,7 +51,7 @@ fn private(status: StatusCode, body: &Value) -> Response {
     (status, headers, body.to_string()).into_response()
 }
 
-/// Get an access token (client_credentials)
+/// Get an access token (client_credentials, or token exchange by RFC 8693)
 #[utoipa::path(post, path = "/oauth2/token", tag = "oauth", request_body(content = String, content_type = "application/x-www-form-urlencoded"),
     responses((status = 200, body = Object), (status = 400, description = "RFC 6749 error"), (status = 401, description = "invalid_client")))]
 async fn grant(
@@ -106,7 +107,7 @@ async fn metadata(Room(room): Room<Token>, headers: HeaderMap) -> Response {
         "registration_endpoint": format!("{base}/oauth2/register"),
         "jwks_uri": format!("{base}/.well-known/jwks.json"),
         "response_types_supported": [],
-        "grant_types_supported": ["client_credentials"],
+        "grant_types_supported": [CREDENTIALS, EXCHANGE],
         "token_endpoint_auth_methods_supported": methods,
         "token_endpoint_auth_signing_alg_values_supported": algorithms,
         "introspection_endpoint_auth_methods_supported": methods,

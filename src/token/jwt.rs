@@ -32,6 +32,35 @@ pub struct Claims {
     pub client_id: String,
     /// What it is good for.
     pub scope: String,
+    /// Who acts for the subject, and who did before (RFC 8693, 4.1).
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub act: Option<Act>,
+    /// The tokens it was exchanged for, the first first: it ends with any of them.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub family: Vec<String>,
+}
+
+/// Who acts for somebody.
+#[derive(Clone, Debug, Serialize, Deserialize, PartialEq, Eq)]
+pub struct Act {
+    /// A client.
+    pub sub: String,
+    /// Who it acts for in turn.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub act: Option<Box<Act>>,
+}
+
+impl Act {
+    /// All of them, who acts now first.
+    pub fn chain(&self) -> impl Iterator<Item = &str> {
+        std::iter::successors(Some(self), |a| a.act.as_deref()).map(|a| a.sub.as_str())
+    }
+
+    /// How many.
+    #[must_use]
+    pub fn depth(&self) -> usize {
+        self.chain().count()
+    }
 }
 
 /// One audience, or several.
@@ -141,6 +170,8 @@ mod tests {
             jti: "j".into(),
             client_id: "c".into(),
             scope: "state".into(),
+            act: None,
+            family: Vec::new(),
         }
     }
 

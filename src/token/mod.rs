@@ -9,6 +9,7 @@
 //! ledger refuses what was authenticated before one of them changed.
 
 mod clients;
+mod exchange;
 mod form;
 pub mod http;
 mod jwt;
@@ -19,7 +20,7 @@ mod operations;
 mod snapshot;
 mod store;
 
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock, Weak};
 use std::time::Duration;
 
 use prometheus::{IntCounterVec, Opts, Registry};
@@ -27,7 +28,7 @@ use uuid::Uuid;
 
 use crate::kernel::crypto::{self, Hash, MasterKey};
 use crate::kernel::supervisor::{Supervisor, Task};
-use crate::kernel::web::{Ask, Caller, Credential, Identity};
+use crate::kernel::web::{Ask, Authority, Caller, Credential, Identity};
 use crate::kernel::{Clock, Refusal, problem};
 use crate::ledger::{Committed, Entry, Ledger, Outcome, Permit, authz_fact};
 use crate::store::Store;
@@ -51,6 +52,7 @@ pub struct Token {
     issuer: Arc<str>,
     ttl: Duration,
     lead: Duration,
+    authority: Arc<OnceLock<Weak<dyn Authority>>>,
     verified: moka::sync::Cache<Hash, Arc<Verified>>,
     counted: Counted,
 }
@@ -72,7 +74,9 @@ impl Counted {
         let issued = counter("sop_token_issued_total", "Access tokens issued", "grant")?;
         let refused = counter("sop_token_refused_total", "Authentications refused", "reason")?;
         let uses = counter("sop_token_operation_uses_total", "Uses of operation tokens", "outcome")?;
-        issued.with_label_values(&["client_credentials"]).inc_by(0);
+        for grant in ["client_credentials", "token-exchange"] {
+            issued.with_label_values(&[grant]).inc_by(0);
+        }
         refused.with_label_values(&["client"]).inc_by(0);
         uses.with_label_values(&["ok"]).inc_by(0);
         Ok(Self { issued, refused, uses })
@@ -114,18 +118,20 @@ struct Verified {
 
 impl Verified {
     fn new(claims: Claims, kid: String) -> Self {
-        let depends = [format!("client/{}", claims.client_id), format!("token/{}", claims.jti), format!("key/{kid}")];
-        let credential = Credential {
-            token: claims.jti.clone(),
-            key: kid.clone(),
-            client: claims.client_id.clone(),
-            expires: claims.exp,
-            issued: claims.iat * 1000,
-            depends: depends.iter().map(|f| authz_fact(f.as_bytes())).collect(),
-        };
+        let mut clients = vec![claims.client_id.clone()];
+        if claims.sub != claims.client_id {
+            clients.push(claims.sub.clone());
+        }
+        let tokens: Vec<String> = std::iter::once(&claims.jti).chain(&claims.family).cloned().collect();
+        let rests_on = clients.iter().map(|c| format!("client/{c}"));
+        let rests_on = rests_on.chain(tokens.iter().map(|t| format!("token/{t}"))).chain([format!("key/{kid}")]);
+        let depends = rests_on.map(|f| authz_fact(f.as_bytes())).collect();
+        let credential =
+            Credential { tokens, key: kid.clone(), clients, expires: claims.exp, issued: claims.iat * 1000, depends };
         let bearer = Identity {
-            actor: claims.client_id.as_str().into(),
-            principal: entity(&claims.client_id),
+            actor: claims.sub.as_str().into(),
+            principal: entity(&claims.sub),
+            via: claims.act.iter().flat_map(|a| a.chain()).map(str::to_owned).collect(),
             scopes: clients::scopes(&claims.scope).unwrap_or_default(),
             credential: Some(credential),
         };
@@ -150,6 +156,7 @@ impl Token {
             master: parts.master,
             ttl: parts.ttl,
             lead: parts.lead,
+            authority: Arc::default(),
             verified: moka::sync::Cache::new(REMEMBER),
             counted: Counted::new(&parts.registry).map_err(Refusal::internal)?,
         };
@@ -170,6 +177,11 @@ impl Token {
                 store::tidy(&mut conn, now).await.map_err(Into::into)
             }
         }));
+    }
+
+    /// Who decides whether a client may exchange a token.
+    pub fn decided_by(&self, authority: Weak<dyn Authority>) {
+        let _ = self.authority.set(authority);
     }
 
     /// The issuer of this database's tokens.
@@ -247,11 +259,13 @@ impl Token {
         if !self.snapshot.counts(&verified.kid, now) {
             return Err("kid");
         }
-        if !self.snapshot.has_client(&verified.claims.client_id) {
-            return Err("client");
-        }
-        if self.snapshot.revoked(&verified.claims.jti) {
-            return Err("revoked");
+        if let Some(shown) = &verified.bearer.credential {
+            if !shown.clients.iter().all(|c| self.snapshot.has_client(c)) {
+                return Err("client");
+            }
+            if self.snapshot.revoked(&shown.tokens) {
+                return Err("revoked");
+            }
         }
         Ok(verified)
     }
@@ -287,8 +301,8 @@ impl Token {
         let now = self.clock.now().seconds();
         c.expires > now
             && self.snapshot.counts(&c.key, now)
-            && self.snapshot.has_client(&c.client)
-            && !self.snapshot.revoked(&c.token)
+            && c.clients.iter().all(|c| self.snapshot.has_client(c))
+            && !self.snapshot.revoked(&c.tokens)
     }
 
     async fn issue_operation(&self, caller: &Caller, wanted: Wanted) -> Result<Committed<Operation>, Refusal> {

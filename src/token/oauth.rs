@@ -20,6 +20,10 @@ use super::{Token, clients, store};
 /// The longest an assertion may be good for, seconds: that long its id is remembered.
 const ASSERTION_MOST: i64 = 3600;
 
+/// The grants there are.
+pub(super) const CREDENTIALS: &str = "client_credentials";
+pub(super) const EXCHANGE: &str = "urn:ietf:params:oauth:grant-type:token-exchange";
+
 /// A client that has proven who it is.
 pub(super) struct Proven {
     pub client: Client,
@@ -120,14 +124,19 @@ impl Token {
     ) -> Result<Value, OAuthError> {
         let grant =
             form.get("grant_type").ok_or_else(|| OAuthError::new("invalid_request", "grant_type is missing"))?;
-        if grant != "client_credentials" {
+        if grant != CREDENTIALS && grant != EXCHANGE {
             return Err(OAuthError::new("unsupported_grant_type", format!("grant type {grant:?} is not supported")));
         }
         let proven = self.prove(headers, form).await?;
-        let client = &proven.client;
-        if !client.grant_types.iter().any(|g| g == grant) {
+        if !proven.client.grant_types.iter().any(|g| g == grant) {
             return Err(OAuthError::new("unauthorized_client", "the client is not registered for this grant"));
         }
+        if grant == EXCHANGE { self.exchange(form, proven, info).await } else { self.own(form, proven, info).await }
+    }
+
+    /// A token for the client itself.
+    async fn own(&self, form: &Form, proven: Proven, info: Arc<RequestInfo>) -> Result<Value, OAuthError> {
+        let client = &proven.client;
         let scopes = match form.get("scope") {
             None => client.scopes.clone(),
             Some(text) => {
@@ -136,40 +145,61 @@ impl Token {
                 )?
             }
         };
-        let mut audience: Vec<String> = form.all("resource").map(str::to_owned).collect();
-        for resource in &audience {
-            let allowed = client.allowed_resources.as_ref().is_none_or(|all| all.contains(resource));
-            if !allowed || !absolute(resource) {
-                return Err(OAuthError::new(
-                    "invalid_target",
-                    format!("{resource:?} is no audience this client may ask for: an absolute URI without fragment"),
-                ));
-            }
-        }
-        if audience.is_empty() {
-            audience.push(self.issuer.to_string());
-        }
         let now = self.clock.now();
-        let key = self.snapshot.signer(client.access_token_alg, now);
-        let key = key.ok_or_else(|| Refusal::unavailable("there is no signing key yet"))?;
-        let expires_in = i64::try_from(self.ttl.as_secs()).unwrap_or(900);
         let claims = Claims {
             iss: self.issuer.to_string(),
             sub: client.client_id.clone(),
-            aud: Audience::of(audience),
-            exp: now.seconds() + expires_in,
+            aud: Audience::of(self.audience(form, client)?),
+            exp: now.seconds() + i64::try_from(self.ttl.as_secs()).unwrap_or(900),
             iat: now.seconds(),
             jti: ids::new_id(now).to_string(),
             client_id: client.client_id.clone(),
             scope: scopes.join(" "),
+            act: None,
+            family: Vec::new(),
         };
-        let issue = Issue {
-            client_id: client.client_id.clone(),
-            jti: claims.jti.clone(),
-            scope: claims.scope.clone(),
-            assertion: proven.assertion,
-        };
-        match self.ledger.write(&proven.caller(info), &[], issue).await {
+        let caller = proven.caller(info);
+        self.give(&caller, &[], claims, proven, CREDENTIALS).await
+    }
+
+    /// The audiences asked for (RFC 8707, and `audience` of RFC 8693); the daemon itself if none is.
+    pub(super) fn audience(&self, form: &Form, client: &Client) -> Result<Vec<String>, OAuthError> {
+        let mut audience: Vec<String> = form.all("resource").map(str::to_owned).collect();
+        let named = form.get("audience").filter(|_| form.get("grant_type") == Some(EXCHANGE));
+        for target in audience.iter().map(String::as_str).chain(named) {
+            let allowed = client.allowed_resources.as_ref().is_none_or(|all| all.iter().any(|a| a == target));
+            let known = absolute(target) || (named == Some(target) && self.snapshot.has_client(target));
+            if !allowed || !known {
+                return Err(OAuthError::new(
+                    "invalid_target",
+                    format!(
+                        "{target:?} is no audience this client may ask for: an absolute URI without fragment, or, in an exchange, a client"
+                    ),
+                ));
+            }
+        }
+        audience.extend(named.map(str::to_owned));
+        if audience.is_empty() {
+            audience.push(self.issuer.to_string());
+        }
+        Ok(audience)
+    }
+
+    /// Records a token, then signs it.
+    pub(super) async fn give(
+        &self,
+        caller: &Caller,
+        asks: &[Ask],
+        claims: Claims,
+        proven: Proven,
+        grant: &'static str,
+    ) -> Result<Value, OAuthError> {
+        let now = self.clock.now();
+        let key = self.snapshot.signer(proven.client.access_token_alg, now);
+        let key = key.ok_or_else(|| Refusal::unavailable("there is no signing key yet"))?;
+        let issue = Issue { claims, assertion: proven.assertion };
+        let claims = issue.claims.clone();
+        match self.ledger.write(caller, asks, issue).await {
             Ok(_) => {}
             Err(r) if r.problem() == &problem::CONFLICT => {
                 self.counted.refused.with_label_values(&["replay"]).inc();
@@ -177,9 +207,9 @@ impl Token {
             }
             Err(r) => return Err(r.into()),
         }
-        self.counted.issued.with_label_values(&["client_credentials"]).inc();
+        self.counted.issued.with_label_values(&[grant.rsplit(':').next().unwrap_or(grant)]).inc();
         Ok(
-            json!({"access_token": key.sign(&claims)?, "token_type": "Bearer", "expires_in": expires_in, "scope": claims.scope}),
+            json!({"access_token": key.sign(&claims)?, "token_type": "Bearer", "expires_in": claims.exp - claims.iat, "scope": claims.scope}),
         )
     }
 
@@ -245,9 +275,7 @@ fn absolute(uri: &str) -> bool {
 
 /// The issue of a token: in the record before the token is given out.
 struct Issue {
-    client_id: String,
-    jti: String,
-    scope: String,
+    claims: Claims,
     assertion: Option<([u8; 32], Timestamp)>,
 }
 
@@ -255,7 +283,8 @@ impl Command for Issue {
     type Out = ();
 
     async fn apply(&mut self, tx: &mut Tx<'_>) -> Result<((), Entry), Failure> {
-        if !store::client_exists(tx.read(), &self.client_id).await? {
+        let claims = &self.claims;
+        if !store::client_exists(tx.read(), &claims.client_id).await? {
             return Err(Refusal::new(&problem::CONFLICT, "the client was deleted").into());
         }
         if let Some((digest, expires)) = &self.assertion {
@@ -264,9 +293,15 @@ impl Command for Issue {
             }
             store::use_assertion(tx.write(), digest, *expires).await?;
         }
-        let entry = Entry::ok("token:issue", format!("client/{}", self.client_id))
-            .change("jti", self.jti.clone())
-            .change("scope", self.scope.clone());
+        let action = if claims.act.is_some() { "token:exchange" } else { "token:issue" };
+        let mut entry = Entry::ok(action, format!("client/{}", claims.sub))
+            .change("jti", claims.jti.clone())
+            .change("scope", claims.scope.clone());
+        if let Some(act) = &claims.act {
+            entry = entry
+                .change("act", act.chain().map(str::to_owned).collect::<Vec<_>>())
+                .change("family", claims.family.clone());
+        }
         Ok(((), entry))
     }
 }

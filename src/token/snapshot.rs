@@ -86,8 +86,10 @@ impl Snapshot {
         self.view().public.clone()
     }
 
-    pub(super) fn revoked(&self, jti: &str) -> bool {
-        self.view().revoked.contains_key(jti)
+    /// Whether any of these tokens was revoked.
+    pub(super) fn revoked(&self, tokens: &[String]) -> bool {
+        let view = self.view();
+        tokens.iter().any(|jti| view.revoked.contains_key(jti))
     }
 
     /// Forgets revocations of tokens that have expired by themselves.

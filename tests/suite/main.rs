@@ -18,6 +18,7 @@ mod cli;
 mod crash;
 mod damage;
 mod events;
+mod exchange;
 mod failover;
 mod front;
 mod governance;

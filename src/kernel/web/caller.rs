@@ -157,17 +157,19 @@ pub struct Identity {
     pub scopes: Vec<String>,
     /// What it showed.
     pub credential: Option<Credential>,
+    /// Who acts for it, the last first: a token that was exchanged passed through them.
+    pub via: Vec<String>,
 }
 
 /// What a caller showed, as far as it matters after it was checked.
 #[derive(Clone, Debug)]
 pub struct Credential {
-    /// The token's `jti`.
-    pub token: String,
+    /// The token's `jti`, then those of the tokens it was exchanged for.
+    pub tokens: Vec<String>,
     /// The key that signed it.
     pub key: String,
-    /// The client it was issued to.
-    pub client: String,
+    /// The client it was issued to, and its subject.
+    pub clients: Vec<String>,
     /// When it ends, seconds since 1970.
     pub expires: i64,
     /// When it was issued, milliseconds since 1970.
@@ -188,7 +190,7 @@ impl Caller {
     pub fn daemon(task: &str) -> Self {
         let principal = EntityName { kind: "Sop::Daemon".to_owned(), id: task.to_owned() };
         let actor = format!("daemon:{task}").into();
-        let identity = Identity { actor, principal, scopes: Vec::new(), credential: None };
+        let identity = Identity { actor, principal, scopes: Vec::new(), credential: None, via: Vec::new() };
         Self(Arc::new(Inner { identity: Arc::new(identity), request: Arc::default(), authority: None }))
     }
 
@@ -196,7 +198,7 @@ impl Caller {
     #[must_use]
     pub fn vouched(principal: EntityName, request: Arc<RequestInfo>) -> Self {
         let actor = principal.id.as_str().into();
-        let identity = Identity { actor, principal, scopes: Vec::new(), credential: None };
+        let identity = Identity { actor, principal, scopes: Vec::new(), credential: None, via: Vec::new() };
         Self(Arc::new(Inner { identity: Arc::new(identity), request, authority: None }))
     }
 
@@ -223,6 +225,12 @@ impl Caller {
     #[must_use]
     pub fn identity(&self) -> &Arc<Identity> {
         &self.0.identity
+    }
+
+    /// Who acts for it, the last first.
+    #[must_use]
+    pub fn via(&self) -> &[String] {
+        &self.0.identity.via
     }
 
     /// The scopes of its token.
