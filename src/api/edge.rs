@@ -249,8 +249,9 @@ enum Wants {
 }
 
 fn wants_caller(method: &Method, path: &str, public_entries: bool) -> Wants {
-    if path.starts_with("/oauth2/register") {
-        return if method == Method::POST { Wants::Somebody } else { Wants::Perhaps };
+    if let Some(client) = path.strip_prefix("/oauth2/register") {
+        // A registration is managed with its own token, too.
+        return if method == Method::POST && client.len() < 2 { Wants::Somebody } else { Wants::Perhaps };
     }
     let entries = path.starts_with("/log/tile/entries") && !public_entries;
     if path.starts_with("/v1/") || path.starts_with("/access/") || entries { Wants::Somebody } else { Wants::Nobody }

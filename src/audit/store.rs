@@ -57,18 +57,6 @@ pub(super) async fn hashes(conn: &mut PgConnection, from: u64, to: u64) -> Resul
     rows.into_iter().map(hash).collect()
 }
 
-/// The first index whose partition is attached: what lies before was detached by an operator, and only its tiles are here.
-pub(super) async fn first_attached(conn: &mut PgConnection) -> Result<i64, sqlx::Error> {
-    let bounds: Vec<String> = sqlx::query_scalar(
-        "SELECT pg_get_expr(c.relpartbound, c.oid) FROM pg_inherits i JOIN pg_class c ON c.oid = i.inhrelid
-         WHERE i.inhparent = 'ledger.entries'::regclass",
-    )
-    .fetch_all(conn)
-    .await?;
-    let from = |bound: &String| bound.split('\'').nth(1).and_then(|n| n.parse::<i64>().ok());
-    Ok(bounds.iter().filter_map(from).min().unwrap_or(0))
-}
-
 /// Leaves from index `from` to before `to`, in order.
 pub(super) async fn leaves(conn: &mut PgConnection, from: u64, to: u64) -> Result<Vec<Vec<u8>>, sqlx::Error> {
     sqlx::query_scalar("SELECT leaf FROM ledger.entries WHERE index >= $1 AND index < $2 ORDER BY index")

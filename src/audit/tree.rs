@@ -3,6 +3,7 @@
 use sqlx::PgConnection;
 
 use crate::kernel::crypto::Hash;
+use crate::ledger::attached;
 use crate::ledger::merkle::{self, Subtree};
 
 use super::store;
@@ -28,7 +29,7 @@ pub(super) async fn tile(conn: &mut PgConnection, tile: Tile) -> Result<Option<V
 
 /// Whether the entries before `end` are in partitions that were detached.
 pub(super) async fn detached(conn: &mut PgConnection, end: u64) -> Result<bool, sqlx::Error> {
-    Ok(store::first_attached(conn).await? >= i64::try_from(end).unwrap_or(i64::MAX))
+    Ok(attached(conn).await?.start >= i64::try_from(end).unwrap_or(i64::MAX))
 }
 
 /// The root of a perfect subtree.

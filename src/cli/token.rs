@@ -18,6 +18,13 @@ pub(crate) enum TokenCommand {
     Revoke { token: String },
     /// Register a client; prints its id and secret, once
     Register(RegisterArgs),
+    /// Replace a client's secret; prints the new one, once
+    RotateSecret {
+        client_id: String,
+        /// Seconds for which the one before still counts
+        #[arg(long, default_value_t = 86_400.0)]
+        overlap: f64,
+    },
     /// Remove a client; its tokens end with it
     Unregister { client_id: String },
     /// Replace the keys that sign access tokens
@@ -84,6 +91,22 @@ fn metadata(args: RegisterArgs) -> Value {
     all.into_iter().filter_map(|(name, value)| Some((name.to_owned(), Value::from(value?)))).collect()
 }
 
+/// What of it was said.
+fn wanted(args: OperationArgs) -> Value {
+    let mut body = json!({"kind": args.kind, "operation": args.operation});
+    for (name, value) in [
+        ("audience", args.audience.map(Value::from)),
+        ("resource", args.resource.map(Value::from)),
+        ("max_uses", args.max_uses.map(Value::from)),
+        ("expires_in", args.expires_in.map(Value::from)),
+    ] {
+        if let Some(value) = value {
+            body[name] = value;
+        }
+    }
+    body
+}
+
 pub(crate) async fn run(global: &Global, command: TokenCommand) -> anyhow::Result<()> {
     let client = Client::find(global).await?;
     let tell = |value: &Value, text: String| if global.json { say(value) } else { say(text) };
@@ -112,6 +135,12 @@ pub(crate) async fn run(global: &Global, command: TokenCommand) -> anyhow::Resul
                 format!("client_id {}\nclient_secret {}", word(&made, "client_id"), word(&made, "client_secret")),
             );
         }
+        TokenCommand::RotateSecret { client_id, overlap } => {
+            let path = format!("/oauth2/register/{client_id}/secret");
+            let made = client.json(client.request(Method::POST, &path).json(&json!({"overlap": overlap}))).await?;
+            let (secret, until) = (word(&made, "client_secret"), word(&made, "previous_expires_at"));
+            tell(&made, format!("client_secret {secret}\nthe one before counts until {until}"));
+        }
         TokenCommand::Unregister { client_id } => {
             client.send(client.request(Method::DELETE, &format!("/oauth2/register/{client_id}"))).await?;
             tell(&json!({"removed": client_id}), format!("{client_id} is removed"));
@@ -122,18 +151,7 @@ pub(crate) async fn run(global: &Global, command: TokenCommand) -> anyhow::Resul
             tell(&made, format!("{} signs from {} on", word(&made, "kid"), word(&made, "active_at")));
         }
         TokenCommand::Operation(args) => {
-            let mut body = json!({"kind": args.kind, "operation": args.operation});
-            for (name, value) in [
-                ("audience", args.audience.map(Value::from)),
-                ("resource", args.resource.map(Value::from)),
-                ("max_uses", args.max_uses.map(Value::from)),
-                ("expires_in", args.expires_in.map(Value::from)),
-            ] {
-                if let Some(value) = value {
-                    body[name] = value;
-                }
-            }
-            let made = client.json(client.request(Method::POST, "/v1/token/operations").json(&body)).await?;
+            let made = client.json(client.request(Method::POST, "/v1/token/operations").json(&wanted(args))).await?;
             tell(
                 &made,
                 format!("{}\n{} uses until {}", word(&made, "token"), made["max_uses"], word(&made, "expires_at")),

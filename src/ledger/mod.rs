@@ -47,6 +47,7 @@ pub use entry::{Entry, Outcome, Sealed, Segment, Signal};
 pub use facts::{AUTHZ, authz_fact};
 pub use follower::Projection;
 pub use signals::Signalled;
+pub use store::attached;
 pub use touch::{Touch, Touched, What};
 
 use follower::{Follower, News};
@@ -401,7 +402,7 @@ impl Shared {
     /// Adds a partition when the head is within half of one of the end.
     async fn room(&self, conn: &mut sqlx::PgConnection) -> Result<(), sqlx::Error> {
         let head = store::head_index(conn).await?;
-        let end = store::partition_end(conn).await?;
+        let end = store::attached(conn).await?.end;
         if end - head < store::PARTITION / 2 {
             store::add_partition(conn, end, self.partitioned).await?;
         }

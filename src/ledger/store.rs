@@ -1,5 +1,6 @@
 //! The ledger's SQL.
 
+use std::ops::Range;
 use std::time::Duration;
 
 use sqlx::{AssertSqlSafe, PgConnection, Row as _};
@@ -333,16 +334,19 @@ pub(super) async fn end_session(conn: &mut PgConnection, pid: i32) -> Result<boo
     sqlx::query_scalar("SELECT pg_terminate_backend($1)").bind(pid).fetch_one(conn).await
 }
 
-/// The end of the newest partition: indexes from here on have no place yet.
-pub(super) async fn partition_end(conn: &mut PgConnection) -> Result<i64, sqlx::Error> {
-    let ends: Vec<String> = sqlx::query_scalar(
+/// The indexes that have a place: those of the partitions that are attached. What is before was detached by an operator, what is
+/// after has no partition yet.
+pub async fn attached(conn: &mut PgConnection) -> Result<Range<i64>, sqlx::Error> {
+    let bounds: Vec<String> = sqlx::query_scalar(
         "SELECT pg_get_expr(c.relpartbound, c.oid) FROM pg_inherits i JOIN pg_class c ON c.oid = i.inhrelid
          WHERE i.inhparent = 'ledger.entries'::regclass",
     )
     .fetch_all(conn)
     .await?;
-    let end = |bound: &String| bound.rsplit('\'').nth(1).and_then(|n| n.parse::<i64>().ok());
-    Ok(ends.iter().filter_map(end).max().unwrap_or(0))
+    // FOR VALUES FROM ('0') TO ('8388608')
+    let place = |bound: &String, n: usize| bound.split('\'').nth(n).and_then(|n| n.parse::<i64>().ok());
+    let start = bounds.iter().filter_map(|b| place(b, 1)).min().unwrap_or(0);
+    Ok(start..bounds.iter().filter_map(|b| place(b, 3)).max().unwrap_or(0))
 }
 
 /// Indexes in one partition: a whole number of tiles at every level that matters.

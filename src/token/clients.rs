@@ -1,11 +1,13 @@
 //! Registration (RFC 7591) and its management (RFC 7592).
 
+use std::time::Duration;
+
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
 use crate::governance::entities;
 use crate::kernel::crypto::{self, sha256};
-use crate::kernel::{Clock, Refusal, ids, problem};
+use crate::kernel::{Clock, Refusal, Timestamp, ids, problem};
 use crate::ledger::{AUTHZ, Command, Entry, Failure, Touch, Tx};
 
 use super::form::OAuthError;
@@ -197,6 +199,7 @@ impl Command for Register {
         let registered = Registered {
             client: client.clone(),
             secret: self.issued.secret.as_ref().map(|s| sha256(s.as_bytes()).to_vec()),
+            previous: None,
             registration: sha256(self.issued.registration.as_bytes()).to_vec(),
         };
         keep(tx, &registered).await?;
@@ -232,6 +235,52 @@ impl Command for Update {
         let entry = Entry::ok("token:client-update", format!("client/{}", self.client.client_id))
             .change("scope", self.client.scope());
         Ok((self.client.clone(), facts(entry, &self.client)))
+    }
+}
+
+/// Replaces a client's secret; the one before counts for a while.
+pub(super) struct Replace {
+    pub client_id: String,
+    pub secret: String,
+    pub overlap: Duration,
+}
+
+/// A new secret, for the one answer that shows it.
+#[derive(Clone, Serialize, Deserialize, utoipa::ToSchema)]
+#[schema(as = ClientSecret)]
+pub struct Replaced {
+    /// The client
+    pub client_id: String,
+    /// Its new secret, shown once
+    pub client_secret: String,
+    /// Until when the one before counts
+    #[schema(value_type = String)]
+    pub previous_expires_at: Timestamp,
+}
+
+impl Command for Replace {
+    type Out = Replaced;
+
+    async fn apply(&mut self, tx: &mut Tx<'_>) -> Result<(Replaced, Entry), Failure> {
+        let was = store::some_clients(tx.read(), std::slice::from_ref(&self.client_id)).await?.pop();
+        let was = was.ok_or_else(|| Refusal::not_found("such client"))?;
+        let Some(before) = was.secret.clone() else {
+            return Err(
+                Refusal::new(&problem::CONFLICT, "this client has no secret: it proves itself by its keys").into()
+            );
+        };
+        let until = tx.now().plus(self.overlap);
+        let secret = Some(sha256(self.secret.as_bytes()).to_vec());
+        let registered = Registered { secret, previous: Some((before, until)), ..was };
+        keep(tx, &registered).await?;
+        let entry = Entry::ok("token:secret-rotate", format!("client/{}", self.client_id))
+            .change("previous_expires_at", until.to_string());
+        let replaced = Replaced {
+            client_id: self.client_id.clone(),
+            client_secret: self.secret.clone(),
+            previous_expires_at: until,
+        };
+        Ok((replaced, facts(entry, &registered.client)))
     }
 }
 

@@ -1,6 +1,7 @@
 //! The room's routes.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use axum::Extension;
 use axum::extract::State as Room;
@@ -17,7 +18,7 @@ use crate::kernel::web::{
 };
 use crate::kernel::{Refusal, crypto, ids, problem};
 
-use super::clients::{self, Issued, Metadata, Why};
+use super::clients::{self, Issued, Metadata, Replace, Replaced, Why};
 use super::form::{Form, OAuthError};
 use super::keys::{Rotated, Shown};
 use super::model::{AuthMethod, Client, Operation, entity};
@@ -39,6 +40,7 @@ pub fn routes(token: Token) -> OpenApiRouter {
         .routes(routes!(use_operation))
         .routes(routes!(read_operation, revoke_operation))
         .routes(routes!(complete_operation))
+        .routes(routes!(rotate_secret))
         .routes(routes!(rotate_keys))
         .routes(routes!(list_keys))
         .with_state(token)
@@ -125,6 +127,39 @@ async fn jwks(Room(room): Room<Token>) -> Response {
     let keys: Vec<Value> = room.snapshot.listed(room.clock.now()).iter().map(|k| k.key.jwk()).collect();
     let headers = [(header::CONTENT_TYPE, "application/jwk-set+json"), (header::CACHE_CONTROL, "public, max-age=30")];
     (headers, json!({"keys": keys}).to_string()).into_response()
+}
+
+#[derive(Deserialize, utoipa::ToSchema)]
+#[serde(deny_unknown_fields)]
+#[schema(as = ClientSecretRotation)]
+struct SecretRotation {
+    /// Seconds for which the secret before still counts, at most 30 days; a day if not given
+    #[serde(default)]
+    overlap: Option<f64>,
+}
+
+/// Replace a client's secret; the one before counts until `previous_expires_at`
+#[utoipa::path(post, path = "/oauth2/register/{client_id}/secret", tag = "oauth", params(("client_id" = String, Path, description = "The client")), request_body = SecretRotation,
+    responses((status = 201, body = Replaced), (status = 400), (status = 401), (status = 403), (status = 404), (status = 409, description = "It has no secret")))]
+async fn rotate_secret(
+    Room(room): Room<Token>,
+    caller: Option<Extension<Caller>>,
+    Extension(info): Extension<Arc<RequestInfo>>,
+    headers: HeaderMap,
+    Path(id): Path<String>,
+    Json(body): Json<SecretRotation>,
+) -> Result<Response, OAuthError> {
+    let action = "token:secret-rotate";
+    let (caller, _) = manager(&room, caller, &headers, info, &id, action).await?;
+    let overlap = body.overlap.unwrap_or(86_400.0);
+    if !(0.0..=2_592_000.0).contains(&overlap) {
+        return Err(OAuthError::new("invalid_request", "overlap is from 0 to 2592000 seconds"));
+    }
+    let ask = Token::about(action, &id);
+    let replace = Replace { client_id: id, secret: clients::secret()?, overlap: Duration::from_secs_f64(overlap) };
+    let done = room.ledger.write(&caller, &[ask], replace).await?;
+    let shown = serde_json::to_value(&done.value).map_err(Refusal::internal)?;
+    Ok(at(private(StatusCode::CREATED, &shown), done.index))
 }
 
 #[derive(Deserialize, utoipa::IntoParams)]
@@ -241,10 +276,10 @@ async fn update_client(
     let own = caller.is_none();
     let (caller, was) = manager(&room, caller, &headers, info, &id, "token:client-update").await?;
     let client = wanted.client(id.clone(), &room.clock)?;
-    if own && !client.scopes.iter().all(|s| was.scopes.contains(s)) {
+    if own && client.gains(&was) {
         return Err(OAuthError::new(
             "invalid_client_metadata",
-            "a client cannot give itself scopes; whoever may register clients can",
+            "a client cannot give itself scopes, grants, audiences or another type; whoever may register clients can",
         ));
     }
     if (client.auth_method == AuthMethod::PrivateKeyJwt) != (was.auth_method == AuthMethod::PrivateKeyJwt) {

@@ -82,6 +82,21 @@ impl Client {
         entity(&self.client_id)
     }
 
+    /// Whether it may more than it was registered for.
+    #[must_use]
+    pub fn gains(&self, was: &Self) -> bool {
+        let more = |now: &[String], then: &[String]| !now.iter().all(|x| then.contains(x));
+        let wider = match (&self.allowed_resources, &was.allowed_resources) {
+            (_, None) => false,
+            (None, Some(_)) => true,
+            (Some(now), Some(then)) => more(now, then),
+        };
+        wider
+            || self.agent_type != was.agent_type
+            || more(&self.scopes, &was.scopes)
+            || more(&self.grant_types, &was.grant_types)
+    }
+
     /// Its scopes as the wire has them.
     #[must_use]
     pub fn scope(&self) -> String {

@@ -61,7 +61,11 @@ impl Token {
                 let found = self.snapshot.client(id);
                 // The same work for an unknown client: no oracle in the time it takes.
                 let kept = found.as_ref().and_then(|r| r.secret.clone()).unwrap_or_else(|| vec![0; 32]);
-                let good = crypto::same(&kept, &crypto::sha256(secret.as_bytes()));
+                let now = self.clock.now();
+                let before = found.as_ref().and_then(|r| r.previous.clone()).filter(|(_, until)| *until > now);
+                let before = before.map_or_else(|| vec![0; 32], |(digest, _)| digest);
+                let shown = crypto::sha256(secret.as_bytes());
+                let good = crypto::same(&kept, &shown) | crypto::same(&before, &shown);
                 let client = found.filter(|_| good).map(|r| r.client);
                 let fits = |c: &Client| {
                     if *basic {

@@ -14,28 +14,33 @@ use super::model::{Client, Operation};
 pub(super) struct Registered {
     pub client: Client,
     pub secret: Option<Vec<u8>>,
+    /// The secret before, and until when it counts.
+    pub previous: Option<(Vec<u8>, Timestamp)>,
     pub registration: Vec<u8>,
 }
+
+const CLIENT: &str = "SELECT client, secret, previous, previous_until, registration FROM token.clients";
 
 fn registered(r: &PgRow) -> Result<Registered, sqlx::Error> {
     let client: Vec<u8> = r.try_get("client")?;
     Ok(Registered {
         client: serde_json::from_slice(&client).map_err(|e| sqlx::Error::Decode(Box::new(e)))?,
         secret: r.try_get("secret")?,
+        previous: r
+            .try_get::<Option<_>, _>("previous")?
+            .zip(r.try_get::<Option<_>, _>("previous_until")?.map(Timestamp::from_offset)),
         registration: r.try_get("registration")?,
     })
 }
 
 pub(super) async fn clients(conn: &mut PgConnection) -> Result<Vec<Registered>, sqlx::Error> {
-    let rows = sqlx::query("SELECT client, secret, registration FROM token.clients").fetch_all(conn).await?;
+    let rows = sqlx::query(CLIENT).fetch_all(conn).await?;
     rows.iter().map(registered).collect()
 }
 
 pub(super) async fn some_clients(conn: &mut PgConnection, ids: &[String]) -> Result<Vec<Registered>, sqlx::Error> {
-    let rows = sqlx::query("SELECT client, secret, registration FROM token.clients WHERE client_id = ANY ($1)")
-        .bind(ids)
-        .fetch_all(conn)
-        .await?;
+    let sql = format!("{CLIENT} WHERE client_id = ANY ($1)");
+    let rows = sqlx::query(sqlx::AssertSqlSafe(sql)).bind(ids).fetch_all(conn).await?;
     rows.iter().map(registered).collect()
 }
 
@@ -46,15 +51,19 @@ pub(super) async fn client_exists(conn: &mut PgConnection, id: &str) -> Result<b
 pub(super) async fn put_client(conn: &mut PgConnection, r: &Registered, index: i64) -> Result<(), sqlx::Error> {
     let client = serde_json::to_vec(&r.client).map_err(|e| sqlx::Error::Encode(Box::new(e)))?;
     sqlx::query(
-        "INSERT INTO token.clients (client_id, client, secret, registration, index) VALUES ($1, $2, $3, $4, $5)
+        "INSERT INTO token.clients (client_id, client, secret, registration, index, previous, previous_until)
+         VALUES ($1, $2, $3, $4, $5, $6, $7)
          ON CONFLICT (client_id) DO UPDATE SET client = excluded.client, secret = excluded.secret,
-             registration = excluded.registration, index = excluded.index",
+             registration = excluded.registration, index = excluded.index, previous = excluded.previous,
+             previous_until = excluded.previous_until",
     )
     .bind(&r.client.client_id)
     .bind(client)
     .bind(&r.secret)
     .bind(&r.registration)
     .bind(index)
+    .bind(r.previous.as_ref().map(|p| &p.0))
+    .bind(r.previous.as_ref().map(|p| p.1.to_offset()))
     .execute(conn)
     .await?;
     Ok(())

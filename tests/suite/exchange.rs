@@ -133,6 +133,16 @@ async fn nothing_is_gained_by_an_exchange() {
         );
     }
     assert_eq!(error(exchange(&admin, &plain, &handed, &[]).await), refused("unauthorized_client"));
+    // A client cannot register itself for it.
+    let (_, made) = admin.json(Method::POST, "/oauth2/register", &json!({"client_name": "p", "scope": "state"})).await;
+    for more in [json!({"grant_types": ["client_credentials", GRANT]}), json!({"agent_type": "system"})] {
+        let mut wanted = json!({"client_name": "p", "scope": "state"});
+        wanted.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
+        let path = format!("/oauth2/register/{}", made["client_id"].as_str().unwrap());
+        let token = made["registration_access_token"].as_str().unwrap();
+        let update = admin.bare(Method::PUT, &path).bearer_auth(token).json(&wanted).send().await.unwrap();
+        assert_eq!(update.status(), 400, "{wanted}");
+    }
     for token in ["", "x", ended.as_str(), elsewhere.as_str(), &format!("{handed}=")] {
         assert_eq!(error(exchange(&admin, &agent, token, &[]).await), refused("invalid_request"), "{token}");
     }

@@ -351,3 +351,49 @@ async fn operation_tokens_are_bound_and_end() {
     }
     record::check(&db).await;
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_secret_is_replaced_while_the_one_before_still_counts() {
+    let db = database().await;
+    let one = Launch::on(db.url()).start().await;
+    let two = Launch::beside(&one, db.url()).start().await;
+    let admin = Client::of(&one);
+    let other = admin.also_of(&two);
+    let made = register(&admin, json!({"client_name": "ARP", "scope": "state"})).await;
+    let (id, first) = (text(&made, "client_id"), text(&made, "client_secret"));
+    let enters = |secret: String| {
+        let other = &other;
+        async move {
+            let pairs = [("grant_type", "client_credentials"), ("client_id", id), ("client_secret", secret.as_str())];
+            form(other, "/oauth2/token", &pairs).await.0
+        }
+    };
+    let path = format!("/oauth2/register/{id}/secret");
+    // By the client itself, with its registration token; a stolen access token does not do.
+    assert_eq!(admin.with(id, first).json(Method::POST, &path, &json!({})).await.0, 403);
+    let own = other.bare(Method::POST, &path).bearer_auth(text(&made, "registration_access_token"));
+    let (status, got) = answer(own.json(&json!({"overlap": 3})).send().await.unwrap()).await;
+    assert_eq!(status, 201, "{got}");
+    let second = text(&got, "client_secret").to_owned();
+    assert_eq!((enters(first.into()).await, enters(second.clone()).await), (200, 200));
+    crate::support::until("the overlap to end", Duration::from_secs(10), || async {
+        enters(first.into()).await == 401
+    })
+    .await;
+    assert_eq!(enters(second.clone()).await, 200);
+    // By an administrator, at once; only the one before is kept, never the one before that.
+    let (status, got) = admin.json(Method::POST, &path, &json!({"overlap": 0})).await;
+    assert_eq!(status, 201);
+    let third = text(&got, "client_secret").to_owned();
+    assert_eq!((enters(first.into()).await, enters(second).await, enters(third).await), (401, 401, 200));
+    let stranger = register(&admin, json!({"client_name": "x", "scope": "state"})).await;
+    let stranger = admin.with(text(&stranger, "client_id"), text(&stranger, "client_secret"));
+    assert_eq!(stranger.json(Method::POST, &path, &json!({})).await.0, 403);
+    for (body, expected) in [(json!({"overlap": -1}), 400), (json!({"overlap": "1s"}), 400)] {
+        assert_eq!(admin.json(Method::POST, &path, &body).await.0, expected, "{body}");
+    }
+    assert_eq!(admin.json(Method::POST, "/oauth2/register/nobody/secret", &json!({})).await.0, 404);
+    let (_, page) = admin.get("/v1/audit/entries?action=token:secret-rotate&outcome=ok").await;
+    assert_eq!(page["items"].as_array().unwrap().len(), 2);
+    assert!(!page.to_string().contains(text(&got, "client_secret")), "no secret is in the record");
+}
