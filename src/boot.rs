@@ -234,6 +234,11 @@ impl<'a> Ground<'a> {
             url: url.to_owned(),
             ttl: self.config.token.ttl.get(),
             lead: self.config.token.key_lead.get(),
+            lockout: token::Limits {
+                failures: self.config.token.lockout_failures,
+                window: self.config.token.lockout_window.get(),
+                period: self.config.token.lockout_period.get(),
+            },
             rotation: Some(self.config.token.key_rotation.get()).filter(|every| !every.is_zero()),
             registry: self.registry.clone(),
         };

@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use crate::kernel::Refusal;
 use crate::kernel::supervisor::{Supervisor, Task, TaskError};
-use crate::kernel::web::{Caller, Permit};
+use crate::kernel::web::{Caller, Permit, block};
 use crate::ledger::{Entry, Ledger, Outcome};
 
 /// Blocks and reasons told apart in one interval; what comes from yet others is counted together.
@@ -50,21 +50,6 @@ impl Refused {
             done.map_err(|r: Refusal| TaskError::from(r.detail().to_owned()))?;
         }
         Ok(())
-    }
-}
-
-/// The block an address is of: a /24 of IPv4, a /48 of IPv6.
-fn block(peer: Option<IpAddr>) -> String {
-    match peer.map(|p| p.to_canonical()) {
-        None => "unix".to_owned(),
-        Some(IpAddr::V4(a)) => {
-            let [a, b, c, _] = a.octets();
-            format!("{a}.{b}.{c}.0/24")
-        }
-        Some(IpAddr::V6(a)) => {
-            let [a, b, c, ..] = a.segments();
-            format!("{a:x}:{b:x}:{c:x}::/48")
-        }
     }
 }
 

@@ -149,6 +149,9 @@ pub struct Token {
     pub ttl: Span,
     pub key_lead: Span,
     pub key_rotation: Span,
+    pub lockout_failures: u32,
+    pub lockout_window: Span,
+    pub lockout_period: Span,
 }
 
 #[derive(Clone, Debug, Deserialize)]

@@ -5,7 +5,7 @@ use axum::response::{IntoResponse, Response};
 use percent_encoding::percent_decode_str;
 use serde_json::json;
 
-use crate::kernel::crypto::from_base64;
+use crate::kernel::crypto::{from_base64, from_base64url};
 use crate::kernel::web::pairs;
 use crate::kernel::{Kind, Refusal};
 
@@ -123,6 +123,18 @@ pub enum Claimed {
 }
 
 impl Claimed {
+    /// Whom the client says it is: in an assertion, its issuer.
+    pub fn client(&self) -> Option<String> {
+        match self {
+            Self::Secret { id, .. } => Some(id.clone()),
+            Self::Assertion { assertion, .. } => {
+                let body = assertion.split('.').nth(1).and_then(from_base64url)?;
+                let body: serde_json::Value = serde_json::from_slice(&body).ok()?;
+                body["iss"].as_str().map(str::to_owned)
+            }
+        }
+    }
+
     /// From the header and the form; exactly one way must be used.
     ///
     /// # Errors

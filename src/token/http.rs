@@ -21,6 +21,7 @@ use crate::kernel::{Refusal, crypto, ids, problem};
 use super::clients::{self, Issued, Metadata, Replace, Replaced, Why};
 use super::form::{Form, OAuthError};
 use super::keys::{Rotated, Shown};
+use super::lockout::Locked;
 use super::model::{AuthMethod, Client, Operation, entity};
 use super::oauth::{CREDENTIALS, EXCHANGE};
 use super::operations::{Used, Wanted};
@@ -41,6 +42,8 @@ pub fn routes(token: Token) -> OpenApiRouter {
         .routes(routes!(read_operation, revoke_operation))
         .routes(routes!(complete_operation))
         .routes(routes!(rotate_secret))
+        .routes(routes!(list_lockouts))
+        .routes(routes!(release))
         .routes(routes!(rotate_keys))
         .routes(routes!(list_keys))
         .with_state(token)
@@ -69,9 +72,14 @@ async fn grant(
 /// Ask about a token (RFC 7662)
 #[utoipa::path(post, path = "/oauth2/introspect", tag = "oauth", request_body(content = String, content_type = "application/x-www-form-urlencoded"),
     responses((status = 200, body = Object), (status = 401, description = "invalid_client")))]
-async fn introspect(Room(room): Room<Token>, headers: HeaderMap, Body(body): Body) -> Result<Response, OAuthError> {
+async fn introspect(
+    Room(room): Room<Token>,
+    Extension(info): Extension<Arc<RequestInfo>>,
+    headers: HeaderMap,
+    Body(body): Body,
+) -> Result<Response, OAuthError> {
     let form = Form::parse(&headers, &body)?;
-    let proven = room.prove(&headers, &form).await?;
+    let proven = room.prove(&headers, &form, &info).await?;
     Ok(private(StatusCode::OK, &room.introspect(&form, &proven)?))
 }
 
@@ -85,7 +93,7 @@ async fn revoke(
     Body(body): Body,
 ) -> Result<Response, OAuthError> {
     let form = Form::parse(&headers, &body)?;
-    let proven = room.prove(&headers, &form).await?;
+    let proven = room.prove(&headers, &form, &info).await?;
     room.revoke(&form, &proven, info).await?;
     Ok((StatusCode::OK, [(header::CACHE_CONTROL, "no-store")]).into_response())
 }
@@ -127,6 +135,20 @@ async fn jwks(Room(room): Room<Token>) -> Response {
     let keys: Vec<Value> = room.snapshot.listed(room.clock.now()).iter().map(|k| k.key.jwk()).collect();
     let headers = [(header::CONTENT_TYPE, "application/jwk-set+json"), (header::CACHE_CONTROL, "public, max-age=30")];
     (headers, json!({"keys": keys}).to_string()).into_response()
+}
+
+/// List clients that are locked out after too many failures to prove who they are
+#[utoipa::path(get, path = "/v1/token/lockouts", tag = "token", responses((status = 200, body = Listing<Locked>)))]
+async fn list_lockouts(Room(room): Room<Token>, caller: Caller) -> Result<Answer<Listing<Locked>>, Refusal> {
+    Ok(Answer::ok(Listing { items: room.lockouts(&caller).await?, next: None }))
+}
+
+/// Let a client in again before its time
+#[utoipa::path(delete, path = "/v1/token/lockouts/{client_id}", tag = "token", params(("client_id" = String, Path, description = "The client")),
+    responses((status = 204), (status = 403), (status = 404)))]
+async fn release(Room(room): Room<Token>, caller: Caller, Path(id): Path<String>) -> Result<Response, Refusal> {
+    let done = room.release(&caller, id).await?;
+    Ok(at(StatusCode::NO_CONTENT.into_response(), done.index))
 }
 
 #[derive(Deserialize, utoipa::ToSchema)]

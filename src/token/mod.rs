@@ -14,6 +14,7 @@ mod form;
 pub mod http;
 mod jwt;
 mod keys;
+mod lockout;
 mod model;
 mod oauth;
 mod operations;
@@ -23,7 +24,7 @@ mod store;
 use std::sync::{Arc, OnceLock, Weak};
 use std::time::Duration;
 
-use prometheus::{IntCounterVec, Opts, Registry};
+use prometheus::{IntCounter, IntCounterVec, Opts, Registry};
 use uuid::Uuid;
 
 use crate::kernel::crypto::{self, Hash, MasterKey};
@@ -34,6 +35,8 @@ use crate::ledger::{Committed, Entry, Ledger, Outcome, Permit, authz_fact};
 use crate::store::Store;
 
 use jwt::Claims;
+use lockout::Failures;
+pub use lockout::Limits;
 use model::{Operation, entity};
 use operations::{Used, Wanted};
 pub use snapshot::Snapshot;
@@ -52,6 +55,8 @@ pub struct Token {
     issuer: Arc<str>,
     ttl: Duration,
     lead: Duration,
+    lockout: Limits,
+    failures: Failures,
     authority: Arc<OnceLock<Weak<dyn Authority>>>,
     verified: moka::sync::Cache<Hash, Arc<Verified>>,
     counted: Counted,
@@ -62,6 +67,7 @@ struct Counted {
     issued: IntCounterVec,
     refused: IntCounterVec,
     uses: IntCounterVec,
+    lockouts: IntCounter,
 }
 
 impl Counted {
@@ -74,12 +80,14 @@ impl Counted {
         let issued = counter("sop_token_issued_total", "Access tokens issued", "grant")?;
         let refused = counter("sop_token_refused_total", "Authentications refused", "reason")?;
         let uses = counter("sop_token_operation_uses_total", "Uses of operation tokens", "outcome")?;
+        let lockouts = IntCounter::new("sop_token_lockouts_total", "Clients locked out after too many failures")?;
+        registry.register(Box::new(lockouts.clone()))?;
         for grant in ["client_credentials", "token-exchange"] {
             issued.with_label_values(&[grant]).inc_by(0);
         }
         refused.with_label_values(&["client"]).inc_by(0);
         uses.with_label_values(&["ok"]).inc_by(0);
-        Ok(Self { issued, refused, uses })
+        Ok(Self { issued, refused, uses, lockouts })
     }
 }
 
@@ -103,6 +111,8 @@ pub struct Parts {
     pub ttl: Duration,
     /// How long a new signing key is announced before it signs.
     pub lead: Duration,
+    /// When a client is locked out.
+    pub lockout: Limits,
     /// How old a signing key becomes; `None`: until somebody replaces it.
     pub rotation: Option<Duration>,
     /// Where its metrics go.
@@ -156,6 +166,8 @@ impl Token {
             master: parts.master,
             ttl: parts.ttl,
             lead: parts.lead,
+            lockout: parts.lockout,
+            failures: lockout::none_yet(parts.lockout),
             authority: Arc::default(),
             verified: moka::sync::Cache::new(REMEMBER),
             counted: Counted::new(&parts.registry).map_err(Refusal::internal)?,

@@ -53,7 +53,12 @@ struct Assertion {
 
 impl Token {
     /// Who the client is. What is newest is looked up first: it may have been registered, or deleted, on another daemon.
-    pub(super) async fn prove(&self, headers: &HeaderMap, form: &Form) -> Result<Proven, OAuthError> {
+    pub(super) async fn prove(
+        &self,
+        headers: &HeaderMap,
+        form: &Form,
+        info: &Arc<RequestInfo>,
+    ) -> Result<Proven, OAuthError> {
         let claimed = Claimed::find(headers, form)?;
         self.ledger.fence().await?;
         let proven = match &claimed {
@@ -78,10 +83,20 @@ impl Token {
             }
             Claimed::Assertion { assertion, id } => self.assertion(assertion, id.as_deref()).ok_or(false),
         };
-        proven.map_err(|basic| {
-            self.counted.refused.with_label_values(&["client"]).inc();
-            OAuthError::invalid_client(basic)
-        })
+        // Looked at last, so that a lock-out takes the same time and is answered as a wrong secret is.
+        let id = claimed.client();
+        let locked = id.as_deref().is_some_and(|id| self.locked(id, info));
+        match proven {
+            Ok(proven) if !locked => Ok(proven),
+            refused => {
+                let basic = refused.err().unwrap_or(matches!(&claimed, Claimed::Secret { basic: true, .. }));
+                if let (Some(id), false) = (id, locked) {
+                    self.failed(&id, info).await;
+                }
+                self.counted.refused.with_label_values(&[if locked { "locked" } else { "client" }]).inc();
+                Err(OAuthError::invalid_client(basic))
+            }
+        }
     }
 
     /// Checks a client assertion (RFC 7523, 3). Whether it was used before is seen when it is used.
@@ -131,7 +146,7 @@ impl Token {
         if grant != CREDENTIALS && grant != EXCHANGE {
             return Err(OAuthError::new("unsupported_grant_type", format!("grant type {grant:?} is not supported")));
         }
-        let proven = self.prove(headers, form).await?;
+        let proven = self.prove(headers, form, &info).await?;
         if !proven.client.grant_types.iter().any(|g| g == grant) {
             return Err(OAuthError::new("unauthorized_client", "the client is not registered for this grant"));
         }

@@ -10,6 +10,7 @@ use crate::kernel::{BoxFuture, Timestamp};
 use crate::ledger::{AUTHZ, Projection, Touched, What};
 
 use super::keys::{Alg, PublicKey, TokenKey};
+use super::lockout::Locked;
 use super::store::{self, Registered};
 
 /// Seals signing keys.
@@ -29,6 +30,7 @@ struct View {
     keys: Vec<Arc<Kept>>,
     public: Arc<Vec<PublicKey>>,
     revoked: HashMap<String, Timestamp>,
+    locked: Vec<Locked>,
 }
 
 /// The room's view in memory.
@@ -92,6 +94,14 @@ impl Snapshot {
         tokens.iter().any(|jti| view.revoked.contains_key(jti))
     }
 
+    pub(super) fn locked(&self, client: &str, block: &str, now: Timestamp) -> bool {
+        self.view().locked.iter().any(|l| l.client_id == client && l.block == block && l.until > now)
+    }
+
+    pub(super) fn lockouts(&self, now: Timestamp) -> Vec<Locked> {
+        self.view().locked.iter().filter(|l| l.until > now).cloned().collect()
+    }
+
     /// Forgets revocations of tokens that have expired by themselves.
     pub(super) fn forget(&self, now: Timestamp) {
         self.view.write().unwrap_or_else(PoisonError::into_inner).revoked.retain(|_, expires| *expires > now);
@@ -130,10 +140,12 @@ impl Projection for Snapshot {
         Box::pin(async move {
             let clients = store::clients(conn).await?;
             let revoked = store::revocations(conn, -1).await?;
+            let locked = store::lockouts(conn).await?;
             {
                 let mut view = self.view.write().unwrap_or_else(PoisonError::into_inner);
                 view.clients = clients.into_iter().map(|r| (r.client.client_id.clone(), r)).collect();
                 view.revoked = revoked.into_iter().collect();
+                view.locked = locked;
             }
             self.load_keys(conn).await
         })
@@ -162,6 +174,10 @@ impl Projection for Snapshot {
             if facts.iter().any(|f| f.starts_with("token/")) {
                 let revoked = store::revocations(conn, after).await?;
                 self.view.write().unwrap_or_else(PoisonError::into_inner).revoked.extend(revoked);
+            }
+            if facts.contains(&"lockout") {
+                let locked = store::lockouts(conn).await?;
+                self.view.write().unwrap_or_else(PoisonError::into_inner).locked = locked;
             }
             if facts.contains(&"key") {
                 self.load_keys(conn).await?;

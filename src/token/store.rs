@@ -7,6 +7,7 @@ use uuid::Uuid;
 use crate::kernel::Timestamp;
 
 use super::keys::Alg;
+use super::lockout::Locked;
 use super::model::{Client, Operation};
 
 /// A client with the digests of its secrets.
@@ -188,7 +189,8 @@ pub(super) async fn use_assertion(
 pub(super) async fn tidy(conn: &mut PgConnection, now: Timestamp) -> Result<(), sqlx::Error> {
     sqlx::query("DELETE FROM token.revocations WHERE expires < $1").bind(now.to_offset()).execute(&mut *conn).await?;
     sqlx::query("DELETE FROM token.assertions WHERE expires < $1").bind(now.to_offset()).execute(&mut *conn).await?;
-    sqlx::query("DELETE FROM token.signing_keys WHERE ends_at < $1").bind(now.to_offset()).execute(conn).await?;
+    sqlx::query("DELETE FROM token.signing_keys WHERE ends_at < $1").bind(now.to_offset()).execute(&mut *conn).await?;
+    sqlx::query("DELETE FROM token.lockouts WHERE until < $1").bind(now.to_offset()).execute(conn).await?;
     Ok(())
 }
 
@@ -274,5 +276,32 @@ pub(super) async fn set_operation(
         .bind(status)
         .execute(conn)
         .await?;
+    Ok(())
+}
+
+pub(super) async fn lockouts(conn: &mut PgConnection) -> Result<Vec<Locked>, sqlx::Error> {
+    let sql = "SELECT client_id, block, until FROM token.lockouts ORDER BY client_id, block";
+    let read = |r: &PgRow| {
+        let until = Timestamp::from_offset(r.try_get("until")?);
+        Ok(Locked { client_id: r.try_get("client_id")?, block: r.try_get("block")?, until })
+    };
+    sqlx::query(sql).fetch_all(conn).await?.iter().map(read).collect()
+}
+
+pub(super) async fn lock_out(conn: &mut PgConnection, l: &Locked) -> Result<(), sqlx::Error> {
+    sqlx::query(
+        "INSERT INTO token.lockouts (client_id, block, until) VALUES ($1, $2, $3)
+         ON CONFLICT (client_id, block) DO UPDATE SET until = greatest(lockouts.until, excluded.until)",
+    )
+    .bind(&l.client_id)
+    .bind(&l.block)
+    .bind(l.until.to_offset())
+    .execute(conn)
+    .await?;
+    Ok(())
+}
+
+pub(super) async fn release(conn: &mut PgConnection, client_id: &str) -> Result<(), sqlx::Error> {
+    sqlx::query("DELETE FROM token.lockouts WHERE client_id = $1").bind(client_id).execute(conn).await?;
     Ok(())
 }

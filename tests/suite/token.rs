@@ -397,3 +397,54 @@ async fn a_secret_is_replaced_while_the_one_before_still_counts() {
     assert_eq!(page["items"].as_array().unwrap().len(), 2);
     assert!(!page.to_string().contains(text(&got, "client_secret")), "no secret is in the record");
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn who_fails_too_often_is_locked_out_on_every_daemon_until_released() {
+    let db = database().await;
+    let one = Launch::on(db.url()).env("SOP__TOKEN__LOCKOUT_FAILURES", "5").start().await;
+    let two = Launch::beside(&one, db.url()).env("SOP__TOKEN__LOCKOUT_PERIOD", "3s").start().await;
+    let admin = Client::of(&one);
+    let other = admin.also_of(&two);
+    let made = register(&admin, json!({"client_name": "ARP", "scope": "state"})).await;
+    let (id, secret) = (text(&made, "client_id"), text(&made, "client_secret"));
+    let at = |client: &Client, id: &str, secret: &str| {
+        let (client, id, secret) = (client.clone_at_self(), id.to_owned(), secret.to_owned());
+        async move {
+            let pairs = [("grant_type", "client_credentials"), ("client_id", &*id), ("client_secret", &*secret)];
+            form(&client, "/oauth2/token", &pairs).await
+        }
+    };
+    for _ in 0..4 {
+        assert_eq!(at(&admin, id, "wrong").await.0, 401);
+    }
+    assert_eq!(at(&admin, id, secret).await.0, 200, "four are borne");
+    let wrong = at(&admin, id, "wrong").await;
+    let locked = at(&other, id, secret).await;
+    assert_eq!((locked.0, &locked.1), (401, &wrong.1), "the right secret, the same answer, on the other daemon");
+    let introspect = [("client_id", id), ("client_secret", secret), ("token", "x")];
+    assert_eq!(form(&other, "/oauth2/introspect", &introspect).await.0, 401);
+    assert_eq!(admin.get("/v1/audit/facets").await.0, 200, "others are not disturbed");
+    // What is not known cannot be locked out, and is answered alike.
+    for _ in 0..6 {
+        assert_eq!(at(&admin, "nobody", "wrong").await, wrong);
+    }
+    let (_, page) = admin.get("/v1/token/lockouts").await;
+    let items = page["items"].as_array().unwrap();
+    assert_eq!((items.len(), &items[0]["client_id"], &items[0]["block"]), (1, &json!(id), &json!("127.0.0.0/24")));
+    crate::support::until("the incident", Duration::from_secs(10), || async {
+        admin.get("/v1/health/incidents").await.1.to_string().contains(&format!("token/lock-out/{id}"))
+    })
+    .await;
+    let release = format!("/v1/token/lockouts/{id}");
+    assert_eq!(other.json(Method::DELETE, &release, &json!({})).await.0, 204);
+    assert_eq!(at(&admin, id, secret).await.0, 200, "let in again");
+    assert_eq!(other.json(Method::DELETE, &release, &json!({})).await.0, 404);
+    // And by time.
+    for _ in 0..10 {
+        assert_eq!(at(&other, id, "wrong").await.0, 401);
+    }
+    assert_eq!(at(&admin, id, secret).await.0, 401);
+    crate::support::until("it to pass", Duration::from_secs(10), || async { at(&admin, id, secret).await.0 == 200 })
+        .await;
+    record::check(&db).await;
+}

@@ -29,6 +29,22 @@ pub struct RequestInfo {
     pub fencing: Option<(String, i64)>,
 }
 
+/// The block an address is of: a /24 of IPv4, a /48 of IPv6, `unix` for a socket.
+#[must_use]
+pub fn block(peer: Option<IpAddr>) -> String {
+    match peer.map(|p| p.to_canonical()) {
+        None => "unix".to_owned(),
+        Some(IpAddr::V4(a)) => {
+            let [a, b, c, _] = a.octets();
+            format!("{a}.{b}.{c}.0/24")
+        }
+        Some(IpAddr::V6(a)) => {
+            let [a, b, c, ..] = a.segments();
+            format!("{a:x}:{b:x}:{c:x}::/48")
+        }
+    }
+}
+
 /// An `Idempotency-Key` in its scope.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Idempotency {

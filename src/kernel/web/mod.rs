@@ -14,6 +14,7 @@ mod respond;
 
 pub use caller::{
     Ask, Authority, Caller, Credential, Decision, Depends, EntityName, Idempotency, Identity, Permit, RequestInfo,
+    block,
 };
 pub use extract::{
     Body, BodyLimit, Json, Name, Path, Preconditions, Query, Tags, faulty, inflate, is_json, page_limit, pairs,
