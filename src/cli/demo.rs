@@ -112,7 +112,7 @@ impl Day<'_> {
             self.hour(hour, &mut all, &services).await?;
             tokio::time::sleep(self.hour).await;
         }
-        alive.cancel();
+        alive.end().await;
         let (mut indexes, refused) = (Vec::new(), self.refused.load(Ordering::Relaxed));
         while let Some(protocol) = all.pop() {
             indexes.extend(protocol.shut_down(self.admin, self.stage).await?);

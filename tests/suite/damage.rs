@@ -223,6 +223,7 @@ async fn what_was_detached_leaves_its_tiles_and_the_rest_is_proven_as_before() {
         let request = client.bare(Method::GET, &path);
         async move { request.send().await.unwrap() }
     };
+    until("the tile", Duration::from_secs(10), || async { get("/log/tile/0/001".into()).await.status() == 200 }).await;
     let tile = get("/log/tile/0/000".into()).await.bytes().await.unwrap();
     assert_eq!(tile.len(), 256 * 32);
     assert!(daemon.terminate(Duration::from_secs(20)).await.success());

@@ -226,12 +226,29 @@ async fn register(client: &Client, lower: &str) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Gives signs of life for all that are up, until cancelled.
-pub(super) fn keep_alive(all: &[Protocol]) -> Stop {
+/// Signs of life, while they are given.
+pub(super) struct Alive {
+    stop: Stop,
+    beats: Vec<tokio::task::JoinHandle<()>>,
+}
+
+impl Alive {
+    /// No more of them: one that were still under way could register anew who has left.
+    pub async fn end(self) {
+        self.stop.cancel();
+        for beat in self.beats {
+            let _ = beat.await;
+        }
+    }
+}
+
+/// Gives signs of life for all that are up.
+pub(super) fn keep_alive(all: &[Protocol]) -> Alive {
     let stop = Stop::new();
+    let mut beats = Vec::new();
     for p in all {
         let (stop, client, up, lower) = (stop.clone(), p.client.clone(), p.up.clone(), p.lower.clone());
-        detach(async move {
+        beats.push(detach(async move {
             loop {
                 tokio::select! {
                     () = stop.cancelled() => return,
@@ -245,7 +262,7 @@ pub(super) fn keep_alive(all: &[Protocol]) -> Stop {
                     }
                 }
             }
-        });
+        }));
     }
-    stop
+    Alive { stop, beats }
 }
