@@ -197,6 +197,7 @@ impl<'a> Ground<'a> {
             retention_interval: self.config.nexus.retention_interval.get(),
         };
         let nexus = Nexus::start(parts, &self.tasks);
+        let served = Arc::new(nexus.clone());
         let parts = health::Parts {
             ledger: ledger.clone(),
             store: self.store.clone(),
@@ -214,6 +215,7 @@ impl<'a> Ground<'a> {
         });
         let authority: Weak<dyn Authority> = Arc::downgrade(&(gate.clone() as Arc<dyn Authority>));
         token.decided_by(authority);
+        token.served_by(served);
         let routes = audit::http::routes(audit)
             .merge(governance::http::routes(governance))
             .merge(token::http::routes(token))

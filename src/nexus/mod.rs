@@ -27,7 +27,7 @@ use uuid::Uuid;
 use crate::kernel::cloudevents::Event;
 use crate::kernel::supervisor::{Supervisor, Task, TaskError};
 use crate::kernel::web::{Ask, Caller, cursor};
-use crate::kernel::{Clock, Refusal, Timestamp, ids, problem};
+use crate::kernel::{BoxFuture, Clock, Refusal, Timestamp, ids, problem};
 use crate::ledger::{Committed, Ledger};
 use crate::store::Store;
 
@@ -71,6 +71,15 @@ pub fn records(store: &Store) -> Arc<dyn crate::audit::Records> {
     Arc::new(publish::Messaged(store.clone()))
 }
 
+impl crate::token::Services for Nexus {
+    fn provides<'a>(&'a self, client: &'a str, service: &'a str) -> BoxFuture<'a, Result<bool, Refusal>> {
+        Box::pin(async move {
+            let mut conn = self.connection().await?;
+            service_rows::provides(&mut conn, client, service).await.map_err(|e| self.store.refusal(e))
+        })
+    }
+}
+
 impl Nexus {
     /// Opens the room and starts its tasks.
     #[must_use]
@@ -100,7 +109,10 @@ impl Nexus {
     ) -> Result<Committed<Registered>, Refusal> {
         registration.check()?;
         let ask = Ask::new("nexus:register", "Service", service.clone());
-        let done = self.ledger.write(caller, &[ask], services::Register { service, id, registration }).await?;
+        let done = self
+            .ledger
+            .write(caller, &[ask], services::Register { service, id, registration, owner: caller.actor().to_owned() })
+            .await?;
         self.metrics.did("register", 1);
         Ok(done)
     }

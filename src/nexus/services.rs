@@ -31,6 +31,8 @@ pub(super) struct Register {
     pub service: String,
     pub id: String,
     pub registration: Registration,
+    /// The client that registers it.
+    pub owner: String,
 }
 
 /// What registering answers.
@@ -60,7 +62,7 @@ impl Command for Register {
             index,
             created_index: was.as_ref().map_or(index, |w| w.created_index),
         };
-        store::put(tx.write(), &instance, index, "register").await?;
+        store::put(tx.write(), &instance, &self.owner, "register").await?;
         let entry = Entry::ok("nexus:register", resource(&self.service, &self.id))
             .change("address", self.registration.address.clone())
             .change("ttl_ms", self.registration.ttl_ms())

@@ -20,25 +20,24 @@ mod oauth;
 mod operations;
 mod snapshot;
 mod store;
+mod wanted;
 
 use std::sync::{Arc, OnceLock, Weak};
 use std::time::Duration;
 
 use prometheus::{IntCounter, IntCounterVec, Opts, Registry};
-use uuid::Uuid;
 
 use crate::kernel::crypto::{self, Hash, MasterKey};
 use crate::kernel::supervisor::{Supervisor, Task};
-use crate::kernel::web::{Ask, Authority, Caller, Credential, Identity};
-use crate::kernel::{Clock, Refusal, problem};
-use crate::ledger::{Committed, Entry, Ledger, Outcome, Permit, authz_fact};
+use crate::kernel::web::{Authority, Caller, Credential, Identity};
+use crate::kernel::{BoxFuture, Clock, Refusal, problem};
+use crate::ledger::{Ledger, authz_fact};
 use crate::store::Store;
 
 use jwt::Claims;
 use lockout::Failures;
 pub use lockout::Limits;
-use model::{Operation, entity};
-use operations::{Used, Wanted};
+use model::entity;
 pub use snapshot::Snapshot;
 
 /// How many verified tokens are remembered.
@@ -58,6 +57,7 @@ pub struct Token {
     lockout: Limits,
     failures: Failures,
     authority: Arc<OnceLock<Weak<dyn Authority>>>,
+    services: Arc<OnceLock<Arc<dyn Services>>>,
     verified: moka::sync::Cache<Hash, Arc<Verified>>,
     counted: Counted,
 }
@@ -66,6 +66,7 @@ pub struct Token {
 struct Counted {
     issued: IntCounterVec,
     refused: IntCounterVec,
+    operations: IntCounterVec,
     uses: IntCounterVec,
     lockouts: IntCounter,
 }
@@ -79,6 +80,7 @@ impl Counted {
         };
         let issued = counter("sop_token_issued_total", "Access tokens issued", "grant")?;
         let refused = counter("sop_token_refused_total", "Authentications refused", "reason")?;
+        let operations = counter("sop_token_operations_issued_total", "Operation tokens issued", "kind")?;
         let uses = counter("sop_token_operation_uses_total", "Uses of operation tokens", "outcome")?;
         let lockouts = IntCounter::new("sop_token_lockouts_total", "Clients locked out after too many failures")?;
         registry.register(Box::new(lockouts.clone()))?;
@@ -87,8 +89,17 @@ impl Counted {
         }
         refused.with_label_values(&["client"]).inc_by(0);
         uses.with_label_values(&["ok"]).inc_by(0);
-        Ok(Self { issued, refused, uses, lockouts })
+        for kind in ["operation", "todo", "integration", "test"] {
+            operations.with_label_values(&[kind]).inc_by(0);
+        }
+        Ok(Self { issued, refused, operations, uses, lockouts })
     }
+}
+
+/// Knows which clients a service is.
+pub trait Services: Send + Sync {
+    /// Whether this client has registered an instance of this service, which is still there.
+    fn provides<'a>(&'a self, client: &'a str, service: &'a str) -> BoxFuture<'a, Result<bool, Refusal>>;
 }
 
 /// What the room is made from.
@@ -169,6 +180,7 @@ impl Token {
             lockout: parts.lockout,
             failures: lockout::none_yet(parts.lockout),
             authority: Arc::default(),
+            services: Arc::default(),
             verified: moka::sync::Cache::new(REMEMBER),
             counted: Counted::new(&parts.registry).map_err(Refusal::internal)?,
         };
@@ -191,9 +203,19 @@ impl Token {
         }));
     }
 
+    /// A connection for reading.
+    async fn reader(&self) -> Result<sqlx::pool::PoolConnection<sqlx::Postgres>, Refusal> {
+        self.store.reader().acquire().await.map_err(|e| self.store.refusal(e))
+    }
+
     /// Who decides whether a client may exchange a token.
     pub fn decided_by(&self, authority: Weak<dyn Authority>) {
         let _ = self.authority.set(authority);
+    }
+
+    /// Who knows which client a service is.
+    pub fn served_by(&self, services: Arc<dyn Services>) {
+        let _ = self.services.set(services);
     }
 
     /// The issuer of this database's tokens.
@@ -315,68 +337,5 @@ impl Token {
             && self.snapshot.counts(&c.key, now)
             && c.clients.iter().all(|c| self.snapshot.has_client(c))
             && !self.snapshot.revoked(&c.tokens)
-    }
-
-    async fn issue_operation(&self, caller: &Caller, wanted: Wanted) -> Result<Committed<Operation>, Refusal> {
-        let ask = Ask::new("token:operation-issue", "Operation", "new");
-        let issue = wanted.issue(caller.actor(), self.clock.now())?;
-        self.ledger.write(caller, &[ask], issue).await
-    }
-
-    async fn use_operation(
-        &self,
-        caller: &Caller,
-        token: &str,
-        operation: String,
-        resource: Option<String>,
-    ) -> Result<Committed<Used>, Refusal> {
-        let administrator = caller.scopes().iter().any(|s| s == "admin");
-        let command = operations::Use {
-            digest: operations::digest(token),
-            operation: operation.clone(),
-            resource,
-            user: caller.actor().to_owned(),
-            administrator,
-        };
-        let done = self.ledger.write(caller, &[Ask::new("token:operation-use", "Operation", operation)], command).await;
-        let outcome = done.as_ref().map_or_else(|r| r.problem().slug, |_| "ok");
-        self.counted.uses.with_label_values(&[outcome]).inc();
-        match done {
-            Err(r) if r.problem() == &problem::DENIED && r.index().is_none() => {
-                // The policy let it through and the token itself did not: that is a denial too, and recorded.
-                let id = r.extra().get("id").and_then(|v| v.as_str()).unwrap_or_default().to_owned();
-                let entry = Entry::ok("token:operation-use", format!("operation/{id}"))
-                    .outcome(Outcome::Denied)
-                    .reason(r.detail());
-                let recorded = self.ledger.record(caller, Permit::granted(), entry).await?;
-                Err(r.recorded_at(recorded.index))
-            }
-            done => done,
-        }
-    }
-
-    async fn end_operation(&self, caller: &Caller, id: Uuid, complete: bool) -> Result<Committed<Operation>, Refusal> {
-        let (action, status) =
-            if complete { ("token:operation-complete", "completed") } else { ("token:operation-revoke", "revoked") };
-        let ask = Ask::new(action, "Operation", id.to_string());
-        self.ledger.write(caller, &[ask], operations::End { id, action, status }).await
-    }
-
-    async fn operation(&self, caller: &Caller, id: Uuid) -> Result<Operation, Refusal> {
-        self.ledger.permit(caller, &[Ask::new("token:operation-read", "Operation", id.to_string())]).await?;
-        let refusal = |e| self.store.refusal(e);
-        let mut conn = self.store.reader().acquire().await.map_err(refusal)?;
-        let found = store::operation_by_id(&mut conn, id).await.map_err(refusal)?;
-        Ok(found.ok_or_else(|| Refusal::not_found(format!("operation token {id}")))?.at(self.clock.now()))
-    }
-
-    async fn operations(&self, caller: &Caller, after: Option<Uuid>, limit: usize) -> Result<Vec<Operation>, Refusal> {
-        self.ledger.permit(caller, &[Ask::new("token:operation-read", "Operation", "")]).await?;
-        let refusal = |e| self.store.refusal(e);
-        let mut conn = self.store.reader().acquire().await.map_err(refusal)?;
-        let take = i64::try_from(limit).unwrap_or(1000) + 1;
-        let found = store::operations(&mut conn, after, take).await.map_err(refusal)?;
-        let now = self.clock.now();
-        Ok(found.into_iter().map(|o| o.at(now)).collect())
     }
 }

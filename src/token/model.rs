@@ -170,6 +170,9 @@ pub struct Operation {
     pub purpose: Option<String>,
     /// Who issued it.
     pub issuer: String,
+    /// The todo's token it was issued with, and with which it ends.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub parent: Option<Uuid>,
     /// How often it may be used.
     pub max_uses: i64,
     /// How often it was.
@@ -185,10 +188,14 @@ pub struct Operation {
 impl Operation {
     /// Its status at `now`: expiry is an instant, not an event.
     #[must_use]
+    pub fn status_at(&self, now: Timestamp) -> &str {
+        if self.status == "active" && now >= self.expires_at { "expired" } else { &self.status }
+    }
+
+    /// As it is shown at `now`.
+    #[must_use]
     pub fn at(mut self, now: Timestamp) -> Self {
-        if self.status == "active" && now >= self.expires_at {
-            "expired".clone_into(&mut self.status);
-        }
+        self.status = self.status_at(now).to_owned();
         self
     }
 }

@@ -1,14 +1,15 @@
 //! The room's SQL.
 
+pub(super) mod operations;
+
 use sqlx::postgres::PgRow;
 use sqlx::{PgConnection, Row as _};
-use uuid::Uuid;
 
 use crate::kernel::Timestamp;
 
 use super::keys::Alg;
 use super::lockout::Locked;
-use super::model::{Client, Operation};
+use super::model::Client;
 
 /// A client with the digests of its secrets.
 #[derive(Clone)]
@@ -191,91 +192,6 @@ pub(super) async fn tidy(conn: &mut PgConnection, now: Timestamp) -> Result<(), 
     sqlx::query("DELETE FROM token.assertions WHERE expires < $1").bind(now.to_offset()).execute(&mut *conn).await?;
     sqlx::query("DELETE FROM token.signing_keys WHERE ends_at < $1").bind(now.to_offset()).execute(&mut *conn).await?;
     sqlx::query("DELETE FROM token.lockouts WHERE until < $1").bind(now.to_offset()).execute(conn).await?;
-    Ok(())
-}
-
-fn operation(r: &PgRow) -> Result<Operation, sqlx::Error> {
-    Ok(Operation {
-        id: r.try_get("id")?,
-        token: None,
-        kind: r.try_get("kind")?,
-        status: r.try_get("status")?,
-        operation: r.try_get("operation")?,
-        audience: r.try_get("audience")?,
-        resource: r.try_get("resource")?,
-        subject: r.try_get("subject")?,
-        purpose: r.try_get("purpose")?,
-        issuer: r.try_get("issuer")?,
-        max_uses: r.try_get("max_uses")?,
-        uses: r.try_get("uses")?,
-        issued_at: Timestamp::from_offset(r.try_get("issued_at")?),
-        expires_at: Timestamp::from_offset(r.try_get("expires_at")?),
-    })
-}
-
-pub(super) async fn put_operation(conn: &mut PgConnection, o: &Operation, digest: &[u8]) -> Result<(), sqlx::Error> {
-    sqlx::query(
-        "INSERT INTO token.operations (id, digest, kind, operation, audience, resource, subject, purpose, issuer,
-                                       max_uses, uses, status, issued_at, expires_at)
-         VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14)",
-    )
-    .bind(o.id)
-    .bind(digest)
-    .bind(&o.kind)
-    .bind(&o.operation)
-    .bind(&o.audience)
-    .bind(&o.resource)
-    .bind(&o.subject)
-    .bind(&o.purpose)
-    .bind(&o.issuer)
-    .bind(o.max_uses)
-    .bind(o.uses)
-    .bind(&o.status)
-    .bind(o.issued_at.to_offset())
-    .bind(o.expires_at.to_offset())
-    .execute(conn)
-    .await?;
-    Ok(())
-}
-
-pub(super) async fn operation_by_digest(
-    conn: &mut PgConnection,
-    digest: &[u8],
-) -> Result<Option<Operation>, sqlx::Error> {
-    let row = sqlx::query("SELECT * FROM token.operations WHERE digest = $1").bind(digest).fetch_optional(conn).await?;
-    row.as_ref().map(operation).transpose()
-}
-
-pub(super) async fn operation_by_id(conn: &mut PgConnection, id: Uuid) -> Result<Option<Operation>, sqlx::Error> {
-    let row = sqlx::query("SELECT * FROM token.operations WHERE id = $1").bind(id).fetch_optional(conn).await?;
-    row.as_ref().map(operation).transpose()
-}
-
-pub(super) async fn operations(
-    conn: &mut PgConnection,
-    after: Option<Uuid>,
-    limit: i64,
-) -> Result<Vec<Operation>, sqlx::Error> {
-    let rows = sqlx::query("SELECT * FROM token.operations WHERE ($1::uuid IS NULL OR id > $1) ORDER BY id LIMIT $2")
-        .bind(after)
-        .bind(limit)
-        .fetch_all(conn)
-        .await?;
-    rows.iter().map(operation).collect()
-}
-
-pub(super) async fn set_operation(
-    conn: &mut PgConnection,
-    id: Uuid,
-    uses: i64,
-    status: &str,
-) -> Result<(), sqlx::Error> {
-    sqlx::query("UPDATE token.operations SET uses = $2, status = $3 WHERE id = $1")
-        .bind(id)
-        .bind(uses)
-        .bind(status)
-        .execute(conn)
-        .await?;
     Ok(())
 }
 

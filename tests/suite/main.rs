@@ -27,6 +27,7 @@ mod hostile;
 mod keys;
 mod ledger;
 mod nexus;
+mod operations;
 mod proxy;
 mod search;
 mod state;

@@ -45,6 +45,19 @@ pub(in crate::nexus) async fn checked(conn: &mut PgConnection) -> Result<Vec<Ins
     rows.iter().map(instance).collect()
 }
 
+/// Whether this client has registered an instance of this service.
+pub(in crate::nexus) async fn provides(
+    conn: &mut PgConnection,
+    client: &str,
+    service: &str,
+) -> Result<bool, sqlx::Error> {
+    sqlx::query_scalar("SELECT EXISTS (SELECT FROM nexus.instances WHERE service = $1 AND owner = $2)")
+        .bind(service)
+        .bind(client)
+        .fetch_one(conn)
+        .await
+}
+
 /// Services in order of the name, after `after`.
 pub(in crate::nexus) async fn list(
     conn: &mut PgConnection,
@@ -69,16 +82,16 @@ pub(in crate::nexus) async fn list(
 pub(in crate::nexus) async fn put(
     conn: &mut PgConnection,
     instance: &Instance,
-    beat: i64,
+    owner: &str,
     event: &str,
 ) -> Result<(), sqlx::Error> {
     let kept = serde_json::to_vec(&instance.registration).map_err(|e| sqlx::Error::Encode(Box::new(e)))?;
     sqlx::query(
-        "INSERT INTO nexus.instances (service, id, instance, ttl_ms, passing, why, created_index, index, beat, checked)
-         VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10)
+        "INSERT INTO nexus.instances (service, id, instance, ttl_ms, passing, why, created_index, index, beat, checked, owner)
+         VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $8, $9, $10)
          ON CONFLICT (service, id) DO UPDATE SET instance = excluded.instance, ttl_ms = excluded.ttl_ms,
              passing = excluded.passing, why = excluded.why, index = excluded.index, beat = excluded.beat,
-             checked = excluded.checked",
+             checked = excluded.checked, owner = excluded.owner",
     )
     .bind(&instance.service)
     .bind(&instance.id)
@@ -88,8 +101,8 @@ pub(in crate::nexus) async fn put(
     .bind(&instance.why)
     .bind(instance.created_index)
     .bind(instance.index)
-    .bind(beat)
     .bind(!instance.registration.checks.is_empty())
+    .bind(owner)
     .execute(&mut *conn)
     .await?;
     tell(conn, instance, instance.index, event).await
