@@ -1,5 +1,6 @@
 //! Registration (RFC 7591) and its management (RFC 7592).
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
@@ -143,11 +144,19 @@ pub fn shown(client: &Client, url: &str) -> Value {
     shown
 }
 
-fn facts(entry: Entry, client: &Client) -> Entry {
+/// What an entry about a client touches.
+pub(super) fn facts(entry: Entry, client: &Client) -> Entry {
     entry.touch(Touch::key(AUTHZ, format!("client/{}", client.client_id))).touch(entities::touch(&client.entity()))
 }
 
-async fn keep(tx: &mut Tx<'_>, registered: &Registered) -> Result<(), Failure> {
+/// A client as it is.
+pub(super) async fn registered(tx: &mut Tx<'_>, client_id: &String) -> Result<Registered, Failure> {
+    let found = store::some_clients(tx.read(), std::slice::from_ref(client_id)).await?.pop();
+    Ok(found.ok_or_else(|| Refusal::not_found("such client"))?)
+}
+
+/// Keeps a client, and its entity.
+pub(super) async fn keep(tx: &mut Tx<'_>, registered: &Registered) -> Result<(), Failure> {
     let client = &registered.client;
     let index = tx.index();
     store::put_client(tx.write(), registered, index).await?;
@@ -201,6 +210,10 @@ impl Command for Register {
             secret: self.issued.secret.as_ref().map(|s| sha256(s.as_bytes()).to_vec()),
             previous: None,
             registration: sha256(self.issued.registration.as_bytes()).to_vec(),
+            disabled: false,
+            void_index: -1,
+            index: tx.index(),
+            used: Arc::default(),
         };
         keep(tx, &registered).await?;
         let resource = format!("client/{}", client.client_id);
@@ -227,8 +240,7 @@ impl Command for Update {
     type Out = Client;
 
     async fn apply(&mut self, tx: &mut Tx<'_>) -> Result<(Client, Entry), Failure> {
-        let was = store::some_clients(tx.read(), std::slice::from_ref(&self.client.client_id)).await?.pop();
-        let was = was.ok_or_else(|| Refusal::not_found("such client"))?;
+        let was = registered(tx, &self.client.client_id).await?;
         self.client.issued = was.client.issued;
         let registered = Registered { client: self.client.clone(), ..was };
         keep(tx, &registered).await?;
@@ -262,8 +274,7 @@ impl Command for Replace {
     type Out = Replaced;
 
     async fn apply(&mut self, tx: &mut Tx<'_>) -> Result<(Replaced, Entry), Failure> {
-        let was = store::some_clients(tx.read(), std::slice::from_ref(&self.client_id)).await?.pop();
-        let was = was.ok_or_else(|| Refusal::not_found("such client"))?;
+        let was = registered(tx, &self.client_id).await?;
         let Some(before) = was.secret.clone() else {
             return Err(
                 Refusal::new(&problem::CONFLICT, "this client has no secret: it proves itself by its keys").into()
@@ -293,8 +304,7 @@ impl Command for Delete {
     type Out = ();
 
     async fn apply(&mut self, tx: &mut Tx<'_>) -> Result<((), Entry), Failure> {
-        let was = store::some_clients(tx.read(), std::slice::from_ref(&self.client_id)).await?.pop();
-        let was = was.ok_or_else(|| Refusal::not_found("such client"))?;
+        let was = registered(tx, &self.client_id).await?;
         store::delete_client(tx.write(), &self.client_id).await?;
         entities::remove(tx, &was.client.entity()).await?;
         Ok(((), facts(Entry::ok("token:client-delete", format!("client/{}", self.client_id)), &was.client)))

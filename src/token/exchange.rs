@@ -11,7 +11,8 @@ use crate::kernel::{Refusal, ids};
 use super::form::{Form, OAuthError};
 use super::jwt::{Act, Audience, Claims};
 use super::model::Client;
-use super::oauth::{EXCHANGE, Proven};
+use super::oauth::EXCHANGE;
+use super::prove::{self, Proven};
 use super::{Token, Verified, clients};
 
 /// The types of token that are taken and given (RFC 8693, 3): ours are both.
@@ -35,7 +36,7 @@ impl Token {
         if form.get("requested_token_type").is_some_and(|t| t != ACCESS_TOKEN && t != JWT) {
             return Err(invalid("requested_token_type: only access tokens are issued"));
         }
-        let client = &proven.client;
+        let client = proven.client();
         let subject = self.shown(form, "subject_token", client)?.ok_or_else(|| invalid("subject_token is missing"))?;
         let actor = self.shown(form, "actor_token", client)?;
         let from = &subject.claims;
@@ -68,6 +69,7 @@ impl Token {
             client_id: client.client_id.clone(),
             scope,
             act: Some(act),
+            sop_index: 0,
             family,
         };
         let caller = self.exchanger(client, &subject, info)?;
@@ -103,11 +105,15 @@ impl Token {
     fn exchanger(&self, client: &Client, subject: &Verified, info: Arc<RequestInfo>) -> Result<Caller, Refusal> {
         let authority = self.authority.get().and_then(std::sync::Weak::upgrade);
         let authority = authority.ok_or_else(|| Refusal::unavailable("the daemon is starting or stopping"))?;
+        let mut credential = subject.bearer.credential.clone();
+        if let Some(shown) = &mut credential {
+            shown.depends.push(prove::fact(&client.client_id));
+        }
         let identity = Identity {
             actor: client.client_id.as_str().into(),
             principal: client.entity(),
             scopes: client.scopes.clone(),
-            credential: subject.bearer.credential.clone(),
+            credential,
             via: Vec::new(),
         };
         Ok(Caller::new(Arc::new(identity), info, authority))

@@ -2,6 +2,7 @@
 
 mod clients;
 mod keys;
+mod manage;
 mod operations;
 
 use std::sync::Arc;
@@ -28,7 +29,11 @@ pub fn routes(token: Token) -> OpenApiRouter {
         .routes(routes!(revoke))
         .routes(routes!(metadata))
         .routes(routes!(jwks));
-    own.merge(clients::routes()).merge(keys::routes()).merge(operations::routes()).with_state(token)
+    own.merge(clients::routes())
+        .merge(keys::routes())
+        .merge(manage::routes())
+        .merge(operations::routes())
+        .with_state(token)
 }
 
 fn at(mut response: Response, index: i64) -> Response {

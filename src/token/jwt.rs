@@ -35,6 +35,9 @@ pub struct Claims {
     /// Who acts for the subject, and who did before (RFC 8693, 4.1).
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub act: Option<Act>,
+    /// The index of the entry that recorded its issue: what of its client's tokens counts is decided by it.
+    #[serde(default)]
+    pub sop_index: i64,
     /// The tokens it was exchanged for, the first first: it ends with any of them.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub family: Vec<String>,
@@ -171,6 +174,7 @@ mod tests {
             client_id: "c".into(),
             scope: "state".into(),
             act: None,
+            sop_index: 7,
             family: Vec::new(),
         }
     }

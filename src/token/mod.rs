@@ -9,6 +9,7 @@
 //! ledger refuses what was authenticated before one of them changed.
 
 mod clients;
+mod ending;
 mod exchange;
 mod form;
 pub mod http;
@@ -18,10 +19,12 @@ mod lockout;
 mod model;
 mod oauth;
 mod operations;
+mod prove;
 mod snapshot;
 mod store;
 mod wanted;
 
+use std::sync::atomic::{AtomicI64, Ordering};
 use std::sync::{Arc, OnceLock, Weak};
 use std::time::Duration;
 
@@ -30,7 +33,7 @@ use prometheus::{IntCounter, IntCounterVec, Opts, Registry};
 use crate::kernel::crypto::{self, Hash, MasterKey};
 use crate::kernel::supervisor::{Supervisor, Task};
 use crate::kernel::web::{Authority, Caller, Credential, Identity};
-use crate::kernel::{BoxFuture, Clock, Refusal, problem};
+use crate::kernel::{BoxFuture, Clock, Refusal, Timestamp, problem};
 use crate::ledger::{Ledger, authz_fact};
 use crate::store::Store;
 
@@ -42,6 +45,9 @@ pub use snapshot::Snapshot;
 
 /// How many verified tokens are remembered.
 const REMEMBER: u64 = 100_000;
+
+/// How often it is kept when clients were last seen.
+const SEEN: Duration = Duration::from_secs(5);
 
 /// The room. Cheap to clone.
 #[derive(Clone)]
@@ -66,6 +72,7 @@ pub struct Token {
 struct Counted {
     issued: IntCounterVec,
     refused: IntCounterVec,
+    revoked: IntCounterVec,
     operations: IntCounterVec,
     uses: IntCounterVec,
     lockouts: IntCounter,
@@ -80,6 +87,7 @@ impl Counted {
         };
         let issued = counter("sop_token_issued_total", "Access tokens issued", "grant")?;
         let refused = counter("sop_token_refused_total", "Authentications refused", "reason")?;
+        let revoked = counter("sop_token_revoked_total", "Tokens ended before their time", "what")?;
         let operations = counter("sop_token_operations_issued_total", "Operation tokens issued", "kind")?;
         let uses = counter("sop_token_operation_uses_total", "Uses of operation tokens", "outcome")?;
         let lockouts = IntCounter::new("sop_token_lockouts_total", "Clients locked out after too many failures")?;
@@ -92,7 +100,10 @@ impl Counted {
         for kind in ["operation", "todo", "integration", "test"] {
             operations.with_label_values(&[kind]).inc_by(0);
         }
-        Ok(Self { issued, refused, operations, uses, lockouts })
+        for what in ["token", "client"] {
+            revoked.with_label_values(&[what]).inc_by(0);
+        }
+        Ok(Self { issued, refused, revoked, operations, uses, lockouts })
     }
 }
 
@@ -147,8 +158,15 @@ impl Verified {
         let rests_on = clients.iter().map(|c| format!("client/{c}"));
         let rests_on = rests_on.chain(tokens.iter().map(|t| format!("token/{t}"))).chain([format!("key/{kid}")]);
         let depends = rests_on.map(|f| authz_fact(f.as_bytes())).collect();
-        let credential =
-            Credential { tokens, key: kid.clone(), clients, expires: claims.exp, issued: claims.iat * 1000, depends };
+        let credential = Credential {
+            tokens,
+            key: kid.clone(),
+            clients,
+            expires: claims.exp,
+            issued: claims.iat * 1000,
+            index: claims.sop_index,
+            depends,
+        };
         let bearer = Identity {
             actor: claims.sub.as_str().into(),
             principal: entity(&claims.sub),
@@ -191,6 +209,20 @@ impl Token {
     }
 
     fn start_tasks(&self, tasks: &Supervisor) {
+        let (room, kept) = (self.clone(), Arc::new(AtomicI64::new(0)));
+        tasks.start(Task::periodic("token/seen", SEEN, move || {
+            let (room, kept) = (room.clone(), kept.clone());
+            async move {
+                let now = room.clock.now();
+                let seen = room.snapshot.seen(Timestamp::from_millis(kept.load(Ordering::Relaxed)));
+                if !seen.is_empty() {
+                    let mut conn = room.store.reader().acquire().await?;
+                    store::saw(&mut conn, &seen).await?;
+                }
+                kept.store(now.millis() - 1, Ordering::Relaxed);
+                Ok(())
+            }
+        }));
         let room = self.clone();
         tasks.start(Task::periodic("token/tidy", Duration::from_secs(60), move || {
             let room = room.clone();
@@ -278,23 +310,23 @@ impl Token {
     /// Verifies an access token: form, signature, issuer, times, client, revocation.
     fn verify(&self, token: &str) -> Result<Arc<Verified>, &'static str> {
         let digest = crypto::sha256(token.as_bytes());
-        let now = self.clock.now().seconds();
+        let now = self.clock.now();
         let verified = match self.verified.get(&digest) {
-            Some(verified) if verified.claims.exp > now => verified,
+            Some(verified) if verified.claims.exp > now.seconds() => verified,
             Some(_) => return Err("expired"),
             None => {
                 let public = self.snapshot.public();
-                let (claims, key) = jwt::verify(token, &public, &self.issuer, now)?;
+                let (claims, key) = jwt::verify(token, &public, &self.issuer, now.seconds())?;
                 let verified = Arc::new(Verified::new(claims, key.kid.clone()));
                 self.verified.insert(digest, verified.clone());
                 verified
             }
         };
-        if !self.snapshot.counts(&verified.kid, now) {
+        if !self.snapshot.counts(&verified.kid, now.seconds()) {
             return Err("kid");
         }
         if let Some(shown) = &verified.bearer.credential {
-            if !shown.clients.iter().all(|c| self.snapshot.has_client(c)) {
+            if !self.snapshot.accepts(&shown.clients, shown.index, now) {
                 return Err("client");
             }
             if self.snapshot.revoked(&shown.tokens) {
@@ -332,10 +364,10 @@ impl Token {
     /// Whether what was shown still holds, as far as this daemon knows.
     #[must_use]
     pub fn holds(&self, c: &Credential) -> bool {
-        let now = self.clock.now().seconds();
-        c.expires > now
-            && self.snapshot.counts(&c.key, now)
-            && c.clients.iter().all(|c| self.snapshot.has_client(c))
+        let now = self.clock.now();
+        c.expires > now.seconds()
+            && self.snapshot.counts(&c.key, now.seconds())
+            && self.snapshot.accepts(&c.clients, c.index, now)
             && !self.snapshot.revoked(&c.tokens)
     }
 }

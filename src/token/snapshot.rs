@@ -1,6 +1,7 @@
 //! What this daemon holds in memory to authenticate: clients, signing keys, revoked tokens.
 
 use std::collections::HashMap;
+use std::sync::atomic::Ordering;
 use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard};
 
 use sqlx::PgConnection;
@@ -25,7 +26,7 @@ pub(super) struct Kept {
 
 #[derive(Default)]
 struct View {
-    clients: HashMap<String, Registered>,
+    clients: HashMap<String, Arc<Registered>>,
     /// Newest first.
     keys: Vec<Arc<Kept>>,
     public: Arc<Vec<PublicKey>>,
@@ -50,12 +51,29 @@ impl Snapshot {
         self.view.read().unwrap_or_else(PoisonError::into_inner)
     }
 
-    pub(super) fn client(&self, id: &str) -> Option<Registered> {
+    pub(super) fn client(&self, id: &str) -> Option<Arc<Registered>> {
         self.view().clients.get(id).cloned()
     }
 
     pub(super) fn has_client(&self, id: &str) -> bool {
         self.view().clients.contains_key(id)
+    }
+
+    /// Whether a token counts that was issued at `index`, as far as its clients go; who brings it was seen now.
+    pub(super) fn accepts(&self, clients: &[String], index: i64, now: Timestamp) -> bool {
+        let view = self.view();
+        let good = clients.iter().all(|c| view.clients.get(c).is_some_and(|r| r.accepts(index)));
+        if let Some(seen) = clients.first().and_then(|c| view.clients.get(c)).filter(|_| good) {
+            seen.used.store(now.millis(), Ordering::Relaxed);
+        }
+        good
+    }
+
+    /// Clients that were seen since `after`, and when.
+    pub(super) fn seen(&self, after: Timestamp) -> Vec<(String, Timestamp)> {
+        let view = self.view();
+        let at = |r: &Registered| Timestamp::from_millis(r.used.load(Ordering::Relaxed));
+        view.clients.iter().map(|(id, r)| (id.clone(), at(r))).filter(|(_, at)| *at > after).collect()
     }
 
     pub(super) fn has_clients(&self) -> bool {
@@ -127,6 +145,14 @@ impl Snapshot {
     }
 }
 
+/// A registration that was read anew; when its client was last seen stays.
+fn kept(mut r: Registered, was: &HashMap<String, Arc<Registered>>) -> (String, Arc<Registered>) {
+    if let Some(was) = was.get(&r.client.client_id) {
+        r.used = was.used.clone();
+    }
+    (r.client.client_id.clone(), Arc::new(r))
+}
+
 impl Projection for Snapshot {
     fn name(&self) -> &'static str {
         "token/snapshot"
@@ -143,7 +169,8 @@ impl Projection for Snapshot {
             let locked = store::lockouts(conn).await?;
             {
                 let mut view = self.view.write().unwrap_or_else(PoisonError::into_inner);
-                view.clients = clients.into_iter().map(|r| (r.client.client_id.clone(), r)).collect();
+                let was = std::mem::take(&mut view.clients);
+                view.clients = clients.into_iter().map(|r| kept(r, &was)).collect();
                 view.revoked = revoked.into_iter().collect();
                 view.locked = locked;
             }
@@ -168,8 +195,8 @@ impl Projection for Snapshot {
             if !ids.is_empty() {
                 let found = store::some_clients(conn, &ids).await?;
                 let mut view = self.view.write().unwrap_or_else(PoisonError::into_inner);
-                ids.iter().for_each(|id| drop(view.clients.remove(id)));
-                view.clients.extend(found.into_iter().map(|r| (r.client.client_id.clone(), r)));
+                let was: HashMap<_, _> = ids.iter().filter_map(|id| view.clients.remove_entry(id)).collect();
+                view.clients.extend(found.into_iter().map(|r| kept(r, &was)));
             }
             if facts.iter().any(|f| f.starts_with("token/")) {
                 let revoked = store::revocations(conn, after).await?;

@@ -2,6 +2,9 @@
 
 pub(super) mod operations;
 
+use std::sync::Arc;
+use std::sync::atomic::AtomicI64;
+
 use sqlx::postgres::PgRow;
 use sqlx::{PgConnection, Row as _};
 
@@ -19,9 +22,25 @@ pub(super) struct Registered {
     /// The secret before, and until when it counts.
     pub previous: Option<(Vec<u8>, Timestamp)>,
     pub registration: Vec<u8>,
+    /// It proves nothing.
+    pub disabled: bool,
+    /// Its tokens that were issued up to here count no more.
+    pub void_index: i64,
+    /// When it was registered, or its registration last changed.
+    pub index: i64,
+    /// When this daemon last saw it, milliseconds since 1970.
+    pub used: Arc<AtomicI64>,
 }
 
-const CLIENT: &str = "SELECT client, secret, previous, previous_until, registration FROM token.clients";
+impl Registered {
+    /// Whether a token of it counts that was issued at `index`.
+    pub fn accepts(&self, index: i64) -> bool {
+        !self.disabled && index > self.void_index
+    }
+}
+
+const CLIENT: &str =
+    "SELECT client, secret, previous, previous_until, registration, disabled, void_index, index FROM token.clients";
 
 fn registered(r: &PgRow) -> Result<Registered, sqlx::Error> {
     let client: Vec<u8> = r.try_get("client")?;
@@ -32,6 +51,10 @@ fn registered(r: &PgRow) -> Result<Registered, sqlx::Error> {
             .try_get::<Option<_>, _>("previous")?
             .zip(r.try_get::<Option<_>, _>("previous_until")?.map(Timestamp::from_offset)),
         registration: r.try_get("registration")?,
+        disabled: r.try_get("disabled")?,
+        void_index: r.try_get("void_index")?,
+        index: r.try_get("index")?,
+        used: Arc::default(),
     })
 }
 
@@ -53,11 +76,12 @@ pub(super) async fn client_exists(conn: &mut PgConnection, id: &str) -> Result<b
 pub(super) async fn put_client(conn: &mut PgConnection, r: &Registered, index: i64) -> Result<(), sqlx::Error> {
     let client = serde_json::to_vec(&r.client).map_err(|e| sqlx::Error::Encode(Box::new(e)))?;
     sqlx::query(
-        "INSERT INTO token.clients (client_id, client, secret, registration, index, previous, previous_until)
-         VALUES ($1, $2, $3, $4, $5, $6, $7)
+        "INSERT INTO token.clients
+             (client_id, client, secret, registration, index, previous, previous_until, disabled, void_index)
+         VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9)
          ON CONFLICT (client_id) DO UPDATE SET client = excluded.client, secret = excluded.secret,
              registration = excluded.registration, index = excluded.index, previous = excluded.previous,
-             previous_until = excluded.previous_until",
+             previous_until = excluded.previous_until, disabled = excluded.disabled, void_index = excluded.void_index",
     )
     .bind(&r.client.client_id)
     .bind(client)
@@ -66,13 +90,59 @@ pub(super) async fn put_client(conn: &mut PgConnection, r: &Registered, index: i
     .bind(index)
     .bind(r.previous.as_ref().map(|p| &p.0))
     .bind(r.previous.as_ref().map(|p| p.1.to_offset()))
+    .bind(r.disabled)
+    .bind(r.void_index)
+    .execute(conn)
+    .await?;
+    Ok(())
+}
+
+/// Clients in order of their id, after `after`, and when each was last seen.
+pub(super) async fn list_clients(
+    conn: &mut PgConnection,
+    after: &str,
+    limit: i64,
+) -> Result<Vec<(Registered, Option<Timestamp>)>, sqlx::Error> {
+    let rows = sqlx::query(
+        "SELECT c.*, u.time FROM token.clients AS c LEFT JOIN token.last_use AS u USING (client_id)
+         WHERE client_id > $1 ORDER BY client_id LIMIT $2",
+    )
+    .bind(after)
+    .bind(limit)
+    .fetch_all(conn)
+    .await?;
+    let seen = |r: &PgRow| Ok::<_, sqlx::Error>(r.try_get::<Option<_>, _>("time")?.map(Timestamp::from_offset));
+    rows.iter().map(|r| Ok((registered(r)?, seen(r)?))).collect()
+}
+
+/// A client, and when it was last seen.
+pub(super) async fn one_client(
+    conn: &mut PgConnection,
+    id: &str,
+) -> Result<Option<(Registered, Option<Timestamp>)>, sqlx::Error> {
+    let sql = "SELECT c.*, u.time FROM token.clients AS c LEFT JOIN token.last_use AS u USING (client_id) WHERE client_id = $1";
+    let row = sqlx::query(sql).bind(id).fetch_optional(conn).await?;
+    let seen = |r: &PgRow| Ok::<_, sqlx::Error>(r.try_get::<Option<_>, _>("time")?.map(Timestamp::from_offset));
+    row.map(|r| Ok((registered(&r)?, seen(&r)?))).transpose()
+}
+
+/// Keeps when clients were last seen; of several daemons' words the latest counts.
+pub(super) async fn saw(conn: &mut PgConnection, seen: &[(String, Timestamp)]) -> Result<(), sqlx::Error> {
+    let (ids, times): (Vec<&str>, Vec<_>) = seen.iter().map(|(id, time)| (id.as_str(), time.to_offset())).unzip();
+    sqlx::query(
+        "INSERT INTO token.last_use (client_id, time) SELECT * FROM unnest($1::text[], $2::timestamptz[])
+         ON CONFLICT (client_id) DO UPDATE SET time = greatest(last_use.time, excluded.time)",
+    )
+    .bind(ids)
+    .bind(times)
     .execute(conn)
     .await?;
     Ok(())
 }
 
 pub(super) async fn delete_client(conn: &mut PgConnection, id: &str) -> Result<(), sqlx::Error> {
-    sqlx::query("DELETE FROM token.clients WHERE client_id = $1").bind(id).execute(conn).await?;
+    sqlx::query("DELETE FROM token.clients WHERE client_id = $1").bind(id).execute(&mut *conn).await?;
+    sqlx::query("DELETE FROM token.last_use WHERE client_id = $1").bind(id).execute(conn).await?;
     Ok(())
 }
 

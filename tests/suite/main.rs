@@ -15,6 +15,7 @@ mod support;
 
 mod audit;
 mod cli;
+mod clients;
 mod crash;
 mod damage;
 mod events;

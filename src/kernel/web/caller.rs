@@ -190,6 +190,8 @@ pub struct Credential {
     pub expires: i64,
     /// When it was issued, milliseconds since 1970.
     pub issued: i64,
+    /// The entry that recorded its issue.
+    pub index: i64,
     /// What its validity rests on.
     pub depends: Depends,
 }

@@ -1,4 +1,4 @@
-//! The routes of registrations, and of clients that are locked out.
+//! The routes of registrations (RFC 7591, RFC 7592).
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -12,12 +12,11 @@ use serde_json::json;
 use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
 
-use crate::kernel::web::{Answer, Caller, Json, Listing, Path, RequestInfo};
+use crate::kernel::web::{Caller, Json, Path, RequestInfo};
 use crate::kernel::{Refusal, crypto, ids, problem};
 use crate::token::Token;
 use crate::token::clients::{self, Delete, Issued, Metadata, Register, Replace, Replaced, Update, Why};
 use crate::token::form::OAuthError;
-use crate::token::lockout::Locked;
 use crate::token::model::{AuthMethod, Client, entity};
 
 use super::{at, base, private};
@@ -27,8 +26,6 @@ pub(super) fn routes() -> OpenApiRouter<Token> {
         .routes(routes!(register))
         .routes(routes!(read_client, update_client, delete_client))
         .routes(routes!(rotate_secret))
-        .routes(routes!(list_lockouts))
-        .routes(routes!(release))
 }
 
 /// Register a client (RFC 7591); needs a bearer whose policy allows it
@@ -68,15 +65,15 @@ async fn manager(
     let found = room.snapshot.client(id);
     if let Some(Extension(caller)) = caller {
         room.ledger.permit(&caller, &[Token::about(action, id)]).await?;
-        let client = found.ok_or_else(|| Refusal::not_found("such client"))?.client;
+        let client = found.ok_or_else(|| Refusal::not_found("such client"))?.client.clone();
         return Ok((caller, client));
     }
     let shown =
         headers.get(header::AUTHORIZATION).and_then(|a| a.to_str().ok()?.strip_prefix("Bearer ")).unwrap_or_default();
     let kept = found.as_ref().map_or_else(|| vec![0; 32], |r| r.registration.clone());
     let good = crypto::same(&kept, &crypto::sha256(shown.as_bytes()));
-    match found.filter(|_| good) {
-        Some(r) => Ok((Caller::vouched(entity(id), info), r.client)),
+    match found.filter(|r| good && !r.disabled) {
+        Some(r) => Ok((Caller::vouched(entity(id), info), r.client.clone())),
         None => Err(Refusal::new(
             &problem::UNAUTHENTICATED,
             "this needs the registration access token of the client, or a bearer that may",
@@ -177,18 +174,4 @@ async fn rotate_secret(
     let done = room.ledger.write(&caller, &[ask], replace).await?;
     let shown = serde_json::to_value(&done.value).map_err(Refusal::internal)?;
     Ok(at(private(StatusCode::CREATED, &shown), done.index))
-}
-
-/// List clients that are locked out after too many failures to prove who they are
-#[utoipa::path(get, path = "/v1/token/lockouts", tag = "token", responses((status = 200, body = Listing<Locked>)))]
-async fn list_lockouts(Room(room): Room<Token>, caller: Caller) -> Result<Answer<Listing<Locked>>, Refusal> {
-    Ok(Answer::ok(Listing { items: room.lockouts(&caller).await?, next: None }))
-}
-
-/// Let a client in again before its time
-#[utoipa::path(delete, path = "/v1/token/lockouts/{client_id}", tag = "token", params(("client_id" = String, Path, description = "The client")),
-    responses((status = 204), (status = 403), (status = 404)))]
-async fn release(Room(room): Room<Token>, caller: Caller, Path(id): Path<String>) -> Result<Response, Refusal> {
-    let done = room.release(&caller, id).await?;
-    Ok(at(StatusCode::NO_CONTENT.into_response(), done.index))
 }
