@@ -1,6 +1,7 @@
 //! Configuration becomes a running daemon: what starts in what order, and stops in the reverse.
 
 mod apart;
+mod checks;
 mod files;
 
 use std::sync::{Arc, Weak};
@@ -9,7 +10,7 @@ use std::time::Duration;
 use tokio::signal::unix::{SignalKind, signal};
 use utoipa_axum::router::OpenApiRouter;
 
-use crate::api::{self, Authenticator, Bound, Certificates, Check, Limits, Rate, Readiness};
+use crate::api::{self, Authenticator, Bound, Certificates, Connection, Limits, Rate, Refused};
 use crate::audit::{self, Audit, Halt};
 use crate::config::{Config, Loaded};
 use crate::governance::{self, Governance, Rules};
@@ -29,8 +30,6 @@ pub use apart::{Recovered, Resumed, diagnose, recover, resume};
 
 /// How long one task may take to stop.
 const STOP_EACH: Duration = Duration::from_secs(5);
-/// A session that holds a snapshot longer than this ruins the head row for everyone (rule 15).
-const SNAPSHOT_MOST: f64 = 10.0;
 
 /// Runs the daemon until a signal, or until a task that must not end has ended. `announce` hears the address once all is ready.
 ///
@@ -74,6 +73,7 @@ struct Ground<'a> {
     registry: prometheus::Registry,
     master: Arc<MasterKey>,
     rate: Arc<Rate>,
+    refused: Refused,
 }
 
 async fn run(
@@ -127,8 +127,9 @@ impl<'a> Ground<'a> {
         let clock = Clock::system();
         let tasks = Supervisor::new(clock.clone());
         let registry = telemetry::registry().map_err(|e| e.to_string())?;
-        let (master, rate) = (Arc::new(files::master_key(config)?), Arc::new(Rate::new(config.server.rate)));
-        Ok(Self { config, store, tasks, clock, registry, master, rate })
+        let (master, rate) = (Arc::new(files::master_key(config)?), Arc::new(Rate::new(&config.server)?));
+        let refused = Refused::new(&registry).map_err(|e| e.to_string())?;
+        Ok(Self { config, store, tasks, clock, registry, master, rate, refused })
     }
 
     fn views(&self) -> Result<Views, String> {
@@ -232,16 +233,8 @@ impl<'a> Ground<'a> {
             clock: self.clock.clone(),
             snapshot: clients,
             master: self.master.clone(),
-            issuer: self.config.token.issuer.clone(),
+            config: self.config.token.clone(),
             url: url.to_owned(),
-            ttl: self.config.token.ttl.get(),
-            lead: self.config.token.key_lead.get(),
-            lockout: token::Limits {
-                failures: self.config.token.lockout_failures,
-                window: self.config.token.lockout_window.get(),
-                period: self.config.token.lockout_period.get(),
-            },
-            rotation: Some(self.config.token.key_rotation.get()).filter(|every| !every.is_zero()),
             registry: self.registry.clone(),
         };
         Token::start(parts, &self.tasks).await.map_err(said)
@@ -257,7 +250,7 @@ impl<'a> Ground<'a> {
     ) -> Result<(), String> {
         let Front { bound, metrics, certificates } = front;
         let server = &self.config.server;
-        let readiness = readiness(self.store, ledger, &self.clock, certificates.clone());
+        let readiness = checks::readiness(self.store, ledger, &self.clock, certificates.clone());
         if let Some(metrics) = metrics {
             self.listen(
                 "metrics",
@@ -283,6 +276,7 @@ impl<'a> Ground<'a> {
             clock: self.clock.clone(),
             limits: Limits::from(server),
             rate: self.rate.clone(),
+            refused: self.refused.clone(),
             public_entries: self.config.audit.public_entries,
         };
         let router = api::router(parts, routes).map_err(said)?;
@@ -308,14 +302,15 @@ impl<'a> Ground<'a> {
     /// Serves a socket; the daemon does not go on without it.
     fn listen(&self, name: &'static str, bound: Bound, router: axum::Router) {
         let server = &self.config.server;
-        let (arrival, drain) = ((server.request_timeout.get(), server.body_limit), server.drain.get());
+        let (arrival, body, drain) = (server.request_timeout.get(), server.body_limit, server.drain.get());
+        let limits = Connection { arrival, body, refused: self.refused.clone() };
         let listener = Arc::new(tokio::sync::Mutex::new(Some(bound.listener)));
         self.tasks.start(Task::fatal(name, move |stop| {
-            let (listener, router) = (listener.clone(), router.clone());
+            let (listener, router, limits) = (listener.clone(), router.clone(), limits.clone());
             async move {
                 let taken = listener.lock().await.take();
                 let listener = taken.ok_or("the sockets were closed")?;
-                listener.serve(router, arrival, drain, stop).await;
+                listener.serve(router, limits, drain, stop).await;
                 Ok(())
             }
         }));
@@ -331,82 +326,8 @@ impl<'a> Ground<'a> {
     }
 }
 
-fn readiness(store: &Store, ledger: &Ledger, clock: &Clock, certificates: Option<Arc<Certificates>>) -> Readiness {
-    let (s, l, c, full) = (store.clone(), ledger.clone(), clock.clone(), store.clone());
-    let mut all = vec![
-        Check {
-            name: "database",
-            look: Box::new(move || {
-                let s = s.clone();
-                Box::pin(async move {
-                    match s.health().await {
-                        Ok(oldest) if oldest > SNAPSHOT_MOST => Ok(format!(
-                            "answers, but a session has held a snapshot for {oldest:.0} s: the head row suffers"
-                        )),
-                        Ok(_) => Ok("answers".to_owned()),
-                        Err(e) => Err(format!("does not answer: {}", s.refusal(e).detail())),
-                    }
-                })
-            }),
-        },
-        Check {
-            name: "ledger",
-            look: Box::new(move || {
-                let (stopped, index, queued) = (l.stopped(), l.index(), l.queued());
-                Box::pin(async move {
-                    match stopped {
-                        Some((slug, why)) => Err(format!("{slug}: {why}; see /problems/{slug}")),
-                        None => Ok(format!("at index {index}, {queued} changes wait")),
-                    }
-                })
-            }),
-        },
-        Check {
-            name: "clock",
-            look: Box::new(move || {
-                let alarm = c.alarm();
-                Box::pin(async move {
-                    match alarm {
-                        Some(off) => {
-                            Ok(format!("the wall clock has stepped by {} s and is not believed yet", off.as_secs()))
-                        }
-                        None => Ok("steady".to_owned()),
-                    }
-                })
-            }),
-        },
-        Check {
-            name: "disk",
-            look: Box::new(move || {
-                let is_full = full.storage_full();
-                Box::pin(async move {
-                    if is_full {
-                        Err("nearly full: writes are refused until there is room".to_owned())
-                    } else {
-                        Ok("has room".to_owned())
-                    }
-                })
-            }),
-        },
-    ];
-    all.extend(certificates.map(certificate));
-    Readiness::new(all)
-}
-
-/// Whether what is served is what the files hold. If not, the old one is served on: the daemon is ready, and says so.
-fn certificate(certificates: Arc<Certificates>) -> Check {
-    let look = move || -> BoxFuture<'static, Result<String, String>> {
-        let fault = certificates.fault();
-        Box::pin(async move {
-            Ok(fault
-                .map_or_else(|| "served as its files have it".to_owned(), |f| format!("the old one is served: {f}")))
-        })
-    };
-    Check { name: "certificate", look: Box::new(look) }
-}
-
 /// Keys that a running daemon takes over.
-const RELOADED: &[&str] = &["telemetry.filter", "server.rate"];
+const RELOADED: &[&str] = &["telemetry.filter", "server.rate", "server.operation_rates"];
 
 /// Reads the configuration again and takes over what can be. The certificates' files are looked at by themselves.
 fn reload(loaded: &Loaded, rate: &Rate) {
@@ -417,7 +338,9 @@ fn reload(loaded: &Loaded, rate: &Rate) {
     if let Err(e) = telemetry::refilter(&new.config.telemetry.filter) {
         return tracing::error!(error = %e, "the configuration was not reloaded: {e}");
     }
-    rate.set(new.config.server.rate);
+    if let Err(e) = rate.set(&new.config.server) {
+        return tracing::error!(error = %e, "the configuration was not reloaded: {e}");
+    }
     let (taken, waiting): (Vec<&str>, Vec<&str>) =
         loaded.changed(&new).into_iter().partition(|key| RELOADED.contains(key));
     tracing::info!("the configuration was reloaded; other than at the start: {}", listed(&taken));
@@ -478,6 +401,11 @@ impl Authenticator for Gate {
             let authority = self.own.upgrade().ok_or_else(|| Refusal::unavailable("the daemon is stopping"))?;
             Ok(Caller::new(who, info, authority))
         })
+    }
+
+    fn allowance(&self, client_id: &str) -> (u32, u32) {
+        let allowance = self.token.allowance(client_id);
+        (allowance.rate, allowance.requests)
     }
 }
 

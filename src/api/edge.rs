@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use axum::Router;
 use axum::extract::{MatchedPath, Request, State};
-use axum::http::{HeaderMap, HeaderValue, Method, StatusCode, header};
+use axum::http::{HeaderMap, HeaderName, HeaderValue, Method, header};
 use axum::middleware::{self, Next};
 use axum::response::{IntoResponse, Response};
 use futures_util::FutureExt as _;
@@ -15,13 +15,16 @@ use tower_http::compression::CompressionLayer;
 use tower_http::compression::predicate::{DefaultPredicate, Predicate as _, SizeAbove};
 use tracing::Instrument as _;
 
-use crate::kernel::web::{BodyLimit, Caller, Idempotency, RequestInfo, SOP_INDEX, pairs, problem_response, read_body};
+use crate::kernel::quota::{self, Limit, Quotas};
+use crate::kernel::web::{
+    BodyLimit, Caller, Idempotency, Reason, RequestInfo, SOP_INDEX, pairs, problem_response, read_body,
+};
 use crate::kernel::{Clock, Refusal, crypto, ids, problem};
 use crate::ledger::Ledger;
 
 use super::metrics::Metrics;
 use super::rate::{Rate, Who};
-use super::refused::Refused;
+use super::refused::{Layer, Refused};
 use super::serve::Peer;
 use super::{Authenticator, Limits, Parts};
 
@@ -36,6 +39,7 @@ pub(super) struct Shared {
     clock: Clock,
     limits: Limits,
     rate: Arc<Rate>,
+    quotas: Quotas,
     in_flight: AtomicUsize,
     metrics: Metrics,
     public_entries: bool,
@@ -50,10 +54,11 @@ impl Shared {
             clock: parts.clock.clone(),
             limits: parts.limits,
             rate: parts.rate.clone(),
+            quotas: Quotas::new(parts.clock.clone()),
             in_flight: AtomicUsize::new(0),
             metrics: Metrics::new(&parts.registry).map_err(Refusal::internal)?,
             public_entries: parts.public_entries,
-            refused: Refused::default(),
+            refused: parts.refused.clone(),
         })
     }
 }
@@ -129,7 +134,10 @@ async fn edge(State(shared): State<Arc<Shared>>, mut request: Request, next: Nex
             Refusal::internal(format!("a handler panicked: {}", said.unwrap_or_default())).into_response()
         }
     };
+    let oauth = response.extensions().get::<Reason>().map(|r| r.0);
+    let mut reason = oauth.unwrap_or("any");
     if let Some(refusal) = response.extensions_mut().remove::<Refusal>() {
+        reason = refusal.problem().slug;
         let allow = response.headers().get(header::ALLOW).cloned();
         response = problem_response(&refusal, Some(&info.path));
         if let Some(allow) = allow {
@@ -145,8 +153,8 @@ async fn edge(State(shared): State<Arc<Shared>>, mut request: Request, next: Nex
     }
     let took = shared.clock.elapsed().saturating_sub(began);
     let status = response.status();
-    if status == StatusCode::UNAUTHORIZED {
-        shared.refused.note(info.peer, &info.path);
+    if let Some(layer) = Layer::of(status, reason) {
+        shared.refused.note(info.peer, layer, reason);
     }
     shared.metrics.timer(route).observe(took.as_secs_f64());
     shared.metrics.requests.with_label_values(&[method.as_str(), route, status.as_str()]).inc();
@@ -163,6 +171,8 @@ async fn inside(
     info: Arc<RequestInfo>,
 ) -> Result<Response, Refusal> {
     let _in_flight = InFlight::enter(shared)?;
+    let (method, matched) = (request.method().clone(), request.extensions().get::<MatchedPath>().cloned());
+    let asked = Asked { method: &method, route: matched.as_ref().map_or("unmatched", MatchedPath::as_str) };
     if request.uri().path_and_query().map_or(0, |p| p.as_str().len()) > 8192 {
         return Err(Refusal::new(&problem::URI_TOO_LONG, "the request target has more than 8 KiB"));
     }
@@ -173,8 +183,8 @@ async fn inside(
         wants = Wants::Somebody;
     }
     if wants == Wants::Nobody {
-        shared.check_rate(Who::Address(info.peer))?;
-        return Ok(next.run(request).await);
+        let fields = shared.admit(Who::Address(info.peer), &asked)?;
+        return Ok(fields.on(next.run(request).await));
     }
     let query = request.uri().query().map(str::to_owned);
     let stale = min_index(shared, query.as_deref(), patience(request.headers())?).await?;
@@ -191,15 +201,15 @@ async fn inside(
         Ok(caller) => caller,
         // Whether something else vouches for them is for the handler to see.
         Err(_) if wants == Wants::Perhaps => {
-            shared.check_rate(Who::Address(info.peer))?;
-            return Ok(next.run(request).await);
+            let fields = shared.admit(Who::Address(info.peer), &asked)?;
+            return Ok(fields.on(next.run(request).await));
         }
         Err(refusal) => {
-            shared.check_rate(Who::Address(info.peer))?;
+            shared.admit(Who::Address(info.peer), &asked)?;
             return Err(refusal);
         }
     };
-    shared.check_rate(Who::Client(caller.identity().actor.clone()))?;
+    let fields = shared.admit(Who::Client(caller.identity().actor.clone()), &asked)?;
     if let Some(key) = key {
         let (parts, body) = request.into_parts();
         let bytes = read_body(Request::from_parts(parts.clone(), body), shared.limits.body).await?;
@@ -209,15 +219,27 @@ async fn inside(
         request = Request::from_parts(parts, bytes.into());
     }
     request.extensions_mut().insert(caller);
-    Ok(next.run(request).await)
+    Ok(fields.on(next.run(request).await))
 }
 
 impl Shared {
-    fn check_rate(&self, who: Who) -> Result<(), Refusal> {
-        self.rate.check(&who).map_err(|most| {
-            self.metrics.limited.with_label_values(&["rate"]).inc();
-            Refusal::new(&problem::RATE_LIMITED, format!("more than {most} requests a second"))
-        })
+    /// Counts a request against the limits of whoever sends it.
+    fn admit(&self, who: Who, asked: &Asked<'_>) -> Result<Fields, Refusal> {
+        let (rate, hourly) = match &who {
+            Who::Client(client) => self.authenticator.allowance(client),
+            Who::Address(_) => (0, 0),
+        };
+        let refuse = |limit: Limit| {
+            self.metrics.limited.with_label_values(&[if limit.name == "requests" { "hour" } else { "rate" }]).inc();
+            let window = if limit.window == 1 { "a second" } else { "an hour" };
+            quota::exceeded(format!("more than {} requests {window}", limit.quota), &[limit])
+        };
+        let client = if let Who::Client(client) = &who { Some(client.clone()) } else { None };
+        let mut limits = self.rate.check(who, rate, || format!("{} {}", asked.method, asked.route)).map_err(refuse)?;
+        if let Some(client) = client {
+            limits.extend(self.quotas.spend(&client, "requests", hourly, 1).map_err(refuse)?);
+        }
+        Ok(Fields::of(&limits))
     }
 
     /// Authenticates; a refusal leaves only after this daemon has seen what is newest (a client may just have been registered).
@@ -234,6 +256,31 @@ impl Shared {
             }
             done => done,
         }
+    }
+}
+
+/// The operation that is asked for.
+struct Asked<'a> {
+    method: &'a Method,
+    route: &'a str,
+}
+
+/// The header fields about limits that an answer has.
+struct Fields(Vec<(HeaderName, HeaderValue)>);
+
+impl Fields {
+    fn of(limits: &[Limit]) -> Self {
+        let field = |(name, value): (&'static str, String)| {
+            Some((HeaderName::from_static(name), HeaderValue::try_from(value).ok()?))
+        };
+        Self(quota::fields(limits).into_iter().filter_map(field).collect())
+    }
+
+    fn on(self, mut response: Response) -> Response {
+        for (name, value) in self.0 {
+            response.headers_mut().entry(name).or_insert(value);
+        }
+        response
     }
 }
 

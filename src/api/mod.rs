@@ -31,7 +31,8 @@ use crate::ledger::Ledger;
 
 pub use daemon::{Check, Readiness};
 pub use rate::Rate;
-pub use serve::{Bound, Listener};
+pub use refused::Refused;
+pub use serve::{Bound, Connection, Listener};
 pub use tls::Certificates;
 
 /// Says who a caller is.
@@ -42,6 +43,9 @@ pub trait Authenticator: Send + Sync {
         authorization: Option<&'a str>,
         info: Arc<RequestInfo>,
     ) -> BoxFuture<'a, Result<Caller, Refusal>>;
+
+    /// How many requests a client may send, in a second and in an hour; 0: as many as anyone, and as many as it likes.
+    fn allowance(&self, client_id: &str) -> (u32, u32);
 }
 
 /// What the front is made from.
@@ -62,6 +66,8 @@ pub struct Parts {
     pub limits: Limits,
     /// How often somebody may ask.
     pub rate: Arc<Rate>,
+    /// What is refused.
+    pub refused: Refused,
     /// Whether `/log/tile/entries` needs no token.
     pub public_entries: bool,
 }

@@ -17,6 +17,7 @@ use tower::ServiceExt as _;
 use crate::kernel::supervisor::{self, Stop};
 
 use super::linger::Linger;
+use super::refused::{Layer, Refused};
 use super::tls::Certificates;
 
 /// The other end of a connection; `None` on a unix socket.
@@ -94,18 +95,21 @@ fn bind_unix(path: &Path) -> Result<Bound, String> {
     Ok(Bound { url: format!("unix:{}", path.display()), listener: Listener::Unix(listener, path.to_owned()) })
 }
 
-/// Limits of a connection.
-#[derive(Clone, Copy)]
-struct Connection {
-    arrival: Duration,
-    body: usize,
+/// Limits of a connection, and where it is told that one was no proper one.
+#[derive(Clone)]
+pub struct Connection {
+    /// A request must arrive whole within this.
+    pub arrival: Duration,
+    /// Largest body.
+    pub body: usize,
+    /// What is refused.
+    pub refused: Refused,
 }
 
 impl Listener {
     /// Serves until told to stop; then takes no more connections and lets requests in flight finish, for `drain` at most.
-    pub async fn serve(self, router: Router, (arrival, body): (Duration, usize), drain: Duration, stop: Stop) {
+    pub async fn serve(self, router: Router, limits: Connection, drain: Duration, stop: Stop) {
         let tracker = TaskTracker::new();
-        let limits = Connection { arrival, body };
         match &self {
             Self::Tcp(listener, tls) => loop {
                 let accepted = tokio::select! { a = listener.accept() => a, () = stop.cancelled() => break };
@@ -115,15 +119,19 @@ impl Listener {
                         let _ = stream.set_nodelay(true);
                         let peer = Peer(Some(peer.ip()));
                         match tls {
-                            None => spawn(&tracker, stream, peer, router.clone(), limits, stop.clone()),
+                            None => spawn(&tracker, stream, peer, router.clone(), limits.clone(), stop.clone()),
                             Some(tls) => {
                                 let (tls, router, stop) = (tls.acceptor(), router.clone(), stop.clone());
+                                let limits = limits.clone();
                                 supervisor::detach(tracker.track_future(async move {
                                     // A handshake that takes its time keeps nobody but itself waiting.
-                                    match tokio::time::timeout(arrival, tls.accept(stream)).await {
+                                    match tokio::time::timeout(limits.arrival, tls.accept(stream)).await {
                                         Ok(Ok(stream)) => connection(stream, peer, router, limits, stop).await,
-                                        Ok(Err(e)) => tracing::debug!(error = %e, "a TLS handshake failed"),
-                                        Err(_) => tracing::debug!("a TLS handshake did not come to an end in time"),
+                                        Ok(Err(e)) => {
+                                            tracing::debug!(error = %e, "a TLS handshake failed");
+                                            limits.refused.note(peer.0, Layer::Transport, "tls-handshake");
+                                        }
+                                        Err(_) => limits.refused.note(peer.0, Layer::Transport, "tls-timeout"),
                                     }
                                 }));
                             }
@@ -135,7 +143,9 @@ impl Listener {
             Self::Unix(listener, _) => loop {
                 let accepted = tokio::select! { a = listener.accept() => a, () = stop.cancelled() => break };
                 match accepted {
-                    Ok((stream, _)) => spawn(&tracker, stream, Peer(None), router.clone(), limits, stop.clone()),
+                    Ok((stream, _)) => {
+                        spawn(&tracker, stream, Peer(None), router.clone(), limits.clone(), stop.clone())
+                    }
                     Err(e) => refused(&e).await,
                 }
             },
@@ -168,11 +178,12 @@ async fn connection<S>(stream: S, peer: Peer, router: Router, limits: Connection
 where
     S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
 {
+    let (refused, arrival) = (limits.refused, limits.arrival);
     let service = hyper::service::service_fn(move |request: hyper::Request<hyper::body::Incoming>| {
         let router = router.clone();
         async move {
             let mut request = request.map(|body| {
-                let body = axum::body::Body::new(tower_http::timeout::TimeoutBody::new(limits.arrival, body));
+                let body = axum::body::Body::new(tower_http::timeout::TimeoutBody::new(arrival, body));
                 // Most requests have none, and are left alone.
                 if body.is_end_stream() { body } else { axum::body::Body::new(Linger::new(body, limits.body)) }
             });
@@ -181,20 +192,25 @@ where
         }
     });
     let mut http = hyper::server::conn::http1::Builder::new();
-    http.timer(TokioTimer::new()).header_read_timeout(limits.arrival).max_buf_size(64 * 1024).pipeline_flush(true);
+    http.timer(TokioTimer::new()).header_read_timeout(arrival).max_buf_size(64 * 1024).pipeline_flush(true);
     let connection = http.serve_connection(TokioIo::new(stream), service);
     tokio::pin!(connection);
     tokio::select! {
-        done = &mut connection => ended(done),
+        done = &mut connection => ended(done, peer, &refused),
         () = stop.cancelled() => {
             connection.as_mut().graceful_shutdown();
-            ended(connection.await);
+            ended(connection.await, peer, &refused);
         }
     }
 }
 
-fn ended(done: Result<(), hyper::Error>) {
+fn ended(done: Result<(), hyper::Error>, peer: Peer, refused: &Refused) {
     if let Err(e) = done {
+        if e.is_parse() || e.is_parse_too_large() {
+            refused.note(peer.0, Layer::Transport, "not-http");
+        } else if e.is_timeout() {
+            refused.note(peer.0, Layer::Transport, "too-slow");
+        }
         tracing::debug!(error = %e, "a connection ended");
     }
 }

@@ -83,6 +83,7 @@ pub struct Server {
     pub request_timeout: Span,
     pub body_limit: usize,
     pub rate: u32,
+    pub operation_rates: String,
     pub concurrency: usize,
     pub refusals_interval: Span,
 }
@@ -152,6 +153,28 @@ pub struct Token {
     pub lockout_failures: u32,
     pub lockout_window: Span,
     pub lockout_period: Span,
+    pub agents: Agents,
+}
+
+/// What a client gets by its agent type, unless its registration says otherwise.
+#[derive(Clone, Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Agents {
+    pub system: Agent,
+    pub user: Agent,
+    pub external: Agent,
+    pub cognitive: Agent,
+}
+
+#[derive(Clone, Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Agent {
+    pub scope: String,
+    pub ttl: Span,
+    pub rate: u32,
+    pub hourly_requests: u32,
+    pub hourly_verifications: u32,
+    pub hourly_generations: u32,
 }
 
 #[derive(Clone, Debug, Deserialize)]
@@ -210,6 +233,18 @@ impl Config {
         positive("server.rate", self.server.rate as usize)?;
         positive("database.readers", self.database.readers as usize)?;
         positive("health.probes", self.health.probes)?;
+        let ttls = [
+            &self.token.agents.system,
+            &self.token.agents.user,
+            &self.token.agents.external,
+            &self.token.agents.cognitive,
+        ];
+        if ttls.iter().map(|a| a.ttl).chain([self.token.ttl]).any(|ttl| ttl.get() > Duration::from_secs(86_400)) {
+            return Err("token.ttl, and ttl of an agent type, are a day at most".to_owned());
+        }
+        if self.token.ttl.get() < Duration::from_secs(1) {
+            return Err("token.ttl is a second at least".to_owned());
+        }
         if self.disk.guard_percent > 100 {
             return Err("disk.guard_percent is a percentage, at most 100".to_owned());
         }

@@ -15,6 +15,7 @@ pub mod ids;
 pub mod jose;
 pub mod probe;
 pub mod problem;
+pub mod quota;
 pub mod refusal;
 pub mod secret;
 pub mod supervisor;

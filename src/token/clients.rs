@@ -6,6 +6,7 @@ use std::time::Duration;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
+use crate::config::Agents;
 use crate::governance::entities;
 use crate::kernel::crypto::{self, sha256};
 use crate::kernel::{Clock, Refusal, Timestamp, ids, problem};
@@ -13,7 +14,7 @@ use crate::ledger::{AUTHZ, Command, Entry, Failure, Touch, Tx};
 
 use super::form::OAuthError;
 use super::keys::Alg;
-use super::model::{AgentType, AuthMethod, Client};
+use super::model::{AgentType, AuthMethod, Client, Limited, of_type};
 use super::oauth::{CREDENTIALS, EXCHANGE};
 use super::store::{self, Registered};
 
@@ -45,6 +46,12 @@ pub struct Metadata {
     /// Audiences its tokens may be for
     #[serde(default)]
     allowed_resources: Option<Vec<String>>,
+    /// How long its tokens are good, seconds, 1-86,400; as long as its type's without it
+    #[serde(default)]
+    access_token_ttl: Option<i64>,
+    /// What it may have, if not what its type may
+    #[serde(default)]
+    limits: Option<Limited>,
 }
 
 fn invalid(what: impl Into<String>) -> OAuthError {
@@ -56,7 +63,7 @@ impl Metadata {
     ///
     /// # Errors
     /// `invalid_client_metadata`.
-    pub fn client(self, client_id: String, clock: &Clock) -> Result<Client, OAuthError> {
+    pub fn client(self, client_id: String, agents: &Agents, clock: &Clock) -> Result<Client, OAuthError> {
         let client_name = self.client_name.unwrap_or_else(|| client_id.clone());
         if let Some(fault) = ids::id_fault(&client_name) {
             return Err(invalid(format!("client_name: {fault}")));
@@ -79,8 +86,12 @@ impl Metadata {
         if let Some(other) = grant_types.iter().find(|g| ![CREDENTIALS, EXCHANGE].contains(&g.as_str())) {
             return Err(invalid(format!("grant type {other} is not supported")));
         }
-        let scopes = scopes(self.scope.as_deref().unwrap_or_default())
+        let agent_type = self.agent_type.unwrap_or_default();
+        let scopes = scopes(self.scope.as_deref().unwrap_or(&of_type(agents, agent_type).scope))
             .ok_or_else(|| invalid("scope has a character that a scope cannot have"))?;
+        if self.access_token_ttl.is_some_and(|ttl| !(1..=86_400).contains(&ttl)) {
+            return Err(invalid("access_token_ttl is from 1 to 86400 seconds"));
+        }
         let alg = self.access_token_signed_response_alg.as_deref();
         let access_token_alg = alg
             .map_or(Some(Alg::default()), Alg::parse)
@@ -89,12 +100,14 @@ impl Metadata {
             access_token_alg,
             client_id,
             client_name,
-            agent_type: self.agent_type.unwrap_or_default(),
+            agent_type,
             scopes,
             grant_types,
             auth_method,
             jwks: self.jwks,
             allowed_resources: self.allowed_resources,
+            access_token_ttl: self.access_token_ttl,
+            limits: self.limits,
             issued: clock.now(),
         })
     }
@@ -137,6 +150,12 @@ pub fn shown(client: &Client, url: &str) -> Value {
     });
     if let Some(jwks) = &client.jwks {
         shown["jwks"] = jwks.clone();
+    }
+    if let Some(ttl) = client.access_token_ttl {
+        shown["access_token_ttl"] = json!(ttl);
+    }
+    if let Some(limits) = &client.limits {
+        shown["limits"] = json!(limits);
     }
     if let Some(allowed) = &client.allowed_resources {
         shown["allowed_resources"] = json!(allowed);
@@ -324,7 +343,11 @@ mod tests {
 
     #[test]
     fn metadata_that_cannot_be_is_refused() {
-        let client = |v: Value| serde_json::from_value::<Metadata>(v).unwrap().client("c".into(), &Clock::system());
+        let agents = crate::config::load(None, &[]).unwrap().config.token.agents;
+        let client =
+            |v: Value| serde_json::from_value::<Metadata>(v).unwrap().client("c".into(), &agents, &Clock::system());
+        let by_type = |kind: &str| client(json!({"agent_type": kind})).unwrap().scope();
+        assert_eq!((by_type("system").as_str(), by_type("external").as_str()), ("state nexus health", ""));
         assert!(client(json!({"client_name": "x", "redirect_uris": ["http://unknown"]})).is_ok());
         for bad in [
             json!({"token_endpoint_auth_method": "private_key_jwt"}),
@@ -333,6 +356,7 @@ mod tests {
             json!({"scope": "a\tb"}),
             json!({"access_token_signed_response_alg": "none"}),
             json!({"client_name": "a\nb"}),
+            json!({"access_token_ttl": 0}),
             json!({"jwks": {"keys": [{"kty": "OKP", "d": "secret"}]}}),
         ] {
             assert_eq!(client(bad.clone()).err().map(|e| e.code), Some("invalid_client_metadata"), "{bad}");

@@ -14,7 +14,7 @@ use crate::ledger::{AUTHZ, Command, Committed, Entry, Failure, Touch, Tx};
 use super::form::{Form, OAuthError};
 use super::jwt::Claims;
 use super::prove::Proven;
-use super::{Token, clients, store};
+use super::{Token, VERIFICATIONS, clients, store};
 
 /// The longest a token may be good for: for so long it is remembered that one was revoked of which only the id is known.
 pub(super) const LONGEST: Duration = Duration::from_secs(86_400);
@@ -56,6 +56,8 @@ impl Token {
     /// looks up what is newest.
     pub(super) fn introspect(&self, form: &Form, proven: &Proven) -> Result<Value, OAuthError> {
         let token = form.get("token").ok_or_else(|| OAuthError::new("invalid_request", "token is missing"))?;
+        let client = proven.client();
+        self.spend(&client.client_id, VERIFICATIONS, client.allowance(&self.agents).verifications, 1)?;
         let Ok(verified) = self.verify(token) else { return Ok(json!({"active": false})) };
         let claims = &verified.claims;
         let who = &proven.client().client_id;

@@ -52,7 +52,7 @@ impl Token {
         }
         let mut family = from.family.clone();
         family.push(from.jti.clone());
-        let mut exp = from.exp.min(now.seconds() + i64::try_from(self.ttl.as_secs()).unwrap_or(900));
+        let mut exp = from.exp.min(now.seconds() + client.ttl(&self.agents, self.ttl));
         if let Some(actor) = &actor {
             family.extend(actor.claims.family.iter().cloned());
             family.push(actor.claims.jti.clone());

@@ -1,12 +1,12 @@
 //! The OAuth side of a request: its form, who the client says it is, and errors as RFC 6749 writes them.
 
-use axum::http::{HeaderMap, HeaderValue, StatusCode, header};
+use axum::http::{HeaderMap, HeaderName, HeaderValue, StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use percent_encoding::percent_decode_str;
 use serde_json::json;
 
 use crate::kernel::crypto::{from_base64, from_base64url};
-use crate::kernel::web::pairs;
+use crate::kernel::web::{Reason, pairs};
 use crate::kernel::{Kind, Refusal};
 
 /// An OAuth error (RFC 6749, 5.2).
@@ -19,12 +19,20 @@ pub struct OAuthError {
     /// The client tried HTTP Basic, so the answer names it.
     basic: bool,
     retry_after: Option<u32>,
+    headers: Vec<(String, String)>,
 }
 
 impl OAuthError {
     /// 400.
     pub fn new(code: &'static str, description: impl Into<String>) -> Self {
-        Self { code, description: description.into(), status: StatusCode::BAD_REQUEST, basic: false, retry_after: None }
+        Self {
+            code,
+            description: description.into(),
+            status: StatusCode::BAD_REQUEST,
+            basic: false,
+            retry_after: None,
+            headers: Vec::new(),
+        }
     }
 
     /// 401. One text for every reason: an unknown client and a wrong secret look the same.
@@ -48,7 +56,8 @@ impl From<Refusal> for OAuthError {
             Kind::Denied => "access_denied",
             _ => "invalid_request",
         };
-        Self { status, retry_after: r.retry_after_seconds(), ..Self::new(code, r.detail()) }
+        let headers = r.headers().iter().filter(|(name, _)| name.starts_with("ratelimit")).cloned().collect();
+        Self { status, retry_after: r.retry_after_seconds(), headers, ..Self::new(code, r.detail()) }
     }
 }
 
@@ -56,7 +65,13 @@ impl IntoResponse for OAuthError {
     fn into_response(self) -> Response {
         let body = json!({"error": self.code, "error_description": self.description}).to_string();
         let mut response = (self.status, [(header::CONTENT_TYPE, "application/json")], body).into_response();
+        response.extensions_mut().insert(Reason(self.code));
         let headers = response.headers_mut();
+        for (name, value) in self.headers {
+            if let (Ok(name), Ok(value)) = (HeaderName::try_from(name), HeaderValue::try_from(value)) {
+                headers.insert(name, value);
+            }
+        }
         headers.insert(header::CACHE_CONTROL, HeaderValue::from_static("no-store"));
         if self.basic {
             headers.insert(header::WWW_AUTHENTICATE, HeaderValue::from_static("Basic realm=\"sop\""));

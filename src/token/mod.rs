@@ -30,7 +30,9 @@ use std::time::Duration;
 
 use prometheus::{IntCounter, IntCounterVec, Opts, Registry};
 
+use crate::config::{self, Agents};
 use crate::kernel::crypto::{self, Hash, MasterKey};
+use crate::kernel::quota::{self, Quotas};
 use crate::kernel::supervisor::{Supervisor, Task};
 use crate::kernel::web::{Authority, Caller, Credential, Identity};
 use crate::kernel::{BoxFuture, Clock, Refusal, Timestamp, problem};
@@ -38,13 +40,17 @@ use crate::ledger::{Ledger, authz_fact};
 use crate::store::Store;
 
 use jwt::Claims;
-use lockout::Failures;
-pub use lockout::Limits;
+use lockout::{Failures, Limits};
+pub use model::Allowance;
 use model::entity;
 pub use snapshot::Snapshot;
 
 /// How many verified tokens are remembered.
 const REMEMBER: u64 = 100_000;
+
+/// The hourly quotas of this room.
+const VERIFICATIONS: &str = "verifications";
+const GENERATIONS: &str = "generations";
 
 /// How often it is kept when clients were last seen.
 const SEEN: Duration = Duration::from_secs(5);
@@ -61,6 +67,8 @@ pub struct Token {
     ttl: Duration,
     lead: Duration,
     lockout: Limits,
+    agents: Arc<Agents>,
+    quotas: Quotas,
     failures: Failures,
     authority: Arc<OnceLock<Weak<dyn Authority>>>,
     services: Arc<OnceLock<Arc<dyn Services>>>,
@@ -73,6 +81,7 @@ struct Counted {
     issued: IntCounterVec,
     refused: IntCounterVec,
     revoked: IntCounterVec,
+    limited: IntCounterVec,
     operations: IntCounterVec,
     uses: IntCounterVec,
     lockouts: IntCounter,
@@ -88,6 +97,10 @@ impl Counted {
         let issued = counter("sop_token_issued_total", "Access tokens issued", "grant")?;
         let refused = counter("sop_token_refused_total", "Authentications refused", "reason")?;
         let revoked = counter("sop_token_revoked_total", "Tokens ended before their time", "what")?;
+        let limited = counter("sop_token_limited_total", "Refused because an hourly quota was spent", "quota")?;
+        for quota in [VERIFICATIONS, GENERATIONS] {
+            limited.with_label_values(&[quota]).inc_by(0);
+        }
         let operations = counter("sop_token_operations_issued_total", "Operation tokens issued", "kind")?;
         let uses = counter("sop_token_operation_uses_total", "Uses of operation tokens", "outcome")?;
         let lockouts = IntCounter::new("sop_token_lockouts_total", "Clients locked out after too many failures")?;
@@ -103,7 +116,7 @@ impl Counted {
         for what in ["token", "client"] {
             revoked.with_label_values(&[what]).inc_by(0);
         }
-        Ok(Self { issued, refused, revoked, operations, uses, lockouts })
+        Ok(Self { issued, refused, revoked, limited, operations, uses, lockouts })
     }
 }
 
@@ -125,18 +138,10 @@ pub struct Parts {
     pub snapshot: Arc<Snapshot>,
     /// Seals signing keys.
     pub master: Arc<MasterKey>,
-    /// The issuer, if one is configured.
-    pub issuer: Option<String>,
-    /// What the issuer is otherwise: the address that was bound.
+    /// What the configuration says of it.
+    pub config: config::Token,
+    /// What the issuer is where none is configured: the address that was bound.
     pub url: String,
-    /// How long an access token is good.
-    pub ttl: Duration,
-    /// How long a new signing key is announced before it signs.
-    pub lead: Duration,
-    /// When a client is locked out.
-    pub lockout: Limits,
-    /// How old a signing key becomes; `None`: until somebody replaces it.
-    pub rotation: Option<Duration>,
     /// Where its metrics go.
     pub registry: Registry,
 }
@@ -184,26 +189,34 @@ impl Token {
     /// # Errors
     /// When the database is away.
     pub async fn start(parts: Parts, tasks: &Supervisor) -> Result<Self, Refusal> {
-        let offered = parts.issuer.unwrap_or(parts.url);
+        let config = parts.config;
+        let lockout = Limits {
+            failures: config.lockout_failures,
+            window: config.lockout_window.get(),
+            period: config.lockout_period.get(),
+        };
+        let offered = config.issuer.unwrap_or(parts.url);
         let issuer = parts.ledger.settle("token.issuer", offered.as_bytes()).await?;
         let room = Self {
             ledger: parts.ledger,
             store: parts.store,
-            clock: parts.clock,
+            clock: parts.clock.clone(),
             snapshot: parts.snapshot,
             issuer: String::from_utf8_lossy(&issuer).into(),
             master: parts.master,
-            ttl: parts.ttl,
-            lead: parts.lead,
-            lockout: parts.lockout,
-            failures: lockout::none_yet(parts.lockout),
+            ttl: config.ttl.get(),
+            lead: config.key_lead.get(),
+            lockout,
+            agents: Arc::new(config.agents),
+            quotas: Quotas::new(parts.clock.clone()),
+            failures: lockout::none_yet(lockout),
             authority: Arc::default(),
             services: Arc::default(),
             verified: moka::sync::Cache::new(REMEMBER),
             counted: Counted::new(&parts.registry).map_err(Refusal::internal)?,
         };
         room.first_keys().await?;
-        room.start_rotation(parts.rotation, tasks);
+        room.start_rotation(Some(config.key_rotation.get()).filter(|every| !every.is_zero()), tasks);
         room.start_tasks(tasks);
         Ok(room)
     }
@@ -295,10 +308,29 @@ impl Token {
             serde_json::json!({"client_name": "admin", "scope": "admin", "agent_type": "system"}),
         )
         .map_err(Refusal::internal)?;
-        let client = metadata.client(client_id.to_owned(), &self.clock).map_err(|e| Refusal::internal(e.code))?;
+        let client =
+            metadata.client(client_id.to_owned(), &self.agents, &self.clock).map_err(|e| Refusal::internal(e.code))?;
         let issued = clients::Issued { client, secret: Some(secret.to_owned()), registration: clients::secret()? };
         let who = Caller::daemon(if why == clients::Why::First { "token" } else { "operator" });
         Ok(self.ledger.write(&who, &[], clients::Register { issued, why }).await?.index)
+    }
+
+    /// What a client may have.
+    #[must_use]
+    pub fn allowance(&self, client_id: &str) -> Allowance {
+        self.snapshot.client(client_id).map_or_else(Allowance::default, |r| r.client.allowance(&self.agents))
+    }
+
+    /// Uses some of what a client may have in an hour.
+    fn spend(&self, client_id: &str, what: &'static str, quota: u32, amount: usize) -> Result<(), Refusal> {
+        let amount = u32::try_from(amount).unwrap_or(u32::MAX);
+        if quota == 0 {
+            return Ok(());
+        }
+        self.quotas.spend(&client_id.into(), what, quota, amount).map(|_| ()).map_err(|limit| {
+            self.counted.limited.with_label_values(&[what]).inc();
+            quota::exceeded(format!("more than {quota} {what} an hour"), &[limit])
+        })
     }
 
     /// Whether there is any client.

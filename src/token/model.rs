@@ -1,9 +1,12 @@
 //! The nouns of the room.
 
+use std::time::Duration;
+
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use uuid::Uuid;
 
+use crate::config::{Agent, Agents};
 use crate::kernel::Timestamp;
 use crate::kernel::web::EntityName;
 
@@ -71,8 +74,57 @@ pub struct Client {
     pub access_token_alg: Alg,
     /// Audiences its tokens may be for; any if not narrowed.
     pub allowed_resources: Option<Vec<String>>,
+    /// How long its tokens are good, seconds, if not as long as those of its type.
+    #[serde(default)]
+    pub access_token_ttl: Option<i64>,
+    /// What it may have, if not what its type may.
+    #[serde(default)]
+    pub limits: Option<Limited>,
     /// When it was registered.
     pub issued: Timestamp,
+}
+
+/// Limits of a client that are others than those of its type.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
+#[serde(deny_unknown_fields)]
+#[schema(as = ClientLimits)]
+pub struct Limited {
+    /// Requests a second
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub rate: Option<u32>,
+    /// Requests an hour; 0: as many as it likes
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub hourly_requests: Option<u32>,
+    /// Introspections and uses of operation tokens an hour; 0: as many as it likes
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub hourly_verifications: Option<u32>,
+    /// Tokens an hour; 0: as many as it likes
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub hourly_generations: Option<u32>,
+}
+
+/// What a client may have; 0: no limit of its own.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Allowance {
+    /// Requests a second.
+    pub rate: u32,
+    /// Requests an hour.
+    pub requests: u32,
+    /// Introspections and uses of operation tokens an hour.
+    pub verifications: u32,
+    /// Tokens an hour.
+    pub generations: u32,
+}
+
+/// What the configuration says of a type.
+#[must_use]
+pub fn of_type(agents: &Agents, kind: AgentType) -> &Agent {
+    match kind {
+        AgentType::System => &agents.system,
+        AgentType::User => &agents.user,
+        AgentType::External => &agents.external,
+        AgentType::Cognitive => &agents.cognitive,
+    }
 }
 
 impl Client {
@@ -92,9 +144,30 @@ impl Client {
             (Some(now), Some(then)) => more(now, then),
         };
         wider
+            || self.limits != was.limits
+            || self.access_token_ttl != was.access_token_ttl
             || self.agent_type != was.agent_type
             || more(&self.scopes, &was.scopes)
             || more(&self.grant_types, &was.grant_types)
+    }
+
+    /// What it may have.
+    #[must_use]
+    pub fn allowance(&self, agents: &Agents) -> Allowance {
+        let (kind, own) = (of_type(agents, self.agent_type), self.limits.unwrap_or_default());
+        Allowance {
+            rate: own.rate.unwrap_or(kind.rate),
+            requests: own.hourly_requests.unwrap_or(kind.hourly_requests),
+            verifications: own.hourly_verifications.unwrap_or(kind.hourly_verifications),
+            generations: own.hourly_generations.unwrap_or(kind.hourly_generations),
+        }
+    }
+
+    /// How long its tokens are good, seconds.
+    #[must_use]
+    pub fn ttl(&self, agents: &Agents, default: Duration) -> i64 {
+        let kind = Some(of_type(agents, self.agent_type).ttl.get()).filter(|ttl| !ttl.is_zero()).unwrap_or(default);
+        self.access_token_ttl.unwrap_or_else(|| i64::try_from(kind.as_secs()).unwrap_or(900))
     }
 
     /// Its scopes as the wire has them.

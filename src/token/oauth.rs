@@ -13,7 +13,7 @@ use super::form::{Form, OAuthError};
 use super::jwt::{Audience, Claims};
 use super::model::Client;
 use super::prove::Proven;
-use super::{Token, clients, store};
+use super::{GENERATIONS, Token, clients, store};
 
 /// The grants there are.
 pub(super) const CREDENTIALS: &str = "client_credentials";
@@ -55,7 +55,7 @@ impl Token {
             iss: self.issuer.to_string(),
             sub: client.client_id.clone(),
             aud: Audience::of(self.audience(form, client)?),
-            exp: now.seconds() + i64::try_from(self.ttl.as_secs()).unwrap_or(900),
+            exp: now.seconds() + client.ttl(&self.agents, self.ttl),
             iat: now.seconds(),
             jti: ids::new_id(now).to_string(),
             client_id: client.client_id.clone(),
@@ -100,6 +100,9 @@ impl Token {
         proven: Proven,
         grant: &'static str,
     ) -> Result<Value, OAuthError> {
+        let client = proven.client();
+        let allowed = client.allowance(&self.agents).generations;
+        self.spend(&client.client_id, GENERATIONS, allowed, 1)?;
         let now = self.clock.now();
         let key = self.snapshot.signer(proven.client().access_token_alg, now);
         let key = key.ok_or_else(|| Refusal::unavailable("there is no signing key yet"))?;

@@ -16,9 +16,9 @@ use crate::kernel::{BoxFuture, Refusal, Timestamp, problem};
 use crate::ledger::hot::{self, At, Column, Decided, Fact, Hot, HotKey, Loaded, Row};
 use crate::ledger::{Command, Committed, Entry, Failure, Outcome, Permit, Touch, Tx};
 
-use super::Token;
 use super::model::{Operation, OperationKind};
 use super::store::operations as store;
+use super::{GENERATIONS, Token, VERIFICATIONS};
 
 /// What every operation token begins with, so that one found in the open is known for what it is.
 const PREFIX: &str = "sopt_";
@@ -320,6 +320,7 @@ impl Token {
         tokens: Vec<Operation>,
         todo: Option<String>,
     ) -> Result<Committed<Vec<Operation>>, Refusal> {
+        self.spend(caller.actor(), GENERATIONS, self.allowance(caller.actor()).generations, tokens.len())?;
         let done = match todo {
             None => {
                 self.ledger
@@ -346,6 +347,7 @@ impl Token {
         operation: String,
         resource: Option<String>,
     ) -> Result<Committed<Used>, Refusal> {
+        self.spend(caller.actor(), VERIFICATIONS, self.allowance(caller.actor()).verifications, 1)?;
         let digest = digest(token);
         let ask = Ask::new("token:operation-use", "Operation", operation.clone());
         let from = block(caller.request().peer);

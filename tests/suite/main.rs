@@ -26,6 +26,7 @@ mod governance;
 mod health;
 mod hostile;
 mod keys;
+mod layers;
 mod ledger;
 mod nexus;
 mod operations;

@@ -20,4 +20,4 @@ pub use extract::{
     Body, BodyLimit, Json, Name, Path, Preconditions, Query, Tags, faulty, inflate, is_json, page_limit, pairs,
     parse_json, parse_query, read_body,
 };
-pub use respond::{Answer, Listing, SOP_INDEX, problem_document, problem_response};
+pub use respond::{Answer, Listing, Reason, SOP_INDEX, problem_document, problem_response};

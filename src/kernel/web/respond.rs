@@ -7,6 +7,10 @@ use serde_json::{Map, Value};
 
 use crate::kernel::Refusal;
 
+/// Goes with an answer that refuses and is no problem document (OAuth's): why, in one word.
+#[derive(Clone, Copy, Debug)]
+pub struct Reason(pub &'static str);
+
 /// The index an answer reflects, for the layer that writes the header.
 pub const SOP_INDEX: HeaderName = HeaderName::from_static("sop-index");
 
