@@ -153,6 +153,7 @@ pub struct Token {
     pub lockout_failures: u32,
     pub lockout_window: Span,
     pub lockout_period: Span,
+    pub jwks_private: bool,
     pub agents: Agents,
 }
 

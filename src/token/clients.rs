@@ -9,10 +9,12 @@ use serde_json::{Value, json};
 use crate::config::Agents;
 use crate::governance::entities;
 use crate::kernel::crypto::{self, sha256};
-use crate::kernel::{Clock, Refusal, Timestamp, ids, problem};
+use crate::kernel::{Refusal, Timestamp, ids, problem};
 use crate::ledger::{AUTHZ, Command, Entry, Failure, Touch, Tx};
 
+use super::Token;
 use super::form::OAuthError;
+use super::jwks;
 use super::keys::Alg;
 use super::model::{AgentType, AuthMethod, Client, Limited, of_type};
 use super::oauth::{CREDENTIALS, EXCHANGE};
@@ -40,6 +42,9 @@ pub struct Metadata {
     #[serde(default)]
     #[schema(value_type = Option<Object>)]
     jwks: Option<Value>,
+    /// Where the public keys are, instead of `jwks`: https, at a public address
+    #[serde(default)]
+    jwks_uri: Option<String>,
     /// How its access tokens are signed: `EdDSA` (the default) or `ES256`
     #[serde(default)]
     access_token_signed_response_alg: Option<String>,
@@ -63,8 +68,13 @@ impl Metadata {
     ///
     /// # Errors
     /// `invalid_client_metadata`.
-    pub fn client(self, client_id: String, agents: &Agents, clock: &Clock) -> Result<Client, OAuthError> {
-        let client_name = self.client_name.unwrap_or_else(|| client_id.clone());
+    pub fn client(self, client_id: String, room: &Token) -> Result<Client, OAuthError> {
+        let now = room.clock.now();
+        self.settled(client_id, &room.agents, room.private, now)
+    }
+
+    fn settled(self, client_id: String, agents: &Agents, private: bool, now: Timestamp) -> Result<Client, OAuthError> {
+        let client_name = self.client_name.clone().unwrap_or_else(|| client_id.clone());
         if let Some(fault) = ids::id_fault(&client_name) {
             return Err(invalid(format!("client_name: {fault}")));
         }
@@ -74,14 +84,7 @@ impl Metadata {
             Some("private_key_jwt") => AuthMethod::PrivateKeyJwt,
             Some(other) => return Err(invalid(format!("token_endpoint_auth_method {other} is not supported"))),
         };
-        let keys = self.jwks.as_ref().and_then(|j| j["keys"].as_array()).filter(|k| !k.is_empty());
-        if auth_method == AuthMethod::PrivateKeyJwt && keys.is_none() {
-            return Err(invalid("private_key_jwt needs jwks with at least one key"));
-        }
-        let private = |k: &Value| ["d", "p", "q", "k"].iter().any(|m| k.get(m).is_some());
-        if keys.is_some_and(|k| k.iter().any(private)) {
-            return Err(invalid("jwks holds a private key; send public keys only"));
-        }
+        self.check_keys(auth_method, private)?;
         let grant_types = self.grant_types.unwrap_or_else(|| vec![CREDENTIALS.to_owned()]);
         if let Some(other) = grant_types.iter().find(|g| ![CREDENTIALS, EXCHANGE].contains(&g.as_str())) {
             return Err(invalid(format!("grant type {other} is not supported")));
@@ -105,11 +108,33 @@ impl Metadata {
             grant_types,
             auth_method,
             jwks: self.jwks,
+            jwks_uri: self.jwks_uri,
             allowed_resources: self.allowed_resources,
             access_token_ttl: self.access_token_ttl,
             limits: self.limits,
-            issued: clock.now(),
+            issued: now,
         })
+    }
+}
+
+impl Metadata {
+    /// Whether its keys are such that it can prove itself by them.
+    fn check_keys(&self, method: AuthMethod, private: bool) -> Result<(), OAuthError> {
+        let keys = self.jwks.as_ref().and_then(|j| j["keys"].as_array()).filter(|k| !k.is_empty());
+        if self.jwks.is_some() && self.jwks_uri.is_some() {
+            return Err(invalid("jwks and jwks_uri exclude each other"));
+        }
+        if let Some(fault) = self.jwks_uri.as_deref().and_then(|uri| jwks::fault(uri, private)) {
+            return Err(invalid(format!("jwks_uri: {fault}")));
+        }
+        if method == AuthMethod::PrivateKeyJwt && keys.is_none() && self.jwks_uri.is_none() {
+            return Err(invalid("private_key_jwt needs jwks with at least one key, or jwks_uri"));
+        }
+        let secret = |k: &Value| ["d", "p", "q", "k"].iter().any(|m| k.get(m).is_some());
+        if keys.is_some_and(|k| k.iter().any(secret)) {
+            return Err(invalid("jwks holds a private key; send public keys only"));
+        }
+        Ok(())
     }
 }
 
@@ -150,6 +175,9 @@ pub fn shown(client: &Client, url: &str) -> Value {
     });
     if let Some(jwks) = &client.jwks {
         shown["jwks"] = jwks.clone();
+    }
+    if let Some(uri) = &client.jwks_uri {
+        shown["jwks_uri"] = json!(uri);
     }
     if let Some(ttl) = client.access_token_ttl {
         shown["access_token_ttl"] = json!(ttl);
@@ -344,8 +372,14 @@ mod tests {
     #[test]
     fn metadata_that_cannot_be_is_refused() {
         let agents = crate::config::load(None, &[]).unwrap().config.token.agents;
-        let client =
-            |v: Value| serde_json::from_value::<Metadata>(v).unwrap().client("c".into(), &agents, &Clock::system());
+        let client = |v: Value| {
+            serde_json::from_value::<Metadata>(v).unwrap().settled(
+                "c".into(),
+                &agents,
+                false,
+                Timestamp::from_millis(0),
+            )
+        };
         let by_type = |kind: &str| client(json!({"agent_type": kind})).unwrap().scope();
         assert_eq!((by_type("system").as_str(), by_type("external").as_str()), ("state nexus health", ""));
         assert!(client(json!({"client_name": "x", "redirect_uris": ["http://unknown"]})).is_ok());
@@ -357,6 +391,8 @@ mod tests {
             json!({"access_token_signed_response_alg": "none"}),
             json!({"client_name": "a\nb"}),
             json!({"access_token_ttl": 0}),
+            json!({"jwks_uri": "https://127.0.0.1/jwks"}),
+            json!({"jwks_uri": "https://keys.example/", "jwks": {"keys": [{"kty": "OKP"}]}}),
             json!({"jwks": {"keys": [{"kty": "OKP", "d": "secret"}]}}),
         ] {
             assert_eq!(client(bad.clone()).err().map(|e| e.code), Some("invalid_client_metadata"), "{bad}");

@@ -13,6 +13,7 @@ mod ending;
 mod exchange;
 mod form;
 pub mod http;
+mod jwks;
 mod jwt;
 mod keys;
 mod lockout;
@@ -39,6 +40,7 @@ use crate::kernel::{BoxFuture, Clock, Refusal, Timestamp, problem};
 use crate::ledger::{Ledger, authz_fact};
 use crate::store::Store;
 
+use jwks::Fetcher;
 use jwt::Claims;
 use lockout::{Failures, Limits};
 pub use model::Allowance;
@@ -69,6 +71,8 @@ pub struct Token {
     lockout: Limits,
     agents: Arc<Agents>,
     quotas: Quotas,
+    fetcher: Fetcher,
+    private: bool,
     failures: Failures,
     authority: Arc<OnceLock<Weak<dyn Authority>>>,
     services: Arc<OnceLock<Arc<dyn Services>>>,
@@ -82,6 +86,7 @@ struct Counted {
     refused: IntCounterVec,
     revoked: IntCounterVec,
     limited: IntCounterVec,
+    fetched: IntCounterVec,
     operations: IntCounterVec,
     uses: IntCounterVec,
     lockouts: IntCounter,
@@ -101,6 +106,11 @@ impl Counted {
         for quota in [VERIFICATIONS, GENERATIONS] {
             limited.with_label_values(&[quota]).inc_by(0);
         }
+        let fetched =
+            counter("sop_token_jwks_fetches_total", "Key sets of clients fetched from their jwks_uri", "outcome")?;
+        for outcome in ["ok", "failed"] {
+            fetched.with_label_values(&[outcome]).inc_by(0);
+        }
         let operations = counter("sop_token_operations_issued_total", "Operation tokens issued", "kind")?;
         let uses = counter("sop_token_operation_uses_total", "Uses of operation tokens", "outcome")?;
         let lockouts = IntCounter::new("sop_token_lockouts_total", "Clients locked out after too many failures")?;
@@ -116,7 +126,7 @@ impl Counted {
         for what in ["token", "client"] {
             revoked.with_label_values(&[what]).inc_by(0);
         }
-        Ok(Self { issued, refused, revoked, limited, operations, uses, lockouts })
+        Ok(Self { issued, refused, revoked, limited, fetched, operations, uses, lockouts })
     }
 }
 
@@ -197,6 +207,9 @@ impl Token {
         };
         let offered = config.issuer.unwrap_or(parts.url);
         let issuer = parts.ledger.settle("token.issuer", offered.as_bytes()).await?;
+        let counted = Counted::new(&parts.registry).map_err(Refusal::internal)?;
+        let private = config.jwks_private;
+        let fetcher = Fetcher::new(private, parts.clock.clone(), counted.fetched.clone()).map_err(Refusal::internal)?;
         let room = Self {
             ledger: parts.ledger,
             store: parts.store,
@@ -213,7 +226,9 @@ impl Token {
             authority: Arc::default(),
             services: Arc::default(),
             verified: moka::sync::Cache::new(REMEMBER),
-            counted: Counted::new(&parts.registry).map_err(Refusal::internal)?,
+            fetcher,
+            private,
+            counted,
         };
         room.first_keys().await?;
         room.start_rotation(Some(config.key_rotation.get()).filter(|every| !every.is_zero()), tasks);
@@ -308,8 +323,7 @@ impl Token {
             serde_json::json!({"client_name": "admin", "scope": "admin", "agent_type": "system"}),
         )
         .map_err(Refusal::internal)?;
-        let client =
-            metadata.client(client_id.to_owned(), &self.agents, &self.clock).map_err(|e| Refusal::internal(e.code))?;
+        let client = metadata.client(client_id.to_owned(), self).map_err(|e| Refusal::internal(e.code))?;
         let issued = clients::Issued { client, secret: Some(secret.to_owned()), registration: clients::secret()? };
         let who = Caller::daemon(if why == clients::Why::First { "token" } else { "operator" });
         Ok(self.ledger.write(&who, &[], clients::Register { issued, why }).await?.index)

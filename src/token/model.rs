@@ -69,6 +69,9 @@ pub struct Client {
     pub auth_method: AuthMethod,
     /// Its public keys, for assertions.
     pub jwks: Option<Value>,
+    /// Where its public keys are.
+    #[serde(default)]
+    pub jwks_uri: Option<String>,
     /// How its access tokens are signed.
     #[serde(default)]
     pub access_token_alg: Alg,

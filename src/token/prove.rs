@@ -120,7 +120,7 @@ impl Token {
                     |r: &Arc<Registered>| good && !r.disabled && r.client.auth_method != AuthMethod::PrivateKeyJwt;
                 found.filter(fits).map(|registered| Proven { registered, assertion: None }).ok_or(*basic)
             }
-            Claimed::Assertion { assertion, id } => self.assertion(assertion, id.as_deref()).ok_or(false),
+            Claimed::Assertion { assertion, id } => self.assertion(assertion, id.as_deref()).await.ok_or(false),
         };
         // Looked at last, so that a lock-out takes the same time and is answered as a wrong secret is.
         let id = claimed.client();
@@ -142,7 +142,7 @@ impl Token {
     }
 
     /// Checks a client assertion (RFC 7523, 3). Whether it was used before is seen when it is used.
-    fn assertion(&self, text: &str, id: Option<&str>) -> Option<Proven> {
+    async fn assertion(&self, text: &str, id: Option<&str>) -> Option<Proven> {
         let header = jwt::header(text)?;
         let algorithm = match header.get("alg")?.as_str()? {
             "EdDSA" => Algorithm::EdDSA,
@@ -161,7 +161,15 @@ impl Token {
             return None;
         }
         let kid = header.get("kid").and_then(Value::as_str);
-        let keys = client.jwks.as_ref()?["keys"].as_array()?;
+        let fetched;
+        let keys = match (&client.jwks_uri, &client.jwks) {
+            (Some(uri), _) => {
+                fetched = self.fetcher.keys(uri, kid).await;
+                &*fetched
+            }
+            (None, Some(jwks)) => jwks["keys"].as_array()?,
+            (None, None) => return None,
+        };
         let fits = |k: &&Value| kid.is_none_or(|kid| k["kid"].as_str().is_none_or(|have| have == kid));
         let signed = keys.iter().filter(fits).any(|key| signed(text, key, algorithm));
         let now = self.clock.now().seconds();

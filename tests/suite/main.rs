@@ -25,6 +25,7 @@ mod front;
 mod governance;
 mod health;
 mod hostile;
+mod jwks;
 mod keys;
 mod layers;
 mod ledger;

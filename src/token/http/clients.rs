@@ -37,7 +37,7 @@ async fn register(
     headers: HeaderMap,
     Json(wanted): Json<Metadata>,
 ) -> Result<Response, OAuthError> {
-    let client = wanted.client(ids::new_id(room.clock.now()).to_string(), &room.agents, &room.clock)?;
+    let client = wanted.client(ids::new_id(room.clock.now()).to_string(), &room)?;
     let secret = (client.auth_method != AuthMethod::PrivateKeyJwt).then(clients::secret).transpose()?;
     let issued = Issued { client, secret, registration: clients::secret()? };
     let ask = Token::about("token:register", "new");
@@ -109,7 +109,7 @@ async fn update_client(
 ) -> Result<Response, OAuthError> {
     let own = caller.is_none();
     let (caller, was) = manager(&room, caller, &headers, info, &id, "token:client-update").await?;
-    let client = wanted.client(id.clone(), &room.agents, &room.clock)?;
+    let client = wanted.client(id.clone(), &room)?;
     if own && client.gains(&was) {
         return Err(OAuthError::new(
             "invalid_client_metadata",
