@@ -16,7 +16,17 @@ $sop bench state-put --clients 1 --peer bare --seconds "$seconds"
 $sop bench state-get --clients 1,8,32,128 "${peer[@]}" --seconds "$seconds"
 $sop bench state-put --daemons 2 --clients 128 --seconds "$seconds"
 $sop bench evaluate --clients 8,32,128 --seconds "$seconds"
-$sop bench token --clients 8,32 --seconds "$seconds"
+# npm's oidc-provider, where node is installed.
+oidc=()
+if command -v npm >/dev/null; then
+    mkdir -p target/peers && cp -r tests/peers/oidc-provider target/peers/
+    (cd target/peers/oidc-provider && npm ci --silent --no-audit --no-fund >&2) && oidc=(--peer oidc)
+fi
+$sop bench token --clients 8,32 "${oidc[@]}" --seconds "$seconds"
+$sop bench introspect --clients 8,32 "${oidc[@]}" --seconds "$seconds"
+$sop bench operation-use --clients 32,128 --seconds "$seconds"
+$sop bench operation-hot --clients 32,128 --seconds "$seconds"
+$sop bench verification --seconds "$seconds"
 $sop bench publish --clients 8,32,128 --seconds "$seconds"
 $sop bench event --clients 1,32 --seconds "$seconds"
 $sop bench events --clients 1,8,32 --seconds "$seconds"

@@ -4,13 +4,14 @@ mod load;
 mod record;
 mod server;
 mod store;
+mod token;
 
 use std::time::Duration;
 
 use anyhow::{Context as _, bail};
 use clap::{Args, ValueEnum};
 use reqwest::Method;
-use serde_json::{Value, json};
+use serde_json::json;
 
 use super::client::Client;
 use super::process::Sop;
@@ -28,6 +29,14 @@ enum What {
     Evaluate,
     /// Access tokens by client_credentials
     Token,
+    /// Introspection of an access token
+    Introspect,
+    /// Uses of 10,000 operation tokens, in turn
+    OperationUse,
+    /// Uses of one operation token
+    OperationHot,
+    /// How long the auth layer takes to verify an access token, with a million revoked ones
+    Verification,
     /// CloudEvents of 80 bytes to one topic, acknowledged when durable
     Publish,
     /// CloudEvents of 80 bytes to the record, one a request
@@ -51,12 +60,15 @@ enum Peer {
     Etcd,
     /// A bare INSERT behind axum, on the same PostgreSQL
     Bare,
+    /// npm's oidc-provider, in memory (tests/peers/oidc-provider, installed into target/peers/oidc-provider)
+    Oidc,
 }
 
 /// The peer while it runs.
 enum Beside {
     Etcd(Box<server::Etcd>),
     Bare(store::Bare),
+    Oidc(Box<token::Oidc>),
 }
 
 impl Beside {
@@ -64,6 +76,7 @@ impl Beside {
         Ok(match peer {
             Peer::Etcd => Self::Etcd(Box::new(server::Etcd::start().await?)),
             Peer::Bare => Self::Bare(store::Bare::start(ours.dir()).await?),
+            Peer::Oidc => Self::Oidc(Box::new(token::Oidc::start().await?)),
         })
     }
 
@@ -71,6 +84,7 @@ impl Beside {
         match self {
             Self::Etcd(_) => "etcd",
             Self::Bare(_) => "bare INSERT",
+            Self::Oidc(_) => "oidc-provider",
         }
     }
 
@@ -83,6 +97,7 @@ impl Beside {
                 Some((bare.address(), Request::new(put)))
             }
             Self::Bare(_) => None,
+            Self::Oidc(oidc) => oidc.requests(what).map(|r| (oidc.address(), r)),
         }
     }
 }
@@ -123,6 +138,7 @@ pub(crate) async fn run(global: &Global, args: BenchArgs) -> anyhow::Result<()> 
         What::Record => record::large(global, &ours, client, &requests, args.seconds).await?,
         What::Proofs => record::proofs(global, &ours, client).await?,
         What::Verify => record::whole(global, &ours, client, &requests, args.seconds).await?,
+        What::Verification => token::verification(global, &ours, client, args.seconds).await?,
         _ => load(global, &args, &ours, &requests).await?,
     }
     ours.stop().await;
@@ -239,16 +255,8 @@ async fn ours_requests(what: What, client: &Client, dir: &std::path::Path) -> an
                 load::http("POST", "/access/v1/evaluation", &headers, &body.to_string())
             })
         }
-        What::Token => {
-            let admin: Value = serde_json::from_slice(&std::fs::read(dir.join("admin.json"))?)?;
-            let text = |name: &str| admin[name].as_str().unwrap_or_default().to_owned();
-            let form = format!(
-                "grant_type=client_credentials&client_id={}&client_secret={}",
-                text("client_id"),
-                text("client_secret")
-            );
-            let headers = "Content-Type: application/x-www-form-urlencoded\r\n";
-            Request::new(move |_| load::http("POST", "/oauth2/token", headers, &form))
+        What::Token | What::Introspect | What::OperationUse | What::OperationHot | What::Verification => {
+            token::requests(what, client, dir).await?
         }
     })
 }

@@ -29,7 +29,7 @@ use std::sync::atomic::{AtomicI64, Ordering};
 use std::sync::{Arc, OnceLock, Weak};
 use std::time::Duration;
 
-use prometheus::{IntCounter, IntCounterVec, Opts, Registry};
+use prometheus::{Histogram, HistogramOpts, IntCounter, IntCounterVec, Opts, Registry};
 
 use crate::config::{self, Agents};
 use crate::kernel::crypto::{self, Hash, MasterKey};
@@ -90,6 +90,7 @@ struct Counted {
     operations: IntCounterVec,
     uses: IntCounterVec,
     lockouts: IntCounter,
+    verify: Histogram,
 }
 
 impl Counted {
@@ -115,6 +116,9 @@ impl Counted {
         let uses = counter("sop_token_operation_uses_total", "Uses of operation tokens", "outcome")?;
         let lockouts = IntCounter::new("sop_token_lockouts_total", "Clients locked out after too many failures")?;
         registry.register(Box::new(lockouts.clone()))?;
+        let opts = HistogramOpts::new("sop_token_verify_seconds", "Time to verify the access token of a request");
+        let verify = Histogram::with_opts(opts.buckets(prometheus::exponential_buckets(0.000_001, 2.0, 12)?))?;
+        registry.register(Box::new(verify.clone()))?;
         for grant in ["client_credentials", "token-exchange"] {
             issued.with_label_values(&[grant]).inc_by(0);
         }
@@ -126,7 +130,7 @@ impl Counted {
         for what in ["token", "client"] {
             revoked.with_label_values(&[what]).inc_by(0);
         }
-        Ok(Self { issued, refused, revoked, limited, fetched, operations, uses, lockouts })
+        Ok(Self { issued, refused, revoked, limited, fetched, operations, uses, lockouts, verify })
     }
 }
 
@@ -400,7 +404,10 @@ impl Token {
             Refusal::new(&problem::UNAUTHENTICATED, "the bearer token is not valid (any more), or not for this daemon")
                 .with_header("www-authenticate", "Bearer realm=\"sop\", error=\"invalid_token\"")
         };
-        let verified = self.verify(token).map_err(refuse)?;
+        let began = self.clock.elapsed();
+        let verified = self.verify(token);
+        self.counted.verify.observe(self.clock.elapsed().saturating_sub(began).as_secs_f64());
+        let verified = verified.map_err(refuse)?;
         if !verified.claims.aud.names(&self.issuer) {
             return Err(refuse("aud"));
         }

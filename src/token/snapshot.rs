@@ -6,7 +6,7 @@ use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard};
 
 use sqlx::PgConnection;
 
-use crate::kernel::crypto::MasterKey;
+use crate::kernel::crypto::{self, MasterKey};
 use crate::kernel::{BoxFuture, Timestamp};
 use crate::ledger::{AUTHZ, Projection, Touched, What};
 
@@ -30,7 +30,8 @@ struct View {
     /// Newest first.
     keys: Vec<Arc<Kept>>,
     public: Arc<Vec<PublicKey>>,
-    revoked: HashMap<String, Timestamp>,
+    /// By what [`short`] makes of their ids.
+    revoked: HashMap<u128, Timestamp>,
     locked: Vec<Locked>,
 }
 
@@ -109,7 +110,7 @@ impl Snapshot {
     /// Whether any of these tokens was revoked.
     pub(super) fn revoked(&self, tokens: &[String]) -> bool {
         let view = self.view();
-        tokens.iter().any(|jti| view.revoked.contains_key(jti))
+        !view.revoked.is_empty() && tokens.iter().any(|jti| view.revoked.contains_key(&short(jti)))
     }
 
     pub(super) fn locked(&self, client: &str, block: &str, now: Timestamp) -> bool {
@@ -145,6 +146,12 @@ impl Snapshot {
     }
 }
 
+/// A token's id in 16 bytes, so that a million that were revoked fit into memory: ours are UUIDs, others are digested.
+fn short(jti: &str) -> u128 {
+    let digest = || crypto::sha256(jti.as_bytes()).iter().take(16).fold(0, |n, b| (n << 8) | u128::from(*b));
+    uuid::Uuid::parse_str(jti).map_or_else(|_| digest(), |id| id.as_u128())
+}
+
 /// A registration that was read anew; when its client was last seen stays.
 fn kept(mut r: Registered, was: &HashMap<String, Arc<Registered>>) -> (String, Arc<Registered>) {
     if let Some(was) = was.get(&r.client.client_id) {
@@ -171,7 +178,7 @@ impl Projection for Snapshot {
                 let mut view = self.view.write().unwrap_or_else(PoisonError::into_inner);
                 let was = std::mem::take(&mut view.clients);
                 view.clients = clients.into_iter().map(|r| kept(r, &was)).collect();
-                view.revoked = revoked.into_iter().collect();
+                view.revoked = revoked.into_iter().map(|(jti, expires)| (short(&jti), expires)).collect();
                 view.locked = locked;
             }
             self.load_keys(conn).await
@@ -200,6 +207,7 @@ impl Projection for Snapshot {
             }
             if facts.iter().any(|f| f.starts_with("token/")) {
                 let revoked = store::revocations(conn, after).await?;
+                let revoked = revoked.into_iter().map(|(jti, expires)| (short(&jti), expires));
                 self.view.write().unwrap_or_else(PoisonError::into_inner).revoked.extend(revoked);
             }
             if facts.contains(&"lockout") {

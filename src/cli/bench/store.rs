@@ -110,3 +110,16 @@ pub(super) async fn grow(daemon: &Path, size: i64) -> anyhow::Result<()> {
     tx.commit().await?;
     Ok(())
 }
+
+/// Tokens that were revoked and have not expired, for a daemon that starts after this.
+pub(super) async fn revoke(daemon: &Path, count: i64) -> anyhow::Result<()> {
+    let mut conn = PgConnection::connect_with(&options(daemon)).await?;
+    sqlx::query(
+        "INSERT INTO token.revocations (jti, client_id, expires, index)
+         SELECT gen_random_uuid()::text, 'bench', now() + interval '1 hour', 0 FROM generate_series(1, $1)",
+    )
+    .bind(count)
+    .execute(&mut conn)
+    .await?;
+    Ok(())
+}
