@@ -20,6 +20,8 @@ pub struct OAuthError {
     basic: bool,
     retry_after: Option<u32>,
     headers: Vec<(String, String)>,
+    /// What the answer rests on changed while it was made.
+    changed: bool,
 }
 
 impl OAuthError {
@@ -32,6 +34,7 @@ impl OAuthError {
             basic: false,
             retry_after: None,
             headers: Vec::new(),
+            changed: false,
         }
     }
 
@@ -43,6 +46,26 @@ impl OAuthError {
             basic,
             ..Self::new("invalid_client", "the client is not known or did not prove who it is")
         }
+    }
+}
+
+impl OAuthError {
+    /// What the answer rests on changed while it was made; asked again, it may come out.
+    #[must_use]
+    pub fn changed() -> Self {
+        let detail = "the client's registration, or a key, has just changed; ask again";
+        Self {
+            status: StatusCode::SERVICE_UNAVAILABLE,
+            retry_after: Some(1),
+            changed: true,
+            ..Self::new("temporarily_unavailable", detail)
+        }
+    }
+
+    /// Whether it is [`changed`](Self::changed).
+    #[must_use]
+    pub fn is_changed(&self) -> bool {
+        self.changed
     }
 }
 

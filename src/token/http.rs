@@ -71,7 +71,7 @@ async fn introspect(
     Body(body): Body,
 ) -> Result<Response, OAuthError> {
     let form = Form::parse(&headers, &body)?;
-    let proven = room.prove(&headers, &form, &info).await?;
+    let proven = room.prove(&headers, &form, &info, true).await?;
     Ok(private(StatusCode::OK, &room.introspect(&form, &proven)?))
 }
 
@@ -85,7 +85,7 @@ async fn revoke(
     Body(body): Body,
 ) -> Result<Response, OAuthError> {
     let form = Form::parse(&headers, &body)?;
-    let proven = room.prove(&headers, &form, &info).await?;
+    let proven = room.prove(&headers, &form, &info, true).await?;
     room.revoke(&form, &proven, info).await?;
     Ok((StatusCode::OK, [(header::CACHE_CONTROL, "no-store")]).into_response())
 }

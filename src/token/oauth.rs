@@ -32,7 +32,27 @@ impl Token {
         if grant != CREDENTIALS && grant != EXCHANGE {
             return Err(OAuthError::new("unsupported_grant_type", format!("grant type {grant:?} is not supported")));
         }
-        let proven = self.prove(headers, form, &info).await?;
+        // What a token of one's own rests on is looked at again when its issue is recorded. If it has changed, once more, with what
+        // is newest; a token of another's is looked at with what is newest at once.
+        for newest in [grant == EXCHANGE, true] {
+            match self.granted(grant, headers, form, &info, newest).await {
+                Err(e) if e.is_changed() => {}
+                done => return done,
+            }
+        }
+        Err(OAuthError::changed())
+    }
+
+    async fn granted(
+        &self,
+        grant: &str,
+        headers: &HeaderMap,
+        form: &Form,
+        info: &Arc<RequestInfo>,
+        newest: bool,
+    ) -> Result<Value, OAuthError> {
+        let proven = self.prove(headers, form, info, newest).await?;
+        let info = info.clone();
         if !proven.client().grant_types.iter().any(|g| g == grant) {
             return Err(OAuthError::new("unauthorized_client", "the client is not registered for this grant"));
         }
@@ -103,10 +123,7 @@ impl Token {
         let client = proven.client();
         let allowed = client.allowance(&self.agents).generations;
         self.spend(&client.client_id, GENERATIONS, allowed, 1)?;
-        let now = self.clock.now();
-        let key = self.snapshot.signer(proven.client().access_token_alg, now);
-        let key = key.ok_or_else(|| Refusal::unavailable("there is no signing key yet"))?;
-        let mut claims = claims;
+        let (alg, mut claims) = (client.access_token_alg, claims);
         let entry = issued(&claims);
         let done = match proven.assertion {
             None => self.ledger.write(caller, asks, Record(entry)).await,
@@ -118,9 +135,12 @@ impl Token {
                 self.counted.refused.with_label_values(&["replay"]).inc();
                 return Err(OAuthError::invalid_client(false));
             }
-            Err(r) if r.problem() == &problem::UNAUTHENTICATED => return Err(OAuthError::invalid_client(false)),
+            Err(r) if r.problem() == &problem::UNAUTHENTICATED => return Err(OAuthError::changed()),
             Err(r) => return Err(r.into()),
         };
+        // Only now: what it rests on includes that the keys are the same at the commit as when it was decided.
+        let key = self.snapshot.signer(alg, self.clock.now());
+        let key = key.ok_or_else(|| Refusal::unavailable("there is no signing key yet"))?;
         self.counted.issued.with_label_values(&[grant.rsplit(':').next().unwrap_or(grant)]).inc();
         Ok(
             json!({"access_token": key.sign(&claims)?, "token_type": "Bearer", "expires_in": claims.exp - claims.iat, "scope": claims.scope}),

@@ -8,8 +8,8 @@ use jsonwebtoken::{Algorithm, DecodingKey, Validation};
 use serde::Deserialize;
 use serde_json::Value;
 
-use crate::kernel::web::{Ask, Authority, Caller, Depends, Identity, Permit, RequestInfo};
-use crate::kernel::{BoxFuture, Refusal, Timestamp, crypto, problem};
+use crate::kernel::web::{Ask, Authority, Caller, Identity, Permit, RequestInfo, block};
+use crate::kernel::{BoxFuture, Clock, Refusal, Timestamp, crypto, problem};
 use crate::ledger::{Ledger, authz_fact};
 
 use super::Token;
@@ -35,11 +35,14 @@ impl Proven {
     }
 }
 
-/// Speaks for a client that has proven who it is, as long as its registration is the one it proved itself by.
+/// Speaks for a client that has proven who it is, as long as its registration is the one it proved itself by, it is not locked out
+/// and no key has changed: what is given to it rests on these, and the ledger looks whether they still hold.
 struct Vouched {
     snapshot: Arc<Snapshot>,
     ledger: Ledger,
+    clock: Clock,
     client_id: String,
+    block: String,
     index: i64,
 }
 
@@ -47,14 +50,12 @@ impl Authority for Vouched {
     fn decide<'a>(&'a self, _: &'a Caller, _: &'a [Ask]) -> BoxFuture<'a, Result<Permit, Refusal>> {
         Box::pin(async move {
             let at = self.ledger.index();
-            match self.snapshot.client(&self.client_id) {
-                Some(r) if r.index == self.index => {
-                    let depends = Depends::from_iter([fact(&self.client_id)]);
-                    Ok(Permit { allowed: true, at, depends, decision: None, denied: None })
-                }
-                Some(_) => Err(Refusal::unavailable("the client's registration has just changed; ask again")),
-                None => Err(Refusal::new(&problem::UNAUTHENTICATED, "the client is not registered any more")),
+            let same = self.snapshot.client(&self.client_id).is_some_and(|r| r.index == self.index);
+            if !same || self.snapshot.locked(&self.client_id, &self.block, self.clock.now()) {
+                return Err(Refusal::new(&problem::UNAUTHENTICATED, "the client's registration has just changed"));
             }
+            let depends = [fact(&self.client_id), authz_fact(b"lockout"), authz_fact(b"key")].into_iter().collect();
+            Ok(Permit { allowed: true, at, depends, decision: None, denied: None })
         })
     }
 }
@@ -91,54 +92,69 @@ impl Token {
         let authority = Vouched {
             snapshot: self.snapshot.clone(),
             ledger: self.ledger.clone(),
+            clock: self.clock.clone(),
+            block: block(info.peer),
             client_id: client.client_id.clone(),
             index: proven.registered.index,
         };
         Caller::new(Arc::new(identity), info, Arc::new(authority))
     }
 
-    /// Who the client is. What is newest is looked up first: it may have been registered, or deleted, on another daemon.
+    /// Who the client is. `newest`: what is newest is looked up first, because the answer rests on nothing else. Without it a client
+    /// that this daemon does not know (any more) is looked up anew: it may have been registered, or deleted, on another.
     pub(super) async fn prove(
         &self,
         headers: &HeaderMap,
         form: &Form,
         info: &Arc<RequestInfo>,
+        newest: bool,
     ) -> Result<Proven, OAuthError> {
         let claimed = Claimed::find(headers, form)?;
-        self.ledger.fence().await?;
-        let proven = match &claimed {
-            Claimed::Secret { id, secret, basic } => {
-                let found = self.snapshot.client(id);
-                // The same work for an unknown client: no oracle in the time it takes.
-                let kept = found.as_ref().and_then(|r| r.secret.as_deref()).unwrap_or(&[0; 32]);
-                let now = self.clock.now();
-                let before = found.as_ref().and_then(|r| r.previous.as_ref()).filter(|(_, until)| *until > now);
-                let before = before.map_or(&[0; 32][..], |(digest, _)| digest);
-                let shown = crypto::sha256(secret.as_bytes());
-                let good = crypto::same(kept, &shown) | crypto::same(before, &shown);
-                let fits =
-                    |r: &Arc<Registered>| good && !r.disabled && r.client.auth_method != AuthMethod::PrivateKeyJwt;
-                found.filter(fits).map(|registered| Proven { registered, assertion: None }).ok_or(*basic)
-            }
-            Claimed::Assertion { assertion, id } => self.assertion(assertion, id.as_deref()).await.ok_or(false),
-        };
-        // Looked at last, so that a lock-out takes the same time and is answered as a wrong secret is.
-        let id = claimed.client();
-        let locked = id.as_deref().is_some_and(|id| self.locked(id, info));
-        match proven {
-            Ok(proven) if !locked => {
+        if newest {
+            self.ledger.fence().await?;
+        }
+        let mut looked = self.look(&claimed, info).await;
+        if looked.is_err() && !newest {
+            self.ledger.fence().await?;
+            looked = self.look(&claimed, info).await;
+        }
+        match looked {
+            Ok(proven) => {
                 proven.registered.used.store(self.clock.now().millis(), Ordering::Relaxed);
                 Ok(proven)
             }
-            refused => {
-                let basic = refused.err().unwrap_or(matches!(&claimed, Claimed::Secret { basic: true, .. }));
-                if let (Some(id), false) = (id, locked) {
+            Err(locked) => {
+                if let (Some(id), false) = (claimed.client(), locked) {
                     self.failed(&id, info).await;
                 }
                 self.counted.refused.with_label_values(&[if locked { "locked" } else { "client" }]).inc();
-                Err(OAuthError::invalid_client(basic))
+                Err(OAuthError::invalid_client(matches!(claimed, Claimed::Secret { basic: true, .. })))
             }
         }
+    }
+
+    /// The client, as far as this daemon knows. `Err(true)`: it is locked out.
+    async fn look(&self, claimed: &Claimed, info: &RequestInfo) -> Result<Proven, bool> {
+        let proven = match claimed {
+            Claimed::Secret { id, secret, .. } => self.secret(id, secret),
+            Claimed::Assertion { assertion, id } => self.assertion(assertion, id.as_deref()).await,
+        };
+        // Looked at last, so that a lock-out takes the same time and is answered as a wrong secret is.
+        let locked = claimed.client().is_some_and(|id| self.locked(&id, info));
+        proven.filter(|_| !locked).ok_or(locked)
+    }
+
+    fn secret(&self, id: &str, secret: &str) -> Option<Proven> {
+        let found = self.snapshot.client(id);
+        // The same work for an unknown client: no oracle in the time it takes.
+        let kept = found.as_ref().and_then(|r| r.secret.as_deref()).unwrap_or(&[0; 32]);
+        let now = self.clock.now();
+        let before = found.as_ref().and_then(|r| r.previous.as_ref()).filter(|(_, until)| *until > now);
+        let before = before.map_or(&[0; 32][..], |(digest, _)| digest);
+        let shown = crypto::sha256(secret.as_bytes());
+        let good = crypto::same(kept, &shown) | crypto::same(before, &shown);
+        let fits = |r: &Arc<Registered>| good && !r.disabled && r.client.auth_method != AuthMethod::PrivateKeyJwt;
+        found.filter(fits).map(|registered| Proven { registered, assertion: None })
     }
 
     /// Checks a client assertion (RFC 7523, 3). Whether it was used before is seen when it is used.
