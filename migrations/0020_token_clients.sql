@@ -1,4 +1,4 @@
--- A client that is disabled proves nothing, and its tokens that were issued up to `void_index` count no more.
+-- A client that is disabled proves nothing, and its tokens that were decided on before `void_index` count no more.
 ALTER TABLE token.clients ADD COLUMN disabled bool NOT NULL DEFAULT false;
 ALTER TABLE token.clients ADD COLUMN void_index int8 NOT NULL DEFAULT -1;
 

@@ -69,7 +69,7 @@ impl Token {
             client_id: client.client_id.clone(),
             scope,
             act: Some(act),
-            sop_index: 0,
+            sop_index: proven.at,
             family,
         };
         let caller = self.exchanger(client, &subject, info)?;

@@ -35,7 +35,7 @@ pub struct Claims {
     /// Who acts for the subject, and who did before (RFC 8693, 4.1).
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub act: Option<Act>,
-    /// The index of the entry that recorded its issue: what of its client's tokens counts is decided by it.
+    /// The index its issue was decided at: which of its client's tokens still count is said by it.
     #[serde(default)]
     pub sop_index: i64,
     /// The tokens it was exchanged for, the first first: it ends with any of them.

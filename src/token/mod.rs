@@ -59,7 +59,18 @@ const SEEN: Duration = Duration::from_secs(5);
 
 /// The room. Cheap to clone.
 #[derive(Clone)]
-pub struct Token {
+pub struct Token(Arc<Room>);
+
+impl std::ops::Deref for Token {
+    type Target = Room;
+
+    fn deref(&self) -> &Room {
+        &self.0
+    }
+}
+
+/// What the room holds.
+pub struct Room {
     ledger: Ledger,
     store: Store,
     clock: Clock,
@@ -214,7 +225,7 @@ impl Token {
         let counted = Counted::new(&parts.registry).map_err(Refusal::internal)?;
         let private = config.jwks_private;
         let fetcher = Fetcher::new(private, parts.clock.clone(), counted.fetched.clone()).map_err(Refusal::internal)?;
-        let room = Self {
+        let room = Self(Arc::new(Room {
             ledger: parts.ledger,
             store: parts.store,
             clock: parts.clock.clone(),
@@ -233,7 +244,7 @@ impl Token {
             fetcher,
             private,
             counted,
-        };
+        }));
         room.first_keys().await?;
         room.start_rotation(Some(config.key_rotation.get()).filter(|every| !every.is_zero()), tasks);
         room.start_tasks(tasks);

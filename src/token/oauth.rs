@@ -81,7 +81,7 @@ impl Token {
             client_id: client.client_id.clone(),
             scope: scopes.join(" "),
             act: None,
-            sop_index: 0,
+            sop_index: proven.at,
             family: Vec::new(),
         };
         let caller = self.vouched(&proven, info);
@@ -123,27 +123,36 @@ impl Token {
         let client = proven.client();
         let allowed = client.allowance(&self.agents).generations;
         self.spend(&client.client_id, GENERATIONS, allowed, 1)?;
-        let (alg, mut claims) = (client.access_token_alg, claims);
-        let entry = issued(&claims);
-        let done = match proven.assertion {
-            None => self.ledger.write(caller, asks, Record(entry)).await,
-            Some(assertion) => self.ledger.write(caller, asks, Issue { entry, assertion }).await,
+        let alg = client.access_token_alg;
+        let signer = || {
+            let key = self.snapshot.signer(alg, self.clock.now());
+            key.ok_or_else(|| Refusal::unavailable("there is no signing key yet"))
         };
-        claims.sop_index = match done {
-            Ok(done) => done.index,
+        let key = signer()?;
+        let entry = issued(&claims);
+        let recorded = async {
+            match proven.assertion {
+                None => self.ledger.write(caller, asks, Record(entry)).await,
+                Some(assertion) => self.ledger.write(caller, asks, Issue { entry, assertion }).await,
+            }
+        };
+        // It is signed while its issue is committed, and given out when it is.
+        let (done, signed) = tokio::join!(recorded, async { key.sign(&claims) });
+        match done {
+            Ok(_) => {}
             Err(r) if r.problem() == &problem::CONFLICT => {
                 self.counted.refused.with_label_values(&["replay"]).inc();
                 return Err(OAuthError::invalid_client(false));
             }
             Err(r) if r.problem() == &problem::UNAUTHENTICATED => return Err(OAuthError::changed()),
             Err(r) => return Err(r.into()),
-        };
-        // Only now: what it rests on includes that the keys are the same at the commit as when it was decided.
-        let key = self.snapshot.signer(alg, self.clock.now());
-        let key = key.ok_or_else(|| Refusal::unavailable("there is no signing key yet"))?;
+        }
+        // The keys are among what it rests on: at the commit they were those that this daemon knows now.
+        let now = signer()?;
+        let token = if now.kid() == key.kid() { signed? } else { now.sign(&claims)? };
         self.counted.issued.with_label_values(&[grant.rsplit(':').next().unwrap_or(grant)]).inc();
         Ok(
-            json!({"access_token": key.sign(&claims)?, "token_type": "Bearer", "expires_in": claims.exp - claims.iat, "scope": claims.scope}),
+            json!({"access_token": token, "token_type": "Bearer", "expires_in": claims.exp - claims.iat, "scope": claims.scope}),
         )
     }
 

@@ -27,6 +27,8 @@ pub(super) struct Proven {
     pub registered: Arc<Registered>,
     /// The assertion it used: the digest of its id, and when it ends.
     pub assertion: Option<([u8; 32], Timestamp)>,
+    /// The index this daemon reflected before it looked.
+    pub at: i64,
 }
 
 impl Proven {
@@ -135,16 +137,17 @@ impl Token {
 
     /// The client, as far as this daemon knows. `Err(true)`: it is locked out.
     async fn look(&self, claimed: &Claimed, info: &RequestInfo) -> Result<Proven, bool> {
+        let at = self.ledger.index();
         let proven = match claimed {
-            Claimed::Secret { id, secret, .. } => self.secret(id, secret),
-            Claimed::Assertion { assertion, id } => self.assertion(assertion, id.as_deref()).await,
+            Claimed::Secret { id, secret, .. } => self.secret(id, secret, at),
+            Claimed::Assertion { assertion, id } => self.assertion(assertion, id.as_deref(), at).await,
         };
         // Looked at last, so that a lock-out takes the same time and is answered as a wrong secret is.
         let locked = claimed.client().is_some_and(|id| self.locked(&id, info));
         proven.filter(|_| !locked).ok_or(locked)
     }
 
-    fn secret(&self, id: &str, secret: &str) -> Option<Proven> {
+    fn secret(&self, id: &str, secret: &str, at: i64) -> Option<Proven> {
         let found = self.snapshot.client(id);
         // The same work for an unknown client: no oracle in the time it takes.
         let kept = found.as_ref().and_then(|r| r.secret.as_deref()).unwrap_or(&[0; 32]);
@@ -154,11 +157,11 @@ impl Token {
         let shown = crypto::sha256(secret.as_bytes());
         let good = crypto::same(kept, &shown) | crypto::same(before, &shown);
         let fits = |r: &Arc<Registered>| good && !r.disabled && r.client.auth_method != AuthMethod::PrivateKeyJwt;
-        found.filter(fits).map(|registered| Proven { registered, assertion: None })
+        found.filter(fits).map(|registered| Proven { registered, assertion: None, at })
     }
 
     /// Checks a client assertion (RFC 7523, 3). Whether it was used before is seen when it is used.
-    async fn assertion(&self, text: &str, id: Option<&str>) -> Option<Proven> {
+    async fn assertion(&self, text: &str, id: Option<&str>, at: i64) -> Option<Proven> {
         let header = jwt::header(text)?;
         let algorithm = match header.get("alg")?.as_str()? {
             "EdDSA" => Algorithm::EdDSA,
@@ -199,7 +202,7 @@ impl Token {
         }
         let digest = crypto::sha256(format!("{}\n{}", client.client_id, claimed.jti).as_bytes());
         let assertion = Some((digest, Timestamp::from_millis(claimed.exp * 1000)));
-        Some(Proven { registered, assertion })
+        Some(Proven { registered, assertion, at })
     }
 }
 

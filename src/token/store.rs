@@ -24,7 +24,7 @@ pub(super) struct Registered {
     pub registration: Vec<u8>,
     /// It proves nothing.
     pub disabled: bool,
-    /// Its tokens that were issued up to here count no more.
+    /// Its tokens that were decided on before this index count no more.
     pub void_index: i64,
     /// When it was registered, or its registration last changed.
     pub index: i64,
@@ -33,9 +33,9 @@ pub(super) struct Registered {
 }
 
 impl Registered {
-    /// Whether a token of it counts that was issued at `index`.
+    /// Whether a token of it counts that was decided on at `index`.
     pub fn accepts(&self, index: i64) -> bool {
-        !self.disabled && index > self.void_index
+        !self.disabled && index >= self.void_index
     }
 }
 

@@ -190,7 +190,7 @@ pub struct Credential {
     pub expires: i64,
     /// When it was issued, milliseconds since 1970.
     pub issued: i64,
-    /// The entry that recorded its issue.
+    /// The index its issue was decided at.
     pub index: i64,
     /// What its validity rests on.
     pub depends: Depends,
