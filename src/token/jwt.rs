@@ -2,7 +2,6 @@
 
 use jsonwebtoken::{Algorithm, Validation};
 use serde::{Deserialize, Serialize};
-use serde_json::{Map, Value};
 
 use crate::kernel::crypto;
 
@@ -10,6 +9,8 @@ use super::keys::{Alg, PublicKey};
 
 /// A token longer than this is not looked at.
 const LONGEST: usize = 8192;
+/// None of ours is good for longer, seconds.
+const LASTING: i64 = 86_400;
 /// How far clocks of others may be apart, seconds.
 pub const LEEWAY: i64 = 5;
 
@@ -99,9 +100,23 @@ impl Audience {
     }
 }
 
-/// The header of a token, if it is one that may be looked at: three canonical base64url parts, no member but these.
+/// The header of a token: these members, each once, and no other.
+#[derive(Clone, Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Header {
+    /// What it is signed with.
+    pub alg: String,
+    /// Which kind of token it is.
+    #[serde(default)]
+    pub typ: Option<String>,
+    /// Which key signed it.
+    #[serde(default)]
+    pub kid: Option<String>,
+}
+
+/// The header of a token, if it is one that may be looked at: three canonical base64url parts, no member but those.
 #[must_use]
-pub fn header(token: &str) -> Option<Map<String, Value>> {
+pub fn header(token: &str) -> Option<Header> {
     if token.len() > LONGEST {
         return None;
     }
@@ -110,8 +125,7 @@ pub fn header(token: &str) -> Option<Map<String, Value>> {
     // Canonical: no padding, no spare bits. Otherwise one token would have many spellings.
     let canonical = |p: &str| crypto::from_base64url(p).filter(|b| crypto::base64url(b) == p);
     let (header, _, _) = (canonical(head)?, canonical(body)?, canonical(signature)?);
-    let header: Map<String, Value> = serde_json::from_slice(&header).ok()?;
-    header.keys().all(|k| matches!(k.as_str(), "alg" | "typ" | "kid")).then_some(header)
+    serde_json::from_slice(&header).ok()
 }
 
 /// Reads an access token of ours: header, key, signature, issuer, times. `now` is in seconds.
@@ -125,11 +139,11 @@ pub fn verify<'a>(
     now: i64,
 ) -> Result<(Claims, &'a PublicKey), &'static str> {
     let header = header(token).ok_or("form")?;
-    if header.get("typ").and_then(Value::as_str) != Some("at+jwt") {
+    if header.typ.as_deref() != Some("at+jwt") {
         return Err("typ");
     }
-    let alg = header.get("alg").and_then(Value::as_str).and_then(Alg::parse).ok_or("alg")?;
-    let kid = header.get("kid").and_then(Value::as_str).ok_or("kid")?;
+    let alg = Alg::parse(&header.alg).ok_or("alg")?;
+    let kid = header.kid.ok_or("kid")?;
     let key = keys.iter().find(|k| k.kid == kid && k.counts(now)).ok_or("kid")?;
     // What a key signs with is said by the key, never by the token.
     if key.alg != alg {
@@ -150,6 +164,9 @@ pub fn verify<'a>(
     if claims.exp <= now {
         return Err("expired");
     }
+    if claims.exp - claims.iat > LASTING {
+        return Err("exp");
+    }
     if claims.iat > now + LEEWAY {
         return Err("iat");
     }
@@ -161,7 +178,7 @@ mod tests {
     use super::super::keys::TokenKey;
     use super::*;
     use crate::kernel::{Timestamp, jose};
-    use serde_json::json;
+    use serde_json::{Value, json};
 
     fn claims() -> Claims {
         Claims {
@@ -224,6 +241,17 @@ mod tests {
         ] {
             assert_eq!(why(&forge(&key, &header, &body), 1500), says, "{header}");
         }
+        let lasting = serde_json::to_value(Claims { exp: 1000 + LASTING + 1, ..claims() }).unwrap();
+        assert_eq!(why(&forge(&key, &json!({"alg": name, "kid": kid, "typ": "at+jwt"}), &lasting), 1500), "exp");
+        let twice = |head: String, body: String| {
+            let signed = format!("{}.{}", crypto::base64url(head), crypto::base64url(body));
+            format!("{signed}.{}", crypto::base64url(key.signature(signed.as_bytes()).unwrap()))
+        };
+        let head = format!(r#"{{"alg":"none","alg":"{name}","kid":"{kid}","typ":"at+jwt"}}"#);
+        assert_eq!(why(&twice(head, body.to_string()), 1500), "form", "a header member twice");
+        let head = format!(r#"{{"alg":"{name}","kid":"{kid}","typ":"at+jwt"}}"#);
+        let double = format!(r#"{{"scope":"admin",{}"#, &body.to_string()[1..]);
+        assert_eq!(why(&twice(head, double), 1500), "signature", "a claim twice: it is not read");
         let other = fresh();
         let proper = json!({"alg": name, "kid": kid, "typ": "at+jwt"});
         assert_eq!(why(&forge(&other, &proper, &body), 1500), "signature", "signed by a stranger");

@@ -163,7 +163,11 @@ impl Token {
     /// Checks a client assertion (RFC 7523, 3). Whether it was used before is seen when it is used.
     async fn assertion(&self, text: &str, id: Option<&str>, at: i64) -> Option<Proven> {
         let header = jwt::header(text)?;
-        let algorithm = match header.get("alg")?.as_str()? {
+        // Typed otherwise, it was made for something else (RFC 8725, 3.11).
+        if !matches!(header.typ.as_deref(), None | Some("JWT" | "jwt" | "client-authentication+jwt")) {
+            return None;
+        }
+        let algorithm = match header.alg.as_str() {
             "EdDSA" => Algorithm::EdDSA,
             "ES256" => Algorithm::ES256,
             "RS256" => Algorithm::RS256,
@@ -179,7 +183,7 @@ impl Token {
         if !same || client.auth_method != AuthMethod::PrivateKeyJwt {
             return None;
         }
-        let kid = header.get("kid").and_then(Value::as_str);
+        let kid = header.kid.as_deref();
         let fetched;
         let keys = match (&client.jwks_uri, &client.jwks) {
             (Some(uri), _) => {

@@ -13,6 +13,7 @@
 
 mod support;
 
+mod attacks;
 mod audit;
 mod cli;
 mod clients;
