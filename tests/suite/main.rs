@@ -34,6 +34,7 @@ mod nexus;
 mod operations;
 mod proxy;
 mod search;
+mod secrets;
 mod state;
 mod token;
 mod verify;
