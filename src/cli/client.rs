@@ -117,6 +117,20 @@ impl Client {
         Ok(request.form(&[("token", token)]))
     }
 
+    /// A token exchange (RFC 8693), with the client's own credential.
+    pub fn exchange(&self, token: &str, scope: Option<&str>, audience: Option<&str>) -> anyhow::Result<RequestBuilder> {
+        let (id, secret) =
+            self.credential.as_ref().context("there is no credential: set SOP_CLIENT_ID and SOP_CLIENT_SECRET")?;
+        let mut form = vec![
+            ("grant_type", "urn:ietf:params:oauth:grant-type:token-exchange"),
+            ("subject_token_type", "urn:ietf:params:oauth:token-type:access_token"),
+            ("subject_token", token),
+        ];
+        form.extend(scope.map(|s| ("scope", s)));
+        form.extend(audience.map(|a| ("audience", a)));
+        Ok(self.http.post(format!("{}/oauth2/token", self.url)).basic_auth(id, Some(secret)).form(&form))
+    }
+
     /// Sends, and turns a refusal into an error that says what was wrong and what to do.
     pub async fn send(&self, request: RequestBuilder) -> anyhow::Result<Response> {
         let answer = request.send().await.with_context(|| format!("the daemon at {} does not answer", self.url))?;

@@ -77,6 +77,9 @@ enum Command {
     /// Clients, access tokens, operation tokens
     #[command(subcommand)]
     Token(token::TokenCommand),
+    /// The keys that sign access tokens
+    #[command(subcommand)]
+    Key(token::KeyCommand),
     /// Ask the policy, see and change the entities it knows
     #[command(subcommand)]
     Policy(policy::PolicyCommand),
@@ -121,6 +124,7 @@ pub fn run() -> ExitCode {
             Command::Audit(command) => audit::run(&global, command).await,
             Command::State(command) => state::run(&global, command).await,
             Command::Token(command) => token::run(&global, command).await,
+            Command::Key(command) => token::keys(&global, command).await,
             Command::Policy(command) => policy::run(&global, command).await,
             Command::Nexus(command) => nexus::run(&global, command).await,
             Command::Health(command) => health::run(&global, command).await,

@@ -123,6 +123,57 @@ async fn clients_tokens_and_the_policy_from_the_command_line() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn clients_are_looked_after_and_keys_replaced_from_the_command_line() {
+    let db = database().await;
+    let daemon = Launch::on(db.url()).start().await;
+    let client = Client::of(&daemon);
+    let register = ["token", "register", "ARP", "--agent-type", "system", "--exchange", "--json"];
+    let made: Value = serde_json::from_str(&sop(&daemon, &register).await.1).unwrap();
+    assert_eq!(made["scope"], "state nexus health", "what its type may");
+    let (id, secret) = (made["client_id"].as_str().unwrap(), made["client_secret"].as_str().unwrap());
+    let (_, all) = sop(&daemon, &["token", "clients"]).await;
+    assert!(
+        all.lines().any(|l| l.starts_with(id) && l.contains("system") && l.ends_with("never used                ARP")),
+        "{all}"
+    );
+    let token = client.with(id, secret).token().await;
+    // Ended one by one, by its id, and all; the client is disabled and enabled.
+    let (fine, said) = sop(&daemon, &["token", "end", "--token", &token, "--family", "--reason", "lost"]).await;
+    assert!(fine && said.starts_with("token ") && said.contains(id), "{said}");
+    let (fine, said) = sop(&daemon, &["token", "end", id]).await;
+    assert!(fine && said.starts_with("all tokens of "), "{said}");
+    assert!(!sop(&daemon, &["token", "end"]).await.0);
+    assert!(sop(&daemon, &["token", "disable", id, "--reason", "retired"]).await.0);
+    assert!(sop(&daemon, &["token", "clients"]).await.1.contains("ARP  (disabled)"));
+    assert!(!sop(&daemon, &["token", "disable", id]).await.0, "once");
+    assert!(sop(&daemon, &["token", "enable", id]).await.0);
+    assert_eq!(sop(&daemon, &["token", "lockouts"]).await.1, "nobody is locked out\n");
+    assert!(!sop(&daemon, &["token", "release", id]).await.0);
+    // A todo, its step, and the end of both.
+    let todo = ["token", "operation", "deploy", "--kind", "todo", "--json"];
+    let todo: Value = serde_json::from_str(&sop(&daemon, &todo).await.1).unwrap();
+    let step = ["token", "operation", "deploy/copy", "--todo", todo["token"].as_str().unwrap()];
+    let (fine, step) = sop(&daemon, &step).await;
+    assert!(fine, "{step}");
+    let (_, listed) = sop(&daemon, &["token", "operations"]).await;
+    assert!(
+        listed.contains("active     1/100  deploy\n") && listed.contains("active     0/1  deploy/copy"),
+        "{listed}"
+    );
+    assert!(sop(&daemon, &["token", "complete", todo["id"].as_str().unwrap()]).await.0);
+    assert!(!sop(&daemon, &["token", "use", step.lines().next().unwrap(), "deploy/copy"]).await.0);
+    let (_, listed) = sop(&daemon, &["token", "operations"]).await;
+    assert!(listed.contains("completed") && listed.contains("revoked"), "{listed}");
+    // Keys.
+    let (_, before) = sop(&daemon, &["key", "ls"]).await;
+    assert!(before.lines().count() == 2 && before.contains("EdDSA  active"), "{before}");
+    let (fine, said) = sop(&daemon, &["key", "rotate"]).await;
+    assert!(fine && said.contains(" signs from "), "{said}");
+    assert!(sop(&daemon, &["key", "ls"]).await.1.contains("pending"));
+    record::check(&db).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn an_operator_at_the_machine_gets_back_in_and_the_record_says_so() {
     let db = database().await;
     let mut daemon = Launch::on(db.url()).start().await;
