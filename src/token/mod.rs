@@ -17,6 +17,7 @@ mod jwks;
 mod jwt;
 mod keys;
 mod lockout;
+mod metrics;
 mod model;
 mod oauth;
 mod operations;
@@ -29,7 +30,7 @@ use std::sync::atomic::{AtomicI64, Ordering};
 use std::sync::{Arc, OnceLock, Weak};
 use std::time::Duration;
 
-use prometheus::{Histogram, HistogramOpts, IntCounter, IntCounterVec, Opts, Registry};
+use prometheus::Registry;
 
 use crate::config::{self, Agents};
 use crate::kernel::crypto::{self, Hash, MasterKey};
@@ -42,7 +43,9 @@ use crate::store::Store;
 
 use jwks::Fetcher;
 use jwt::Claims;
+use keys::Alg;
 use lockout::{Failures, Limits};
+use metrics::Counted;
 pub use model::Allowance;
 use model::entity;
 pub use snapshot::Snapshot;
@@ -89,60 +92,6 @@ pub struct Room {
     services: Arc<OnceLock<Arc<dyn Services>>>,
     verified: moka::sync::Cache<Hash, Arc<Verified>>,
     counted: Counted,
-}
-
-#[derive(Clone)]
-struct Counted {
-    issued: IntCounterVec,
-    refused: IntCounterVec,
-    revoked: IntCounterVec,
-    limited: IntCounterVec,
-    fetched: IntCounterVec,
-    operations: IntCounterVec,
-    uses: IntCounterVec,
-    lockouts: IntCounter,
-    verify: Histogram,
-}
-
-impl Counted {
-    fn new(registry: &Registry) -> Result<Self, prometheus::Error> {
-        let counter = |name: &str, help: &str, label: &str| -> Result<IntCounterVec, prometheus::Error> {
-            let c = IntCounterVec::new(Opts::new(name, help), &[label])?;
-            registry.register(Box::new(c.clone()))?;
-            Ok(c)
-        };
-        let issued = counter("sop_token_issued_total", "Access tokens issued", "grant")?;
-        let refused = counter("sop_token_refused_total", "Authentications refused", "reason")?;
-        let revoked = counter("sop_token_revoked_total", "Tokens ended before their time", "what")?;
-        let limited = counter("sop_token_limited_total", "Refused because an hourly quota was spent", "quota")?;
-        for quota in [VERIFICATIONS, GENERATIONS] {
-            limited.with_label_values(&[quota]).inc_by(0);
-        }
-        let fetched =
-            counter("sop_token_jwks_fetches_total", "Key sets of clients fetched from their jwks_uri", "outcome")?;
-        for outcome in ["ok", "failed"] {
-            fetched.with_label_values(&[outcome]).inc_by(0);
-        }
-        let operations = counter("sop_token_operations_issued_total", "Operation tokens issued", "kind")?;
-        let uses = counter("sop_token_operation_uses_total", "Uses of operation tokens", "outcome")?;
-        let lockouts = IntCounter::new("sop_token_lockouts_total", "Clients locked out after too many failures")?;
-        registry.register(Box::new(lockouts.clone()))?;
-        let opts = HistogramOpts::new("sop_token_verify_seconds", "Time to verify the access token of a request");
-        let verify = Histogram::with_opts(opts.buckets(prometheus::exponential_buckets(0.000_001, 2.0, 12)?))?;
-        registry.register(Box::new(verify.clone()))?;
-        for grant in ["client_credentials", "token-exchange"] {
-            issued.with_label_values(&[grant]).inc_by(0);
-        }
-        refused.with_label_values(&["client"]).inc_by(0);
-        uses.with_label_values(&["ok"]).inc_by(0);
-        for kind in ["operation", "todo", "integration", "test"] {
-            operations.with_label_values(&[kind]).inc_by(0);
-        }
-        for what in ["token", "client"] {
-            revoked.with_label_values(&[what]).inc_by(0);
-        }
-        Ok(Self { issued, refused, revoked, limited, fetched, operations, uses, lockouts, verify })
-    }
 }
 
 /// Knows which clients a service is.
@@ -257,6 +206,7 @@ impl Token {
             let (room, kept) = (room.clone(), kept.clone());
             async move {
                 let now = room.clock.now();
+                room.count_keys(now);
                 let seen = room.snapshot.seen(Timestamp::from_millis(kept.load(Ordering::Relaxed)));
                 if !seen.is_empty() {
                     let mut conn = room.store.reader().acquire().await?;
@@ -276,6 +226,15 @@ impl Token {
                 store::tidy(&mut conn, now).await.map_err(Into::into)
             }
         }));
+    }
+
+    /// Says how old the keys are that sign now, and how many tokens are held as revoked.
+    fn count_keys(&self, now: Timestamp) {
+        for alg in Alg::ALL {
+            let age = self.snapshot.signing_since(alg, now).map_or(0, |since| now.since(since).as_secs());
+            self.counted.key_age.with_label_values(&[alg.as_str()]).set(i64::try_from(age).unwrap_or(i64::MAX));
+        }
+        self.counted.held.set(i64::try_from(self.snapshot.revocations()).unwrap_or(i64::MAX));
     }
 
     /// A connection for reading.

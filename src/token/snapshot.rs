@@ -83,9 +83,22 @@ impl Snapshot {
 
     /// The key that signs now: of those that may, the one that was announced last.
     pub(super) fn signer(&self, alg: Alg, now: Timestamp) -> Option<Arc<TokenKey>> {
-        let view = self.view();
+        self.signing(alg, now).map(|k| k.key.clone())
+    }
+
+    /// Since when the key signs that signs now.
+    pub(super) fn signing_since(&self, alg: Alg, now: Timestamp) -> Option<Timestamp> {
+        self.signing(alg, now).map(|k| k.active_at)
+    }
+
+    fn signing(&self, alg: Alg, now: Timestamp) -> Option<Arc<Kept>> {
         let may = |k: &&Arc<Kept>| k.key.alg() == alg && k.active_at <= now && k.ends_at.is_none_or(|t| t > now);
-        view.keys.iter().find(may).map(|k| k.key.clone())
+        self.view().keys.iter().find(may).cloned()
+    }
+
+    /// How many tokens are held as revoked.
+    pub(super) fn revocations(&self) -> usize {
+        self.view().revoked.len()
     }
 
     /// The keys that are listed, newest first.
