@@ -90,15 +90,16 @@ async fn revoke(
     Ok((StatusCode::OK, [(header::CACHE_CONTROL, "no-store")]).into_response())
 }
 
-fn base(headers: &HeaderMap) -> String {
+/// Where the daemon is, as the request has it.
+fn base(headers: &HeaderMap, room: &Token) -> String {
     let host = headers.get(header::HOST).and_then(|h| h.to_str().ok()).unwrap_or("localhost");
-    format!("http://{host}")
+    format!("{}://{host}", room.scheme)
 }
 
 /// What the authorization server can do (RFC 8414)
 #[utoipa::path(get, path = "/.well-known/oauth-authorization-server", tag = "oauth", responses((status = 200, body = Object)))]
 async fn metadata(Room(room): Room<Token>, headers: HeaderMap) -> Response {
-    let base = base(&headers);
+    let base = base(&headers, &room);
     let methods = json!(["client_secret_basic", "client_secret_post", "private_key_jwt"]);
     let algorithms = json!(["EdDSA", "ES256", "RS256", "PS256"]);
     let body = json!({

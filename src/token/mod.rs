@@ -80,6 +80,7 @@ pub struct Room {
     snapshot: Arc<Snapshot>,
     master: Arc<MasterKey>,
     issuer: Arc<str>,
+    scheme: &'static str,
     ttl: Duration,
     lead: Duration,
     lockout: Limits,
@@ -169,6 +170,7 @@ impl Token {
             window: config.lockout_window.get(),
             period: config.lockout_period.get(),
         };
+        let scheme = if parts.url.starts_with("https:") { "https" } else { "http" };
         let offered = config.issuer.unwrap_or(parts.url);
         let issuer = parts.ledger.settle("token.issuer", offered.as_bytes()).await?;
         let counted = Counted::new(&parts.registry).map_err(Refusal::internal)?;
@@ -179,6 +181,7 @@ impl Token {
             store: parts.store,
             clock: parts.clock.clone(),
             snapshot: parts.snapshot,
+            scheme,
             issuer: String::from_utf8_lossy(&issuer).into(),
             master: parts.master,
             ttl: config.ttl.get(),

@@ -43,7 +43,7 @@ async fn register(
     let ask = Token::about("token:register", "new");
     let done = room.ledger.write(&caller, &[ask], Register { issued, why: Why::Asked }).await?;
     let issued = done.value;
-    let mut shown = clients::shown(&issued.client, &base(&headers));
+    let mut shown = clients::shown(&issued.client, &base(&headers, &room));
     shown["registration_access_token"] = issued.registration.into();
     if let Some(secret) = issued.secret {
         shown["client_secret"] = secret.into();
@@ -93,7 +93,7 @@ async fn read_client(
     Path(id): Path<String>,
 ) -> Result<Response, OAuthError> {
     let (_, client) = manager(&room, caller, &headers, info, &id, "token:client-read").await?;
-    Ok(private(StatusCode::OK, &clients::shown(&client, &base(&headers))))
+    Ok(private(StatusCode::OK, &clients::shown(&client, &base(&headers, &room))))
 }
 
 /// Replace a registration (RFC 7592)
@@ -124,7 +124,7 @@ async fn update_client(
     }
     let ask = Token::about("token:client-update", &id);
     let done = room.ledger.write(&caller, &[ask], Update { client }).await?;
-    Ok(at(private(StatusCode::OK, &clients::shown(&done.value, &base(&headers))), done.index))
+    Ok(at(private(StatusCode::OK, &clients::shown(&done.value, &base(&headers, &room))), done.index))
 }
 
 /// Delete a client; its tokens end at once (RFC 7592)
