@@ -182,6 +182,31 @@ fn furniture(sources: &[Source]) -> Vec<String> {
     wrong
 }
 
+/// Tests that the threat model names are there: `` `file::test` `` in tests/suite, `` `room::file` `` after "unit" in src.
+fn promises(sources: &[Source]) -> Vec<String> {
+    let mut wrong = Vec::new();
+    let there = |path: &str| sources.iter().find(|(p, _)| p == path).map(|(_, text)| text);
+    for (path, text) in sources.iter().filter(|(path, _)| path.ends_with("docs/threat-model.md")) {
+        let mut parts = text.split('`');
+        let mut before = parts.next().unwrap_or_default();
+        while let (Some(name), after) = (parts.next(), parts.next().unwrap_or_default()) {
+            if let Some((file, test)) = name.split_once("::") {
+                let found = if before.ends_with("unit ") {
+                    there(&format!("src/{file}/{test}.rs")).is_some_and(|text| text.contains("#[test]"))
+                } else {
+                    let text = there(&format!("tests/suite/{file}.rs"));
+                    text.is_some_and(|text| test == "*" || text.contains(&format!("fn {test}(")))
+                };
+                if !found {
+                    wrong.push(format!("{path}: there is no test `{name}`: name the one that shows it"));
+                }
+            }
+            before = after;
+        }
+    }
+    wrong
+}
+
 fn read(dir: &Path, root: &Path, into: &mut Vec<Source>) {
     for entry in fs::read_dir(dir).into_iter().flatten().flatten() {
         let path = entry.path();
@@ -193,7 +218,7 @@ fn read(dir: &Path, root: &Path, into: &mut Vec<Source>) {
     }
 }
 
-const CHECKS: [Check; 9] = [floors, sql, spawn, clock, environment, shape, stubs, openings, furniture];
+const CHECKS: [Check; 10] = [floors, sql, spawn, clock, environment, shape, stubs, openings, furniture, promises];
 
 #[test]
 fn the_house_is_in_order() {
@@ -210,7 +235,8 @@ fn the_house_is_in_order() {
 #[test]
 fn every_check_bites() {
     let long = format!("fn f() {{\n{}}}\n", "    x();\n".repeat(70));
-    let samples: [(Check, &str, &str); 12] = [
+    let samples: [(Check, &str, &str); 13] = [
+        (promises, "docs/threat-model.md", "| x | `audit::nothing_of_the_kind` |\n"),
         (floors, "src/kernel/a.rs", "use crate::ledger::Entry;\n"),
         (floors, "src/token/a.rs", "use crate::state::kv;\n"),
         (sql, "src/state/mod.rs", "let q = \"SELECT 1\";\n"),

@@ -212,7 +212,9 @@ async fn leaves(source: &Source, checkpoint: Checkpoint, seen: Option<Checkpoint
     };
     let first = verifier.next() / WIDTH;
     let ahead = if matches!(source, Source::Folder(_)) { 1 } else { AHEAD };
-    let starts = (first..size.div_ceil(WIDTH)).map(|n| n * WIDTH);
+    // Nothing may be new: then there is nothing to read.
+    let end = if verifier.next() < size { size.div_ceil(WIDTH) } else { first };
+    let starts = (first..end).map(|n| n * WIDTH);
     let mut pieces = std::pin::pin!(stream::iter(starts.map(|from| piece(source, from, size))).buffered(ahead));
     let mut above = Above::default();
     while let Some(read) = pieces.next().await {

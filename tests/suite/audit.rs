@@ -251,9 +251,11 @@ async fn a_saved_log_verifies_offline_and_each_change_of_it_is_named() {
     let dir = save(true).await;
     let (fine, said) = verify(dir.clone()).await;
     assert!(fine && said.contains("details checked"), "{said}");
-    let (fine, said) =
-        sop(&["verify", "--data-dir", &data, "--since", &dir.join("checkpoint").display().to_string()]).await;
+    let since = dir.join("checkpoint").display().to_string();
+    let (fine, said) = sop(&["verify", "--data-dir", &data, "--since", &since]).await;
     assert!(fine, "{said}");
+    let (fine, said) = sop(&["verify", &dir.display().to_string(), "--key", &key, "--since", &since]).await;
+    assert!(fine, "nothing is new: {said}");
     let partial = |kind: &str| std::fs::read_dir(dir.join(kind)).unwrap().next().unwrap().unwrap().path();
     for (file, at, named) in [
         (partial("tile/entries/000.p"), 20, "entry 0"),

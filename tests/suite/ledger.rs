@@ -94,14 +94,13 @@ async fn a_holder_that_stalls_is_ended_and_does_no_harm() {
     let (a, b) = (Client::of(&one), Client::of(&one).also_of(&two));
     a.put("k", "0").await.unwrap();
     b.token().await;
+    // The first daemon knows what the second wrote, or its statement would find the head moved and hold nothing.
+    a.put("k", "1").await.unwrap();
     // Between Execute and Sync the server is `active`: the idle limit of the session never comes.
     let stall = proxy.arm(Fault::stall().on("UPDATE ledger.head"));
     let stalled = tokio::spawn({
-        let a = a.also_of(&one);
-        async move {
-            let _ = a.token().await;
-            a.put("k", "stalled").await
-        }
+        let a = a.clone_at_self();
+        async move { a.put("k", "stalled").await }
     });
     stall.hit().await;
     let began = tokio::time::Instant::now();
@@ -111,8 +110,11 @@ async fn a_holder_that_stalls_is_ended_and_does_no_harm() {
     // What the stalled one was doing is done again, or refused; never half done.
     let _ = stalled.await;
     a.put("after", "1").await.expect("the stalled daemon serves again");
-    let (_, page) = b.get("/v1/audit/entries?action=ledger:end-session").await;
-    assert!(!page["items"].as_array().unwrap().is_empty(), "it is in the record: {page}");
+    until("the end of its session to be in the record", Duration::from_secs(5), || async {
+        let (_, page) = b.get("/v1/audit/entries?action=ledger:end-session").await;
+        !page["items"].as_array().unwrap().is_empty()
+    })
+    .await;
     record::check(&db).await;
 }
 
@@ -153,14 +155,12 @@ async fn a_frozen_daemon_is_left_behind_and_wakes_up_harmless() {
     let (a, b) = (Client::of(&one), Client::of(&one).also_of(&two));
     a.put("k", "0").await.unwrap();
     b.token().await;
+    a.put("k", "1").await.unwrap();
     // The daemon freezes with the head locked: its answer is held, and then it is stopped.
     let hold = proxy.arm(Fault::hold_after().on("UPDATE ledger.head"));
     let writing = tokio::spawn({
-        let a = a.also_of(&one);
-        async move {
-            let _ = a.token().await;
-            a.put("k", "frozen").await
-        }
+        let a = a.clone_at_self();
+        async move { a.put("k", "frozen").await }
     });
     hold.hit().await;
     one.freeze();
