@@ -41,13 +41,14 @@ pub(super) fn start(
 ) -> watch::Receiver<i64> {
     let (tell, told) = watch::channel(-1);
     let (db, index) = (db.clone(), ledger.watch_index());
-    tasks.start(Task::restarting("audit/search", move |stop| {
+    let task = Task::restarting("audit/search", move |stop| {
         let (db, mut index, tell, metrics) = (db.clone(), index.clone(), tell.clone(), metrics.clone());
         let hurry = hurry.clone();
         async move {
+            let mut conn = db.dedicated("search").await?;
             loop {
                 index.mark_unchanged();
-                let at = round(&db).await?;
+                let at = round(&mut conn).await?;
                 metrics.indexed.set(at);
                 tell.send_if_modified(|known| std::mem::replace(known, at) != at);
                 tokio::select! {
@@ -61,13 +62,14 @@ pub(super) fn start(
                 }
             }
         }
-    }));
+    });
+    // Taking entries apart is milliseconds of work at a time: no request is to wait behind it.
+    tasks.start(task.apart());
     told
 }
 
 /// Takes in what is new; answers how far the search has come, by whichever daemon.
-async fn round(db: &Store) -> Result<i64, TaskError> {
-    let mut conn = db.reader().acquire().await?;
+async fn round(conn: &mut PgConnection) -> Result<i64, TaskError> {
     loop {
         let mut tx = conn.begin().await?;
         // What is derived can be derived again: it need not make the writer's commits wait for the disk.
@@ -75,7 +77,7 @@ async fn round(db: &Store) -> Result<i64, TaskError> {
         let Some(at) = store::take_indexed(&mut tx).await? else {
             // Another daemon is at it.
             drop(tx);
-            return Ok(store::indexed(&mut conn).await?);
+            return Ok(store::indexed(conn).await?);
         };
         // Up to the end of a block, so that whole blocks are mostly made from what is at hand.
         let most = PAGE - (at + 1).rem_euclid(BLOCK);
