@@ -5,7 +5,7 @@ SHELL := /bin/bash
 DATA ?= ./data
 CARGO ?= cargo
 
-# Clients that nobody here wrote, pinned in tests/clients/requirements.txt.
+# Clients that nobody here wrote, pinned in tests/clients/requirements.txt and package-lock.json.
 CLIENTS := $(or $(CARGO_TARGET_DIR),target)/clients
 
 .PHONY: help run test test-clients lint fmt bench postgres clean
@@ -19,11 +19,16 @@ run: postgres ## Build and serve on a private PostgreSQL in ./data
 test: postgres lint ## Everything: format, lints, all tests (they start PostgreSQL themselves)
 	$(CARGO) test --locked --all-targets
 
-test-clients: postgres ## Clients of others against a real daemon (needs python3 and the network to install them)
+test-clients: postgres ## Clients of others against a real daemon (needs python3, node 20 with npm, and the network to install them)
+	@command -v npm >/dev/null && node -e 'process.exit(parseInt(process.versions.node) < 20 ? 1 : 0)' || \
+	    { echo "the clients of others need node, 20 or later, with npm; nothing was run" >&2; exit 1; }
 	$(CARGO) build --locked
 	python3 -m venv $(CLIENTS) && $(CLIENTS)/bin/pip install -q --disable-pip-version-check -r tests/clients/requirements.txt
 	cd tests/clients && SOP=$(abspath $(or $(CARGO_TARGET_DIR),target)/debug/sop) PYTHONDONTWRITEBYTECODE=1 \
 	    $(abspath $(CLIENTS))/bin/python -m unittest -v
+	mkdir -p $(CLIENTS)/node && rm -f $(CLIENTS)/node/*.mjs && cp tests/clients/package*.json tests/clients/*.mjs $(CLIENTS)/node
+	cd $(CLIENTS)/node && npm ci --silent --no-audit --no-fund && \
+	    SOP=$(abspath $(or $(CARGO_TARGET_DIR),target)/debug/sop) node --test --test-reporter=spec
 
 lint: ## rustfmt and clippy, warnings denied
 	$(CARGO) fmt --check

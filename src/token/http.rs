@@ -71,7 +71,7 @@ async fn introspect(
     Body(body): Body,
 ) -> Result<Response, OAuthError> {
     let form = Form::parse(&headers, &body)?;
-    let proven = room.prove(&headers, &form, &info, true).await?;
+    let proven = room.prove_once(&headers, &form, &info).await?;
     Ok(private(StatusCode::OK, &room.introspect(&form, &proven)?))
 }
 
@@ -85,7 +85,7 @@ async fn revoke(
     Body(body): Body,
 ) -> Result<Response, OAuthError> {
     let form = Form::parse(&headers, &body)?;
-    let proven = room.prove(&headers, &form, &info, true).await?;
+    let proven = room.prove_once(&headers, &form, &info).await?;
     room.revoke(&form, &proven, info).await?;
     Ok((StatusCode::OK, [(header::CACHE_CONTROL, "no-store")]).into_response())
 }
@@ -101,7 +101,7 @@ fn base(headers: &HeaderMap, room: &Token) -> String {
 async fn metadata(Room(room): Room<Token>, headers: HeaderMap) -> Response {
     let base = base(&headers, &room);
     let methods = json!(["client_secret_basic", "client_secret_post", "private_key_jwt"]);
-    let algorithms = json!(["EdDSA", "ES256", "RS256", "PS256"]);
+    let algorithms = json!(["EdDSA", "Ed25519", "ES256", "RS256", "PS256"]);
     let body = json!({
         "issuer": room.issuer(),
         "token_endpoint": format!("{base}/oauth2/token"),

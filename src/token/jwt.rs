@@ -100,7 +100,7 @@ impl Audience {
     }
 }
 
-/// The header of a token: these members, each once, and no other.
+/// The header of a token of ours: these members, each once, and no other.
 #[derive(Clone, Debug, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Header {
@@ -114,9 +114,15 @@ pub struct Header {
     pub kid: Option<String>,
 }
 
-/// The header of a token, if it is one that may be looked at: three canonical base64url parts, no member but those.
+/// The header of a token of ours.
 #[must_use]
 pub fn header(token: &str) -> Option<Header> {
+    serde_json::from_slice(&head(token)?).ok()
+}
+
+/// The text of the header of a token, if it is one that may be looked at: three canonical base64url parts.
+#[must_use]
+pub fn head(token: &str) -> Option<Vec<u8>> {
     if token.len() > LONGEST {
         return None;
     }
@@ -124,8 +130,8 @@ pub fn header(token: &str) -> Option<Header> {
     let [head, body, signature] = parts.as_slice() else { return None };
     // Canonical: no padding, no spare bits. Otherwise one token would have many spellings.
     let canonical = |p: &str| crypto::from_base64url(p).filter(|b| crypto::base64url(b) == p);
-    let (header, _, _) = (canonical(head)?, canonical(body)?, canonical(signature)?);
-    serde_json::from_slice(&header).ok()
+    let (head, _, _) = (canonical(head)?, canonical(body)?, canonical(signature)?);
+    Some(head)
 }
 
 /// Reads an access token of ours: header, key, signature, issuer, times. `now` is in seconds.

@@ -81,6 +81,8 @@ pub struct Room {
     master: Arc<MasterKey>,
     issuer: Arc<str>,
     scheme: &'static str,
+    /// The URLs of its token endpoint, one of which an assertion may be for.
+    endpoints: Vec<String>,
     ttl: Duration,
     lead: Duration,
     lockout: Limits,
@@ -158,6 +160,23 @@ impl Verified {
     }
 }
 
+/// What the token endpoint of this daemon is called: by the issuer, by the address that was bound, and, if that is a loopback one,
+/// by the others of the same port. Never by the `Host` of a request: whoever sends it could make an assertion that was meant for
+/// another server one for this.
+fn endpoints(bound: &str, issuer: &str) -> Vec<String> {
+    let mut names = vec![issuer.to_owned(), bound.to_owned()];
+    let port = |prefix: &str| bound.strip_prefix(prefix).and_then(|rest| rest.split_once(':'));
+    for scheme in ["http", "https"] {
+        if let Some(("127.0.0.1" | "[", port)) = port(&format!("{scheme}://")) {
+            let port = port.rsplit(':').next().unwrap_or(port);
+            names.extend(["127.0.0.1", "localhost", "[::1]"].map(|host| format!("{scheme}://{host}:{port}")));
+        }
+    }
+    names.sort();
+    names.dedup();
+    names.into_iter().map(|name| format!("{name}/oauth2/token")).collect()
+}
+
 impl Token {
     /// Opens the room: settles the issuer, and makes the first signing key.
     ///
@@ -171,7 +190,7 @@ impl Token {
             period: config.lockout_period.get(),
         };
         let scheme = if parts.url.starts_with("https:") { "https" } else { "http" };
-        let offered = config.issuer.unwrap_or(parts.url);
+        let offered = config.issuer.unwrap_or_else(|| parts.url.clone());
         let issuer = parts.ledger.settle("token.issuer", offered.as_bytes()).await?;
         let counted = Counted::new(&parts.registry).map_err(Refusal::internal)?;
         let private = config.jwks_private;
@@ -182,6 +201,7 @@ impl Token {
             clock: parts.clock.clone(),
             snapshot: parts.snapshot,
             scheme,
+            endpoints: endpoints(&parts.url, &String::from_utf8_lossy(&issuer)),
             issuer: String::from_utf8_lossy(&issuer).into(),
             master: parts.master,
             ttl: config.ttl.get(),
@@ -395,5 +415,25 @@ impl Token {
             && self.snapshot.counts(&c.key, now.seconds())
             && self.snapshot.accepts(&c.clients, c.index, now)
             && !self.snapshot.revoked(&c.tokens)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::endpoints;
+
+    #[test]
+    fn the_token_endpoint_has_the_names_of_the_daemon_and_no_other() {
+        let all = endpoints("http://127.0.0.1:7070", "http://127.0.0.1:7070").join(" ");
+        assert_eq!(
+            all,
+            "http://127.0.0.1:7070/oauth2/token http://[::1]:7070/oauth2/token http://localhost:7070/oauth2/token"
+        );
+        assert!(
+            endpoints("http://[::1]:7070", "https://sop.example")
+                .contains(&"http://localhost:7070/oauth2/token".into())
+        );
+        let outside = endpoints("https://10.0.0.7:443", "https://sop.example");
+        assert_eq!(outside, ["https://10.0.0.7:443/oauth2/token", "https://sop.example/oauth2/token"]);
     }
 }

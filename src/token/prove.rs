@@ -4,20 +4,20 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 use axum::http::HeaderMap;
-use jsonwebtoken::{Algorithm, DecodingKey, Validation};
+use jsonwebtoken::{Algorithm, DecodingKey};
 use serde::Deserialize;
 use serde_json::Value;
 
 use crate::kernel::web::{Ask, Authority, Caller, Identity, Permit, RequestInfo, block};
 use crate::kernel::{BoxFuture, Clock, Refusal, Timestamp, crypto, problem};
-use crate::ledger::{Ledger, authz_fact};
+use crate::ledger::{Command, Entry, Failure, Ledger, Tx, authz_fact};
 
 use super::Token;
 use super::form::{Claimed, Form, OAuthError};
 use super::jwt::{self, Audience, LEEWAY};
 use super::model::{AuthMethod, Client};
 use super::snapshot::Snapshot;
-use super::store::Registered;
+use super::store::{self, Registered};
 
 /// The longest an assertion may be good for, seconds: that long its id is remembered.
 const ASSERTION_MOST: i64 = 3600;
@@ -72,12 +72,13 @@ struct Assertion {
     iss: String,
     sub: String,
     aud: Audience,
-    exp: i64,
+    // Numbers that may have fractions (RFC 7519, 2).
+    exp: f64,
     jti: String,
     #[serde(default)]
-    nbf: Option<i64>,
+    nbf: Option<f64>,
     #[serde(default)]
-    iat: Option<i64>,
+    iat: Option<f64>,
 }
 
 impl Token {
@@ -135,6 +136,27 @@ impl Token {
         }
     }
 
+    /// Who the client is, where nothing is recorded by which its assertion would be used up: it is used up here.
+    pub(super) async fn prove_once(
+        &self,
+        headers: &HeaderMap,
+        form: &Form,
+        info: &Arc<RequestInfo>,
+    ) -> Result<Proven, OAuthError> {
+        let proven = self.prove(headers, form, info, true).await?;
+        let Some(assertion) = proven.assertion else { return Ok(proven) };
+        let use_up = UseUp { client_id: proven.client().client_id.clone(), assertion };
+        match self.ledger.write(&self.vouched(&proven, info.clone()), &[], use_up).await {
+            Ok(_) => Ok(proven),
+            Err(r) if r.problem() == &problem::CONFLICT => {
+                self.counted.refused.with_label_values(&["replay"]).inc();
+                Err(OAuthError::invalid_client(false))
+            }
+            Err(r) if r.problem() == &problem::UNAUTHENTICATED => Err(OAuthError::changed()),
+            Err(r) => Err(r.into()),
+        }
+    }
+
     /// The client, as far as this daemon knows. `Err(true)`: it is locked out.
     async fn look(&self, claimed: &Claimed, info: &RequestInfo) -> Result<Proven, bool> {
         let at = self.ledger.index();
@@ -162,18 +184,15 @@ impl Token {
 
     /// Checks a client assertion (RFC 7523, 3). Whether it was used before is seen when it is used.
     async fn assertion(&self, text: &str, id: Option<&str>, at: i64) -> Option<Proven> {
-        let header = jwt::header(text)?;
+        let header: Signed = serde_json::from_slice(&jwt::head(text)?).ok()?;
         // Typed otherwise, it was made for something else (RFC 8725, 3.11).
         if !matches!(header.typ.as_deref(), None | Some("JWT" | "jwt" | "client-authentication+jwt")) {
             return None;
         }
-        let algorithm = match header.alg.as_str() {
-            "EdDSA" => Algorithm::EdDSA,
-            "ES256" => Algorithm::ES256,
-            "RS256" => Algorithm::RS256,
-            "PS256" => Algorithm::PS256,
-            _ => return None,
-        };
+        let (algorithm, kind) = header.algorithm()?;
+        if [&header.crit, &header.jwk, &header.jku, &header.x5u].iter().any(|m| m.is_some()) {
+            return None;
+        }
         // Whose keys to use is what it says of itself; that it says the truth is what the signature then shows.
         let body = text.split('.').nth(1).and_then(crypto::from_base64url)?;
         let claimed: Assertion = serde_json::from_slice(&body).ok()?;
@@ -193,29 +212,93 @@ impl Token {
             (None, Some(jwks)) => jwks["keys"].as_array()?,
             (None, None) => return None,
         };
-        let fits = |k: &&Value| kid.is_none_or(|kid| k["kid"].as_str().is_none_or(|have| have == kid));
-        let signed = keys.iter().filter(fits).any(|key| signed(text, key, algorithm));
-        let now = self.clock.now().seconds();
-        let for_us = claimed.aud.names(&self.issuer) || claimed.aud.names(&format!("{}/oauth2/token", self.issuer));
+        let signed = keys.iter().filter(|k| header.fits(k, kind)).any(|key| signed(text, key, algorithm));
+        let now = self.clock.now().seconds() as f64;
+        let for_us = claimed.aud.names(&self.issuer) || self.endpoints.iter().any(|e| claimed.aud.names(e));
+        let (leeway, most) = (LEEWAY as f64, (ASSERTION_MOST + LEEWAY) as f64);
         let timely = claimed.exp > now
-            && claimed.exp <= now + ASSERTION_MOST
-            && claimed.nbf.is_none_or(|t| t <= now + LEEWAY)
-            && claimed.iat.is_none_or(|t| t <= now + LEEWAY);
+            && claimed.exp <= now + most
+            && claimed.nbf.is_none_or(|t| t <= now + leeway)
+            && claimed.iat.is_none_or(|t| t <= now + leeway);
         if !signed || !for_us || !timely || claimed.jti.is_empty() {
             return None;
         }
         let digest = crypto::sha256(format!("{}\n{}", client.client_id, claimed.jti).as_bytes());
-        let assertion = Some((digest, Timestamp::from_millis(claimed.exp * 1000)));
+        let assertion = Some((digest, Timestamp::from_millis((claimed.exp * 1000.0) as i64)));
         Some(Proven { registered, assertion, at })
     }
 }
 
+/// The header of an assertion. Others make these: what is not understood is ignored, unless `crit` says that it must not be. One
+/// that brings a key, or says where there is one, is an attack or a mistake (RFC 8725, 3.10).
+#[derive(Deserialize)]
+struct Signed {
+    alg: String,
+    #[serde(default)]
+    typ: Option<String>,
+    #[serde(default)]
+    kid: Option<String>,
+    #[serde(default)]
+    crit: Option<Value>,
+    #[serde(default)]
+    jwk: Option<Value>,
+    #[serde(default)]
+    jku: Option<Value>,
+    #[serde(default)]
+    x5u: Option<Value>,
+}
+
+impl Signed {
+    fn algorithm(&self) -> Option<(Algorithm, &'static str)> {
+        match self.alg.as_str() {
+            // Two names of one (RFC 8037, RFC 9864).
+            "EdDSA" | "Ed25519" => Some((Algorithm::EdDSA, "OKP")),
+            "ES256" => Some((Algorithm::ES256, "EC")),
+            "RS256" => Some((Algorithm::RS256, "RSA")),
+            "PS256" => Some((Algorithm::PS256, "RSA")),
+            _ => None,
+        }
+    }
+
+    /// Whether a key may have signed it: by its id, its type, and what it says it is for.
+    fn fits(&self, key: &Value, kind: &str) -> bool {
+        let same = |name: &str| if name == "Ed25519" { "EdDSA".to_owned() } else { name.to_owned() };
+        let said = |name: &str| key[name].as_str();
+        self.kid.as_deref().is_none_or(|kid| said("kid").is_none_or(|have| have == kid))
+            && said("kty") == Some(kind)
+            && said("alg").is_none_or(|alg| same(alg) == same(&self.alg))
+            && said("use").is_none_or(|used| used == "sig")
+    }
+}
+
+/// Whether this key signed it.
 fn signed(text: &str, key: &Value, algorithm: Algorithm) -> bool {
-    let jwk: Result<jsonwebtoken::jwk::Jwk, _> = serde_json::from_value(key.clone());
+    let mut bare = key.clone();
+    if let Some(members) = bare.as_object_mut() {
+        // Looked at already, and not all of their values are known to who reads the key.
+        ["alg", "use", "key_ops"].iter().for_each(|name| drop(members.remove(*name)));
+    }
+    let jwk: Result<jsonwebtoken::jwk::Jwk, _> = serde_json::from_value(bare);
     let Some(key) = jwk.ok().and_then(|jwk| DecodingKey::from_jwk(&jwk).ok()) else { return false };
-    let mut validation = Validation::new(algorithm);
-    validation.validate_exp = false;
-    validation.validate_aud = false;
-    validation.required_spec_claims.clear();
-    jsonwebtoken::decode::<Value>(text, &key, &validation).is_ok()
+    let Some((message, signature)) = text.rsplit_once('.') else { return false };
+    jsonwebtoken::crypto::verify(signature, message.as_bytes(), &key, algorithm).unwrap_or(false)
+}
+
+/// The use of an assertion for something that is not recorded with it.
+struct UseUp {
+    client_id: String,
+    assertion: ([u8; 32], Timestamp),
+}
+
+impl Command for UseUp {
+    type Out = ();
+
+    async fn apply(&mut self, tx: &mut Tx<'_>) -> Result<((), Entry), Failure> {
+        let (digest, expires) = &self.assertion;
+        if store::assertion_used(tx.read(), digest).await? {
+            return Err(Refusal::new(&problem::CONFLICT, "the assertion was used before").into());
+        }
+        store::use_assertion(tx.write(), digest, *expires).await?;
+        Ok(((), Entry::ok("token:prove", format!("client/{}", self.client_id))))
+    }
 }

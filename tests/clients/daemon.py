@@ -32,6 +32,10 @@ class Daemon:
         self.url = line.split()[1]
         with open(f"{self.dir}/admin.json", encoding="utf-8") as file:
             self.admin = json.load(file)
+        self.sign_in()
+
+    def sign_in(self):
+        """A token of the administrator's."""
         basic = b64encode(f"{self.admin['client_id']}:{self.admin['client_secret']}".encode()).decode()
         form = urllib.parse.urlencode({"grant_type": "client_credentials"}).encode()
         status, _, body = self.send("POST", "/oauth2/token", {"Authorization": f"Basic {basic}"}, form, token=False)
