@@ -75,7 +75,14 @@ impl crate::token::Services for Nexus {
     fn provides<'a>(&'a self, client: &'a str, service: &'a str) -> BoxFuture<'a, Result<bool, Refusal>> {
         Box::pin(async move {
             let mut conn = self.connection().await?;
-            service_rows::provides(&mut conn, client, service).await.map_err(|e| self.store.refusal(e))
+            service_rows::provides(&mut conn, Some(client), service).await.map_err(|e| self.store.refusal(e))
+        })
+    }
+
+    fn registered<'a>(&'a self, service: &'a str) -> BoxFuture<'a, Result<bool, Refusal>> {
+        Box::pin(async move {
+            let mut conn = self.connection().await?;
+            service_rows::provides(&mut conn, None, service).await.map_err(|e| self.store.refusal(e))
         })
     }
 }

@@ -62,7 +62,7 @@ impl Token {
         let claims = Claims {
             iss: self.issuer.to_string(),
             sub: from.sub.clone(),
-            aud: Audience::of(self.audience(form, client)?),
+            aud: Audience::of(self.audience(form, client).await?),
             exp,
             iat: now.seconds(),
             jti: ids::new_id(now).to_string(),

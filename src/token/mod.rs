@@ -97,10 +97,13 @@ pub struct Room {
     counted: Counted,
 }
 
-/// Knows which clients a service is.
+/// Knows the registered services, and which clients they are.
 pub trait Services: Send + Sync {
     /// Whether this client has registered an instance of this service, which is still there.
     fn provides<'a>(&'a self, client: &'a str, service: &'a str) -> BoxFuture<'a, Result<bool, Refusal>>;
+
+    /// Whether there is an instance of this service.
+    fn registered<'a>(&'a self, service: &'a str) -> BoxFuture<'a, Result<bool, Refusal>>;
 }
 
 /// What the room is made from.

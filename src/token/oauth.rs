@@ -19,6 +19,9 @@ use super::{GENERATIONS, Token, clients, store};
 pub(super) const CREDENTIALS: &str = "client_credentials";
 pub(super) const EXCHANGE: &str = "urn:ietf:params:oauth:grant-type:token-exchange";
 
+/// Refusals that rest on what a client is registered for.
+const REGISTERED: [&str; 3] = ["unauthorized_client", "invalid_scope", "invalid_target"];
+
 impl Token {
     /// `POST /oauth2/token`.
     pub(super) async fn grant(
@@ -32,15 +35,15 @@ impl Token {
         if grant != CREDENTIALS && grant != EXCHANGE {
             return Err(OAuthError::new("unsupported_grant_type", format!("grant type {grant:?} is not supported")));
         }
-        // What a token of one's own rests on is looked at again when its issue is recorded. If it has changed, once more, with what
-        // is newest; a token of another's is looked at with what is newest at once.
-        for newest in [grant == EXCHANGE, true] {
-            match self.granted(grant, headers, form, &info, newest).await {
-                Err(e) if e.is_changed() => {}
-                done => return done,
+        // What a token of one's own rests on is looked at again when its issue is recorded. If it has changed, or what this daemon
+        // knows does not suffice, once more with what is newest; a token of another's is looked at with what is newest at once.
+        let first = self.granted(grant, headers, form, &info, grant == EXCHANGE).await;
+        match first {
+            Err(e) if e.is_changed() || (grant != EXCHANGE && REGISTERED.contains(&e.code)) => {
+                self.granted(grant, headers, form, &info, true).await
             }
+            done => done,
         }
-        Err(OAuthError::changed())
     }
 
     async fn granted(
@@ -74,7 +77,7 @@ impl Token {
         let claims = Claims {
             iss: self.issuer.to_string(),
             sub: client.client_id.clone(),
-            aud: Audience::of(self.audience(form, client)?),
+            aud: Audience::of(self.audience(form, client).await?),
             exp: now.seconds() + client.ttl(&self.agents, self.ttl),
             iat: now.seconds(),
             jti: ids::new_id(now).to_string(),
@@ -89,17 +92,19 @@ impl Token {
     }
 
     /// The audiences asked for (RFC 8707, and `audience` of RFC 8693); the daemon itself if none is.
-    pub(super) fn audience(&self, form: &Form, client: &Client) -> Result<Vec<String>, OAuthError> {
+    pub(super) async fn audience(&self, form: &Form, client: &Client) -> Result<Vec<String>, OAuthError> {
         let mut audience: Vec<String> = form.all("resource").map(str::to_owned).collect();
         let named = form.get("audience").filter(|_| form.get("grant_type") == Some(EXCHANGE));
         for target in audience.iter().map(String::as_str).chain(named) {
             let allowed = client.allowed_resources.as_ref().is_none_or(|all| all.iter().any(|a| a == target));
-            let known = absolute(target) || (named == Some(target) && self.snapshot.has_client(target));
+            let known = absolute(target)
+                || (named == Some(target) && self.snapshot.has_client(target))
+                || self.is_service(target).await?;
             if !allowed || !known {
                 return Err(OAuthError::new(
                     "invalid_target",
                     format!(
-                        "{target:?} is no audience this client may ask for: an absolute URI without fragment, or, in an exchange, a client"
+                        "{target:?} is no audience this client may ask for: an absolute URI without fragment, a registered service, or, in an exchange, a client"
                     ),
                 ));
             }
@@ -111,7 +116,15 @@ impl Token {
         Ok(audience)
     }
 
-    /// Records a token, then signs it.
+    /// Whether there is an instance of a service of this name.
+    async fn is_service(&self, name: &str) -> Result<bool, Refusal> {
+        match self.services.get() {
+            Some(services) if ids::name_fault(name).is_none() => services.registered(name).await,
+            _ => Ok(false),
+        }
+    }
+
+    /// Records a token, and signs it meanwhile.
     pub(super) async fn give(
         &self,
         caller: &Caller,

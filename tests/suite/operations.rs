@@ -238,6 +238,17 @@ async fn a_token_for_a_service_is_for_whoever_registered_it() {
         reasoner.json(Method::PUT, instance, &json!({"address": "http://127.0.0.1:1", "ttl": 60})).await;
     assert!(status == 200 || status == 201, "{said}");
     assert_eq!(used(reasoner, token, "think").await.0, 200);
+    // An access token may be for a registered service too (RFC 8707), and is none for the daemon then.
+    let basic = stranger.credential();
+    let ask = |resource: &'static str| {
+        let form = [("grant_type", "client_credentials"), ("resource", resource)];
+        let request = admin.bare(Method::POST, "/oauth2/token").basic_auth(&basic.0, Some(&basic.1)).form(&form);
+        async move { request.send().await.unwrap().json::<Value>().await.unwrap() }
+    };
+    let given = ask("arp.reasoner").await;
+    let entered = admin.bare(Method::GET, "/v1/nexus/services").bearer_auth(text(&given, "access_token")).send().await;
+    assert_eq!(entered.unwrap().status(), 401);
+    assert_eq!(ask("arp.nobody").await["error"], "invalid_target");
     assert_eq!(used(stranger, token, "think").await.0, 403);
     let (_, page) = admin.get("/v1/audit/entries?action=token:operation-use&outcome=ok").await;
     assert_eq!(page["items"][0]["details"]["change"]["as"], "arp.reasoner");

@@ -45,17 +45,19 @@ pub(in crate::nexus) async fn checked(conn: &mut PgConnection) -> Result<Vec<Ins
     rows.iter().map(instance).collect()
 }
 
-/// Whether this client has registered an instance of this service.
+/// Whether this client, or anybody, has registered an instance of this service.
 pub(in crate::nexus) async fn provides(
     conn: &mut PgConnection,
-    client: &str,
+    client: Option<&str>,
     service: &str,
 ) -> Result<bool, sqlx::Error> {
-    sqlx::query_scalar("SELECT EXISTS (SELECT FROM nexus.instances WHERE service = $1 AND owner = $2)")
-        .bind(service)
-        .bind(client)
-        .fetch_one(conn)
-        .await
+    sqlx::query_scalar(
+        "SELECT EXISTS (SELECT FROM nexus.instances WHERE service = $1 AND ($2::text IS NULL OR owner = $2))",
+    )
+    .bind(service)
+    .bind(client)
+    .fetch_one(conn)
+    .await
 }
 
 /// Services in order of the name, after `after`.

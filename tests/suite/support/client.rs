@@ -46,6 +46,11 @@ impl Client {
         }
     }
 
+    /// Id and secret.
+    pub fn credential(&self) -> (String, String) {
+        self.admin.clone().expect("a client")
+    }
+
     /// The bearer token.
     pub async fn token(&self) -> String {
         self.token.get_or_try_init(|| self.fetch()).await.expect("a token").clone().expect("an administrator")
