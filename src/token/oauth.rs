@@ -6,14 +6,14 @@ use axum::http::HeaderMap;
 use serde_json::{Value, json};
 
 use crate::kernel::web::{Ask, Caller, RequestInfo};
-use crate::kernel::{Refusal, Timestamp, ids, problem};
+use crate::kernel::{Refusal, ids, problem};
 use crate::ledger::{Command, Entry, Failure, Record, Tx};
 
 use super::form::{Form, OAuthError};
 use super::jwt::{Audience, Claims};
 use super::model::Client;
-use super::prove::Proven;
-use super::{GENERATIONS, Token, clients, store};
+use super::prove::{self, Once, Proven};
+use super::{GENERATIONS, Token, clients};
 
 /// The grants there are.
 pub(super) const CREDENTIALS: &str = "client_credentials";
@@ -200,18 +200,14 @@ fn issued(claims: &Claims) -> Entry {
 /// The issue of a token to who proved itself by an assertion, which is used up by it.
 struct Issue {
     entry: Entry,
-    assertion: ([u8; 32], Timestamp),
+    assertion: Once,
 }
 
 impl Command for Issue {
     type Out = ();
 
     async fn apply(&mut self, tx: &mut Tx<'_>) -> Result<((), Entry), Failure> {
-        let (digest, expires) = &self.assertion;
-        if store::assertion_used(tx.read(), digest).await? {
-            return Err(Refusal::new(&problem::CONFLICT, "the assertion was used before").into());
-        }
-        store::use_assertion(tx.write(), digest, *expires).await?;
+        prove::use_up(tx, &self.assertion).await?;
         Ok(((), self.entry.clone()))
     }
 }

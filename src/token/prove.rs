@@ -25,8 +25,8 @@ const ASSERTION_MOST: i64 = 3600;
 /// A client that has proven who it is.
 pub(super) struct Proven {
     pub registered: Arc<Registered>,
-    /// The assertion it used: the digest of its id, and when it ends.
-    pub assertion: Option<([u8; 32], Timestamp)>,
+    /// The assertion it used.
+    pub assertion: Option<Once>,
     /// The index this daemon reflected before it looked.
     pub at: i64,
 }
@@ -284,21 +284,31 @@ fn signed(text: &str, key: &Value, algorithm: Algorithm) -> bool {
     jsonwebtoken::crypto::verify(signature, message.as_bytes(), &key, algorithm).unwrap_or(false)
 }
 
+/// An assertion: the digest of its id, and when it ends.
+pub(super) type Once = ([u8; 32], Timestamp);
+
+/// Uses up an assertion: it is good once, on whichever daemon.
+///
+/// # Errors
+/// 409 if it was used before.
+pub(super) async fn use_up(tx: &mut Tx<'_>, (digest, expires): &Once) -> Result<(), Failure> {
+    if store::assertion_used(tx.read(), digest).await? {
+        return Err(Refusal::new(&problem::CONFLICT, "the assertion was used before").into());
+    }
+    Ok(store::use_assertion(tx.write(), digest, *expires).await?)
+}
+
 /// The use of an assertion for something that is not recorded with it.
 struct UseUp {
     client_id: String,
-    assertion: ([u8; 32], Timestamp),
+    assertion: Once,
 }
 
 impl Command for UseUp {
     type Out = ();
 
     async fn apply(&mut self, tx: &mut Tx<'_>) -> Result<((), Entry), Failure> {
-        let (digest, expires) = &self.assertion;
-        if store::assertion_used(tx.read(), digest).await? {
-            return Err(Refusal::new(&problem::CONFLICT, "the assertion was used before").into());
-        }
-        store::use_assertion(tx.write(), digest, *expires).await?;
+        use_up(tx, &self.assertion).await?;
         Ok(((), Entry::ok("token:prove", format!("client/{}", self.client_id))))
     }
 }
