@@ -133,7 +133,7 @@ impl<'a> Ground<'a> {
     }
 
     fn views(&self) -> Result<Views, String> {
-        let entities = Arc::new(governance::Snapshot::default());
+        let entities = Arc::new(governance::Snapshot::new(governance::Library::new()?));
         let rules = Arc::new(Rules::new(entities.clone(), self.clock.clone(), &self.registry)?);
         let clients = Arc::new(token::Snapshot::new(self.master.clone()));
         Ok(Views { entities, clients, keys: Arc::new(Hub::new()), board: Arc::default(), rules })
@@ -185,6 +185,7 @@ impl<'a> Ground<'a> {
         };
         let audit = Audit::start(parts, &self.tasks).await.map_err(said)?;
         let governance = Governance::start(views.rules.clone(), ledger.clone(), self.store.clone(), &self.tasks);
+        let governance = governance.await;
         let token = self.token(ledger, views.clients, url).await?;
         files::admin(&self.config.data.dir, url, &token).await?;
         let counted = state::Metrics::new(&self.registry).map_err(|e| e.to_string())?;

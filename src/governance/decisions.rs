@@ -16,6 +16,7 @@ use crate::ledger::{Command, Entry, Failure, Ledger, Tx, segment};
 use crate::store::Store;
 
 use super::authzen::Evaluation;
+use super::rules::Evaluated;
 use super::store::{self, Kept};
 
 /// Decisions that may wait.
@@ -39,20 +40,13 @@ pub(super) struct Record {
 
 impl Record {
     /// What is kept of a decision. The salt keeps its siblings' digests from being guessed when one record is shown.
-    pub fn new(
-        clock: &Clock,
-        caller: &Caller,
-        asked: &Evaluation,
-        decision: bool,
-        policies: &[String],
-        bundle: &str,
-        at: i64,
-    ) -> Result<Self, Refusal> {
-        let now = clock.now();
+    pub fn new(clock: &Clock, caller: &Caller, asked: &Evaluation, evaluated: &Evaluated) -> Result<Self, Refusal> {
+        let (now, decision) = (clock.now(), evaluated.answered.allowed);
         let id = ids::new_id(now);
         let bytes = canonical(&json!({
             "id": id.to_string(), "time": now.to_string(), "origin": "authzen", "actor": caller.actor(),
-            "request_id": caller.request().id, "decision": decision, "policies": policies, "bundle": bundle, "at": at,
+            "request_id": caller.request().id, "decision": decision, "policies": evaluated.answered.policies,
+            "bundle": &evaluated.bundles[..], "at": evaluated.at,
             // As text: numbers of others need not survive being written again.
             "request": asked.asked.to_string(), "salt": crypto::base64(crypto::random::<16>()?),
         }));

@@ -1,34 +1,21 @@
-//! Cedar: the parsed bundle, and one question put to it.
+//! Cedar: one question, put to the bundles in force.
 
 use std::collections::HashMap;
 use std::str::FromStr as _;
 use std::sync::Arc;
 
 use cedar_policy::{
-    Authorizer, Context, Decision, Entities, Entity, EntityId, EntityTypeName, EntityUid, PolicySet, Request,
-    RestrictedExpression, Schema, ValidationMode, Validator,
+    AuthorizationError, Authorizer, Context, Decision, Entities, Entity, EntityId, EntityTypeName, EntityUid, PolicyId,
+    PolicySet, Request, RestrictedExpression, Schema,
 };
+use moka::sync::Cache;
 use serde_json::{Map, Value, json};
 
 use crate::kernel::Refusal;
 use crate::kernel::web::EntityName;
 
-/// The shipped schema.
-pub const SCHEMA: &str = include_str!("../../config/policies/sop.cedarschema");
-/// The shipped policies.
-pub const SYSTEM: &str = include_str!("../../config/policies/system.cedar");
-
-/// A bundle, parsed once.
-pub struct Engine {
-    policies: PolicySet,
-    schema: Schema,
-    /// Each action with the groups it is in. A question brings only its own: closing over all of them anew for each question
-    /// cost more than deciding it.
-    actions: HashMap<EntityUid, Vec<Entity>>,
-    /// What the annotation `@id` calls each policy.
-    names: HashMap<String, String>,
-    id: String,
-}
+use super::compiled::{Compiled, Rule};
+use super::scope::Placed;
 
 /// One question.
 pub struct Question<'a> {
@@ -55,50 +42,101 @@ pub struct Answered {
     pub errors: Vec<String>,
 }
 
-impl Engine {
-    /// Parses and checks (strictly, against the schema) a bundle.
-    ///
-    /// # Errors
-    /// With what does not parse or does not type-check.
-    pub fn new(schema: &str, policies: &str) -> Result<Self, String> {
-        let (schema, _) = Schema::from_cedarschema_str(schema).map_err(|e| format!("{:?}", miette(&e)))?;
-        let policies = PolicySet::from_str(policies).map_err(|e| e.to_string())?;
-        let checked = Validator::new(schema.clone()).validate(&policies, ValidationMode::Strict);
-        if !checked.validation_passed() {
-            let all: Vec<String> = checked.validation_errors().map(ToString::to_string).collect();
-            return Err(all.join("; "));
+/// The bundles that a question is put to: the system's, and the application's if there is one. What either forbids is
+/// forbidden, and what neither permits is denied.
+pub struct Force {
+    system: Arc<Compiled>,
+    application: Option<Arc<Compiled>>,
+    /// Their ids.
+    pub ids: Arc<[String]>,
+    /// Cedar's sets of the policies that were found to match, by their numbers: questions are many and such sets few.
+    sets: Cache<Box<[u32]>, Arc<PolicySet>>,
+}
+
+/// Marks the number of an application's policy.
+const APPLICATION: u32 = 1 << 31;
+/// Sets held at most.
+const SETS: u64 = 20_000;
+
+impl Force {
+    /// Of these bundles.
+    #[must_use]
+    pub fn new(system: Arc<Compiled>, application: Option<Arc<Compiled>>) -> Self {
+        let ids = std::iter::once(&system).chain(&application).map(|b| b.id.clone()).collect();
+        Self { system, application, ids, sets: Cache::new(SETS) }
+    }
+
+    /// The system bundle.
+    #[must_use]
+    pub fn system(&self) -> &Arc<Compiled> {
+        &self.system
+    }
+
+    /// The application's bundle.
+    #[must_use]
+    pub fn application(&self) -> Option<&Arc<Compiled>> {
+        self.application.as_ref()
+    }
+
+    /// The bundle whose schema counts: the application's has the shipped one merged in.
+    #[must_use]
+    pub fn schema(&self) -> &Compiled {
+        self.application.as_ref().unwrap_or(&self.system)
+    }
+
+    /// The type of the action of this name that a subject of this type is asked about: the daemon's own, or the application's.
+    #[must_use]
+    pub fn action_type(&self, subject: &str, action: &str) -> &str {
+        let own = &self.schema().action_type;
+        if !subject.starts_with("Sop::") {
+            return own;
         }
-        let names = policies
-            .policies()
-            .map(|p| (p.id().to_string(), p.annotation("id").map_or_else(|| p.id().to_string(), str::to_owned)))
-            .collect();
-        let all = schema.action_entities().map_err(|e| e.to_string())?;
-        let with_groups = |action: &Entity| {
-            let groups = all.ancestors(&action.uid()).into_iter().flatten().filter_map(|group| all.get(group)).cloned();
-            (action.uid(), std::iter::once(action.clone()).chain(groups).collect())
-        };
-        let actions = all.iter().map(with_groups).collect();
-        Ok(Self { policies, schema, actions, names, id: "system".to_owned() })
+        let known = |kind: &str| uid_of(kind, action).is_ok_and(|uid| self.schema().actions.contains_key(&uid));
+        if !known("Sop::Action") && known(own) { own } else { "Sop::Action" }
     }
 
-    /// The shipped bundle.
-    ///
-    /// # Errors
-    /// Never, unless it was built wrong; a test holds it.
-    pub fn shipped() -> Result<Self, String> {
-        Self::new(SCHEMA, SYSTEM)
+    /// The policy of this name.
+    pub(super) fn named(&self, name: &str) -> Option<&Rule> {
+        let bundles = self.application.iter().chain(std::iter::once(&self.system));
+        bundles.flat_map(|b| &b.rules).find(|r| r.name == name)
     }
 
-    /// The bundle's id.
-    #[must_use]
-    pub fn id(&self) -> &str {
-        &self.id
+    fn rule(&self, id: &PolicyId) -> Option<&Rule> {
+        let id = id.to_string();
+        let (scope, number) = id.split_at_checked(1)?;
+        let bundle = if scope == "s" { Some(&self.system) } else { self.application.as_ref() };
+        bundle?.rules.get(number.parse::<usize>().ok()?)
     }
 
-    /// The schema.
-    #[must_use]
-    pub fn schema(&self) -> &Schema {
-        &self.schema
+    /// The policies whose scope matches, by number.
+    fn matching(&self, put: &Put) -> Box<[u32]> {
+        let [principal, action, resource] = put.placed();
+        let mut numbers = self.system.index.matching(&principal, &action, &resource);
+        if let Some(application) = &self.application {
+            let found = application.index.matching(&principal, &action, &resource);
+            numbers.extend(found.into_iter().map(|n| n | APPLICATION));
+        }
+        numbers.into()
+    }
+
+    fn numbered(&self, number: u32) -> Option<&Rule> {
+        if number & APPLICATION == 0 {
+            return self.system.rules.get(number as usize);
+        }
+        self.application.as_ref()?.rules.get((number ^ APPLICATION) as usize)
+    }
+
+    fn set(&self, numbers: Box<[u32]>) -> Result<Arc<PolicySet>, Refusal> {
+        if let Some(set) = self.sets.get(&numbers) {
+            return Ok(set);
+        }
+        let mut set = PolicySet::new();
+        for rule in numbers.iter().filter_map(|n| self.numbered(*n)) {
+            set.add(rule.policy.clone()).map_err(Refusal::internal)?;
+        }
+        let set = Arc::new(set);
+        self.sets.insert(numbers, set.clone());
+        Ok(set)
     }
 
     /// Answers, over the entities that the question can reach.
@@ -106,6 +144,12 @@ impl Engine {
     /// # Errors
     /// 400 when a name or a value cannot be Cedar's.
     pub fn ask(&self, question: Question<'_>, entities: Vec<Arc<Entity>>) -> Result<Answered, Refusal> {
+        let put = self.put(question, entities)?;
+        self.answer(&put)
+    }
+
+    /// A question as Cedar has it.
+    pub(super) fn put(&self, question: Question<'_>, entities: Vec<Arc<Entity>>) -> Result<Put, Refusal> {
         let principal = uid(question.principal)?;
         let action = uid_of(question.action.0, question.action.1)?;
         let resource = uid(question.resource)?;
@@ -115,27 +159,44 @@ impl Engine {
             let given = Context::from_json_value(Value::Object(question.context), None).map_err(|e| wrong(&e))?;
             context = context.merge(given).map_err(|e| wrong(&e))?;
         }
-        let actions = self.actions.get(&action).cloned().unwrap_or_default();
-        let request = Request::new(principal, action, resource, context, None)
+        let actions = self.schema().actions.get(&action).cloned().unwrap_or_default();
+        let request = Request::new(principal.clone(), action.clone(), resource.clone(), context, None)
             .map_err(|e| Refusal::malformed("", e.to_string()))?;
         let all =
             Entities::from_entities(actions.into_iter().chain(entities.into_iter().map(Arc::unwrap_or_clone)), None);
-        let all = all.map_err(|e| Refusal::malformed("", format!("the entities do not go together: {e}")))?;
-        let response = Authorizer::new().is_authorized(&request, &self.policies, &all);
-        let name =
-            |id: &cedar_policy::PolicyId| self.names.get(&id.to_string()).cloned().unwrap_or_else(|| id.to_string());
+        let entities = all.map_err(|e| Refusal::malformed("", format!("the entities do not go together: {e}")))?;
+        Ok(Put { principal, action, resource, request, entities })
+    }
+
+    pub(super) fn answer(&self, put: &Put) -> Result<Answered, Refusal> {
+        let set = self.set(self.matching(put))?;
+        let response = Authorizer::new().is_authorized(&put.request, &set, &put.entities);
+        let name = |id: &PolicyId| self.rule(id).map_or_else(|| id.to_string(), |r| r.name.clone());
         let mut policies: Vec<String> = response.diagnostics().reason().map(name).collect();
         policies.sort();
-        Ok(Answered {
-            allowed: response.decision() == Decision::Allow,
-            policies,
-            errors: response.diagnostics().errors().map(ToString::to_string).collect(),
-        })
+        let failed = |e: &AuthorizationError| match e {
+            AuthorizationError::PolicyEvaluationError(e) => format!("{}: {}", name(e.policy_id()), e.inner()),
+        };
+        let mut errors: Vec<String> = response.diagnostics().errors().map(failed).collect();
+        errors.sort();
+        Ok(Answered { allowed: response.decision() == Decision::Allow, policies, errors })
     }
 }
 
-fn miette(e: &impl std::fmt::Display) -> String {
-    e.to_string()
+/// A question as Cedar has it.
+pub(super) struct Put {
+    pub principal: EntityUid,
+    pub action: EntityUid,
+    pub resource: EntityUid,
+    pub request: Request,
+    pub entities: Entities,
+}
+
+impl Put {
+    pub fn placed(&self) -> [Placed<'_>; 3] {
+        let above = |uid: &EntityUid| self.entities.ancestors(uid).into_iter().flatten().collect();
+        [&self.principal, &self.action, &self.resource].map(|uid| Placed { uid, ancestors: above(uid) })
+    }
 }
 
 /// Cedar's name of an entity.
@@ -146,7 +207,7 @@ pub fn uid(name: &EntityName) -> Result<EntityUid, Refusal> {
     uid_of(&name.kind, &name.id)
 }
 
-fn uid_of(kind: &str, id: &str) -> Result<EntityUid, Refusal> {
+pub(super) fn uid_of(kind: &str, id: &str) -> Result<EntityUid, Refusal> {
     let kind = EntityTypeName::from_str(kind).map_err(|_| {
         Refusal::malformed(
             "",
@@ -183,71 +244,4 @@ pub fn named(name: &EntityName) -> Result<Entity, Refusal> {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn client(id: &str, scopes: &[&str]) -> Arc<Entity> {
-        let name = EntityName { kind: "Sop::Client".into(), id: id.into() };
-        let parents: Vec<EntityName> =
-            scopes.iter().map(|s| EntityName { kind: "Sop::Role".into(), id: (*s).into() }).collect();
-        let attrs = json!({"name": id, "scopes": scopes, "agent_type": "system"});
-        Arc::new(entity(&name, &attrs, &parents, Some(Engine::shipped().unwrap().schema())).unwrap())
-    }
-
-    fn may(registered: &[&str], token: &[&str], action: &str, kind: &str, resource: &str) -> Answered {
-        let engine = Engine::shipped().unwrap();
-        let principal = EntityName { kind: "Sop::Client".into(), id: "c".into() };
-        let resource = EntityName { kind: format!("Sop::{kind}"), id: resource.into() };
-        let context = json!({"scopes": token}).as_object().unwrap().clone();
-        let mut entities = vec![client("c", registered)];
-        if resource != principal {
-            entities.push(Arc::new(named(&resource).unwrap()));
-        }
-        engine
-            .ask(
-                Question {
-                    principal: &principal,
-                    action: ("Sop::Action", action),
-                    resource: &resource,
-                    context,
-                    plain: Vec::new(),
-                },
-                entities,
-            )
-            .unwrap()
-    }
-
-    #[test]
-    fn a_scope_gives_its_group_and_nothing_else() {
-        assert_eq!(may(&["state"], &["state"], "state:put", "Key", "a").policies, ["state"]);
-        assert!(may(&["state:read"], &["state:read"], "state:get", "Key", "a").allowed);
-        assert!(!may(&["state:read"], &["state:read"], "state:put", "Key", "a").allowed);
-        assert!(!may(&["state"], &["state"], "audit:read", "Entry", "").allowed);
-        assert!(may(&["audit:read"], &["audit:read"], "audit:receipt", "Entry", "1").allowed);
-        assert!(!may(&[], &[], "state:get", "Key", "a").allowed);
-    }
-
-    #[test]
-    fn the_token_s_scopes_count_and_the_role() {
-        assert!(may(&["admin"], &["admin"], "token:register", "Client", "x").allowed);
-        assert!(!may(&["admin"], &["state:read"], "token:register", "Client", "x").allowed, "a down-scoped token");
-        assert!(
-            !may(&["state"], &["admin"], "token:register", "Client", "x").allowed,
-            "a scope that was not registered"
-        );
-    }
-
-    #[test]
-    fn a_client_reads_itself() {
-        assert_eq!(may(&[], &[], "token:client-read", "Client", "c").policies, ["self"]);
-        assert!(!may(&[], &[], "token:client-read", "Client", "d").allowed);
-    }
-
-    #[test]
-    fn what_does_not_type_check_is_refused() {
-        let wrong =
-            "permit (principal, action == Sop::Action::\"state:put\", resource) when { resource.nam == \"x\" };";
-        assert!(Engine::new(SCHEMA, wrong).err().unwrap().contains("nam"));
-        assert!(Engine::new(SCHEMA, "permit (principal").is_err());
-    }
-}
+mod tests;

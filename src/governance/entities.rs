@@ -10,10 +10,11 @@ use crate::kernel::{Refusal, problem};
 use crate::ledger::entry::canonical;
 use crate::ledger::{AUTHZ, Command, Entry, Failure, Touch, Tx};
 
+use super::proposals::Approved;
 use super::store;
 
 /// How far up a hierarchy may go.
-const DEPTH: usize = 10_000;
+const DEPTH: usize = super::snapshot::REACH;
 
 /// The fact that permission rests on when it rests on this entity.
 #[must_use]
@@ -41,7 +42,8 @@ pub async fn upsert(
 /// # Errors
 /// When the database fails.
 pub async fn remove(tx: &mut Tx<'_>, name: &EntityName) -> Result<(), sqlx::Error> {
-    store::remove(tx.write(), name).await.map(|_| ())
+    let index = tx.index();
+    store::remove(tx.write(), name, index).await
 }
 
 /// What an entry that changed this entity touches.
@@ -73,6 +75,7 @@ pub(super) struct Put {
     pub name: EntityName,
     pub attrs: Value,
     pub parents: Vec<EntityName>,
+    pub approved: Approved,
 }
 
 impl Command for Put {
@@ -80,6 +83,7 @@ impl Command for Put {
 
     async fn apply(&mut self, tx: &mut Tx<'_>) -> Result<(Shown, Entry), Failure> {
         no_cycle(tx, &self.name, &self.parents).await?;
+        let proposal = self.approved.check(tx).await?;
         upsert(tx, &self.name, &self.attrs, &self.parents).await?;
         let parents: Vec<Value> = self.parents.iter().map(|p| format!("{}/{}", p.kind, p.id).into()).collect();
         let entry = Entry::ok("governance:entity-put", format!("entity/{}/{}", self.name.kind, self.name.id))
@@ -92,7 +96,7 @@ impl Command for Put {
             parents: self.parents.clone(),
             index: tx.index(),
         };
-        Ok((shown, entry))
+        Ok((shown, self.approved.spend(tx, proposal, entry).await?))
     }
 }
 
@@ -121,6 +125,7 @@ async fn no_cycle(tx: &mut Tx<'_>, name: &EntityName, parents: &[EntityName]) ->
 /// Deletes an entity.
 pub(super) struct Delete {
     pub name: EntityName,
+    pub approved: Approved,
 }
 
 impl Command for Delete {
@@ -130,8 +135,10 @@ impl Command for Delete {
         if store::some(tx.read(), std::slice::from_ref(&self.name)).await?.is_empty() {
             return Err(Refusal::not_found(format!("entity {}::{:?}", self.name.kind, self.name.id)).into());
         }
-        store::remove(tx.write(), &self.name).await?;
+        let proposal = self.approved.check(tx).await?;
+        remove(tx, &self.name).await?;
         let resource = format!("entity/{}/{}", self.name.kind, self.name.id);
-        Ok(((), Entry::ok("governance:entity-delete", resource).touch(touch(&self.name))))
+        let entry = Entry::ok("governance:entity-delete", resource).touch(touch(&self.name));
+        Ok(((), self.approved.spend(tx, proposal, entry).await?))
     }
 }

@@ -1,5 +1,8 @@
 //! The room's routes.
 
+mod bundles;
+mod proposals;
+
 use axum::extract::State as Room;
 use axum::http::{HeaderMap, header};
 use axum::response::{IntoResponse, Response};
@@ -22,6 +25,8 @@ pub fn routes(governance: Governance) -> OpenApiRouter {
         .routes(routes!(evaluations))
         .routes(routes!(configuration))
         .routes(routes!(put_entity, get_entity, delete_entity))
+        .merge(bundles::routes())
+        .merge(proposals::routes())
         .with_state(governance)
 }
 
@@ -128,7 +133,7 @@ async fn put_entity(
     Path(path): Path<(String, String)>,
     Json(body): Json<EntityBody>,
 ) -> Result<Answer<Shown>, Refusal> {
-    let done = room.put_entity(&caller, named(path)?, Value::Object(body.attrs), body.parents).await?;
+    let done = room.put_entity(&caller, named(path)?, body.attrs, body.parents).await?;
     Ok(Answer::ok(done.value).at(done.index).tagged(done.index))
 }
 

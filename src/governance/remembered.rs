@@ -19,6 +19,8 @@ pub(super) struct Answer {
     pub allowed: bool,
     /// In order.
     pub policies: Arc<[String]>,
+    /// The bundles it was put to.
+    pub bundles: Arc<[String]>,
     /// Facts it rests on.
     pub depends: Vec<u64>,
 }

@@ -1,21 +1,24 @@
-//! What this daemon holds in memory to decide: every entity, as of the index the follower is at.
+//! What this daemon holds in memory to decide: every entity, and the bundles in force, as of the index the follower is at.
 
 use std::collections::{HashMap, HashSet};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, PoisonError, RwLock};
 
+use arc_swap::ArcSwap;
 use cedar_policy::Entity;
 use serde_json::Value;
 use sqlx::PgConnection;
 
-use crate::kernel::BoxFuture;
 use crate::kernel::web::EntityName;
+use crate::kernel::{BoxFuture, Refusal, crypto, problem};
 use crate::ledger::{AUTHZ, Projection, Touched, What};
 
+use super::engine::Force;
+use super::library::Library;
 use super::{engine, store};
 
 /// How many entities one question may reach; more is a web of references nobody can have meant.
-const REACH: usize = 1000;
+pub(super) const REACH: usize = 1000;
 
 /// An entity as it is held.
 #[derive(Clone)]
@@ -50,21 +53,107 @@ fn references(value: &Value, out: &mut Vec<EntityName>) {
     }
 }
 
-/// All entities.
+/// All entities, and the index of the newest change among them.
 #[derive(Default)]
+struct World {
+    entities: HashMap<EntityName, Held>,
+    index: i64,
+}
+
+/// All entities, and the bundles in force.
 pub struct Snapshot {
-    entities: RwLock<HashMap<EntityName, Held>>,
+    world: RwLock<World>,
     /// Grows with each change.
     version: AtomicU64,
+    library: Library,
+    force: ArcSwap<InForce>,
+}
+
+/// What is put to whom: the active bundles, and beside them a canary for some.
+pub(super) struct InForce {
+    pub active: Arc<Force>,
+    pub canary: Option<Canary>,
+    /// Since which index.
+    pub index: i64,
+}
+
+/// A bundle that decides for a part of the subjects.
+pub(super) struct Canary {
+    pub force: Arc<Force>,
+    pub bundle: String,
+    /// Subjects of a hundred.
+    pub percent: f64,
+}
+
+impl InForce {
+    /// The bundles that decide for this subject: the same for it each time, on each daemon.
+    pub fn of(&self, subject: &EntityName) -> &Arc<Force> {
+        match &self.canary {
+            Some(canary) if canary.takes(subject) => &canary.force,
+            _ => &self.active,
+        }
+    }
+}
+
+impl Canary {
+    fn takes(&self, subject: &EntityName) -> bool {
+        let hash = crypto::hash_tuple([self.bundle.as_str(), &subject.kind, &subject.id]);
+        let place = u64::from_be_bytes([hash[0], hash[1], hash[2], hash[3], hash[4], hash[5], hash[6], hash[7]]);
+        (place % 1_000_000) as f64 <= self.percent * 10_000.0 && self.percent > 0.0
+    }
 }
 
 /// The entities a question can reach, and every name that was looked for: a change of any of them may change the answer.
 pub(super) struct Slice {
     pub entities: Vec<Arc<Entity>>,
     pub names: Vec<EntityName>,
+    /// The newest change among all entities when they were looked for.
+    pub index: i64,
 }
 
 impl Snapshot {
+    /// Nothing yet, under the shipped bundle.
+    #[must_use]
+    pub fn new(library: Library) -> Self {
+        let active = Arc::new(Force::new(library.shipped().clone(), None));
+        let force = ArcSwap::from_pointee(InForce { active, canary: None, index: -1 });
+        Self { world: RwLock::default(), version: AtomicU64::new(0), library, force }
+    }
+
+    /// The bundles in force.
+    pub(super) fn force(&self) -> Arc<InForce> {
+        self.force.load_full()
+    }
+
+    /// Bundles that are compiled.
+    pub(super) fn library(&self) -> &Library {
+        &self.library
+    }
+
+    /// Takes over what is in force at an index.
+    async fn enforce(&self, conn: &mut PgConnection, at: i64) -> Result<(), sqlx::Error> {
+        let Some(row) = store::bundles::in_force_at(conn, at).await? else { return Ok(()) };
+        if row.index == self.force.load().index {
+            return Ok(());
+        }
+        let system = self.library.open(conn, &row.system).await?;
+        let application = match &row.application {
+            Some(id) => Some(self.library.open(conn, id).await?),
+            None => None,
+        };
+        let canary = match row.canary {
+            Some(id) => {
+                let force = Arc::new(Force::new(system.clone(), Some(self.library.open(conn, &id).await?)));
+                Some(Canary { force, bundle: id, percent: row.percent })
+            }
+            None => None,
+        };
+        let active = Arc::new(Force::new(system, application));
+        self.force.store(Arc::new(InForce { active, canary, index: row.index }));
+        self.changed();
+        Ok(())
+    }
+
     /// Which state this is. Read before anything else is: what is read after it is of this version or a newer one.
     pub(super) fn version(&self) -> u64 {
         self.version.load(Ordering::Acquire)
@@ -75,33 +164,32 @@ impl Snapshot {
     }
 
     /// What can be reached from `roots` by parents and references; `given` stand in for what is stored.
-    pub(super) fn slice(&self, roots: &[&EntityName], given: &HashMap<EntityName, Held>) -> Slice {
-        let all = self.entities.read().unwrap_or_else(PoisonError::into_inner);
-        let (mut entities, mut names) = (Vec::new(), Vec::new());
-        let mut seen: HashSet<EntityName> = HashSet::new();
-        let mut waiting: Vec<EntityName> = roots.iter().map(|r| (*r).clone()).collect();
-        while let Some(name) = waiting.pop() {
-            if names.len() >= REACH || !seen.insert(name.clone()) {
-                continue;
-            }
-            if let Some(held) = given.get(&name).or_else(|| all.get(&name)) {
-                entities.push(held.entity.clone());
-                waiting.extend(held.parents.iter().chain(&held.refers).cloned());
-            }
-            names.push(name);
-        }
-        Slice { entities, names }
+    ///
+    /// # Errors
+    /// 422 when it is more than anybody can have meant: to decide on a part of it would be to guess.
+    pub(super) fn slice(&self, roots: &[&EntityName], given: &HashMap<EntityName, Held>) -> Result<Slice, Refusal> {
+        let world = self.world.read().unwrap_or_else(PoisonError::into_inner);
+        slice(&world.entities, world.index, roots, given)
     }
 
-    /// Attributes of a stored client that the context takes over: its scopes.
+    /// What is held of an entity.
     pub(super) fn held(&self, name: &EntityName) -> Option<Held> {
-        self.entities.read().unwrap_or_else(PoisonError::into_inner).get(name).cloned()
+        self.world.read().unwrap_or_else(PoisonError::into_inner).entities.get(name).cloned()
+    }
+
+    /// The names of all entities of a type after `after`, in order.
+    pub(super) fn of_type(&self, kind: &str, after: Option<&str>) -> Vec<EntityName> {
+        let world = self.world.read().unwrap_or_else(PoisonError::into_inner);
+        let wanted = |n: &&EntityName| n.kind == kind && after.is_none_or(|a| n.id.as_str() > a);
+        let mut names: Vec<EntityName> = world.entities.keys().filter(wanted).cloned().collect();
+        names.sort_unstable();
+        names
     }
 
     /// How many.
     #[must_use]
     pub fn len(&self) -> usize {
-        self.entities.read().unwrap_or_else(PoisonError::into_inner).len()
+        self.world.read().unwrap_or_else(PoisonError::into_inner).entities.len()
     }
 
     /// Whether there are none.
@@ -110,23 +198,53 @@ impl Snapshot {
         self.len() == 0
     }
 
-    fn put(&self, rows: Vec<store::Row>) {
-        let mut all = self.entities.write().unwrap_or_else(PoisonError::into_inner);
-        for row in rows {
-            match Held::new(&row.name, &row.attrs, row.parents) {
-                Some(held) => all.insert(row.name, held),
-                None => {
-                    tracing::error!(
-                        kind = row.name.kind,
-                        id = row.name.id,
-                        "a stored entity cannot be read and counts as absent"
-                    );
-                    all.remove(&row.name)
-                }
-            };
+    /// Takes in rows of an index, in the place of `names` or of everything.
+    fn put(&self, names: Option<&[EntityName]>, rows: Vec<store::Row>, index: i64) {
+        let mut world = self.world.write().unwrap_or_else(PoisonError::into_inner);
+        match names {
+            Some(names) => names.iter().for_each(|n| drop(world.entities.remove(n))),
+            None => world.entities.clear(),
         }
+        world.entities.extend(rows.into_iter().filter_map(read));
+        world.index = index;
         self.changed();
     }
+}
+
+/// An entity as it is held.
+pub(super) fn read(row: store::Row) -> Option<(EntityName, Held)> {
+    let held = Held::new(&row.name, &row.attrs, row.parents);
+    if held.is_none() {
+        tracing::error!(kind = row.name.kind, id = row.name.id, "a stored entity cannot be read and counts as absent");
+    }
+    held.map(|held| (row.name, held))
+}
+
+/// What can be reached in a world.
+pub(super) fn slice(
+    all: &HashMap<EntityName, Held>,
+    index: i64,
+    roots: &[&EntityName],
+    given: &HashMap<EntityName, Held>,
+) -> Result<Slice, Refusal> {
+    let (mut entities, mut names) = (Vec::new(), Vec::new());
+    let mut seen: HashSet<EntityName> = HashSet::new();
+    let mut waiting: Vec<EntityName> = roots.iter().map(|r| (*r).clone()).collect();
+    while let Some(name) = waiting.pop() {
+        if !seen.insert(name.clone()) {
+            continue;
+        }
+        if names.len() >= REACH {
+            let detail = format!("the question reaches more than {REACH} entities by parents and references");
+            return Err(Refusal::new(&problem::UNPROCESSABLE, detail));
+        }
+        if let Some(held) = given.get(&name).or_else(|| all.get(&name)) {
+            entities.push(held.entity.clone());
+            waiting.extend(held.parents.iter().chain(&held.refers).cloned());
+        }
+        names.push(name);
+    }
+    Ok(Slice { entities, names, index })
 }
 
 impl Projection for Snapshot {
@@ -135,15 +253,15 @@ impl Projection for Snapshot {
     }
 
     fn kinds(&self) -> &'static [&'static str] {
-        &[AUTHZ]
+        &[AUTHZ, super::MADE]
     }
 
-    fn load<'a>(&'a self, conn: &'a mut PgConnection, _: i64) -> BoxFuture<'a, Result<(), sqlx::Error>> {
+    fn load<'a>(&'a self, conn: &'a mut PgConnection, at: i64) -> BoxFuture<'a, Result<(), sqlx::Error>> {
         Box::pin(async move {
             let rows = store::all(conn).await?;
-            self.entities.write().unwrap_or_else(PoisonError::into_inner).clear();
-            self.put(rows);
-            Ok(())
+            let newest = rows.iter().map(|r| r.index).max().unwrap_or(-1);
+            self.put(None, rows, newest.max(at));
+            self.enforce(conn, at).await
         })
     }
 
@@ -151,24 +269,31 @@ impl Projection for Snapshot {
         &'a self,
         conn: &'a mut PgConnection,
         _: i64,
-        _: i64,
+        to: i64,
         touched: &'a [(i64, Touched)],
     ) -> BoxFuture<'a, Result<(), sqlx::Error>> {
         Box::pin(async move {
+            for id in touched.iter().filter_map(|(_, t)| made(t)) {
+                self.library.expect(&id);
+            }
+            if touched.iter().any(|(_, t)| t.covers(AUTHZ, super::IN_FORCE.as_bytes())) {
+                self.enforce(conn, to).await?;
+            }
             let names: Vec<EntityName> = touched.iter().filter_map(|(_, t)| named(t)).collect();
-            if names.is_empty() {
-                return Ok(());
+            if !names.is_empty() {
+                // As of this very index: what is newer comes with its own entry, and a decision says of which moment it is.
+                let rows = store::some_at(conn, &names, to).await?;
+                self.put(Some(&names), rows, to);
             }
-            let rows = store::some(conn, &names).await?;
-            {
-                let mut all = self.entities.write().unwrap_or_else(PoisonError::into_inner);
-                names.iter().for_each(|n| drop(all.remove(n)));
-                self.changed();
-            }
-            self.put(rows);
             Ok(())
         })
     }
+}
+
+/// The bundle that was made.
+fn made(t: &Touched) -> Option<String> {
+    let What::Key(key) = &t.what else { return None };
+    (t.kind == super::MADE).then(|| String::from_utf8(key.clone()).ok()).flatten()
 }
 
 /// The entity of a touch `entity/<type>/<id>`.

@@ -1,5 +1,8 @@
 //! The room's SQL.
 
+pub(super) mod bundles;
+pub(super) mod proposals;
+
 use serde_json::Value;
 use sqlx::postgres::PgRow;
 use sqlx::{PgConnection, Row as _};
@@ -66,18 +69,58 @@ pub(super) async fn put(
     .bind(attrs)
     .bind(parents)
     .bind(index)
+    .execute(&mut *conn)
+    .await?;
+    remember(conn, name, Some(attrs), Some(parents), index).await
+}
+
+/// Keeps an entity as it is from this index on.
+async fn remember(
+    conn: &mut PgConnection,
+    name: &EntityName,
+    attrs: Option<&[u8]>,
+    parents: Option<&[u8]>,
+    index: i64,
+) -> Result<(), sqlx::Error> {
+    sqlx::query(
+        "INSERT INTO governance.entity_history (type, id, index, attrs, parents) VALUES ($1, $2, $3, $4, $5)
+         ON CONFLICT (type, id, index) DO UPDATE SET attrs = excluded.attrs, parents = excluded.parents",
+    )
+    .bind(&name.kind)
+    .bind(&name.id)
+    .bind(index)
+    .bind(attrs)
+    .bind(parents)
     .execute(conn)
     .await?;
     Ok(())
 }
 
-pub(super) async fn remove(conn: &mut PgConnection, name: &EntityName) -> Result<bool, sqlx::Error> {
-    let done = sqlx::query("DELETE FROM governance.entities WHERE type = $1 AND id = $2")
+pub(super) async fn remove(conn: &mut PgConnection, name: &EntityName, index: i64) -> Result<(), sqlx::Error> {
+    sqlx::query("DELETE FROM governance.entities WHERE type = $1 AND id = $2")
         .bind(&name.kind)
         .bind(&name.id)
-        .execute(conn)
+        .execute(&mut *conn)
         .await?;
-    Ok(done.rows_affected() == 1)
+    remember(conn, name, None, None, index).await
+}
+
+/// These entities as they were at an index.
+pub(super) async fn some_at(conn: &mut PgConnection, names: &[EntityName], at: i64) -> Result<Vec<Row>, sqlx::Error> {
+    let kinds: Vec<&str> = names.iter().map(|n| n.kind.as_str()).collect();
+    let ids: Vec<&str> = names.iter().map(|n| n.id.as_str()).collect();
+    let rows = sqlx::query(
+        "SELECT h.* FROM unnest($1::text[], $2::text[]) AS n (type, id), LATERAL (
+             SELECT h.type, h.id, h.attrs, h.parents, h.index FROM governance.entity_history AS h
+             WHERE h.type = n.type AND h.id = n.id AND h.index <= $3 ORDER BY h.index DESC LIMIT 1
+         ) AS h WHERE h.attrs IS NOT NULL",
+    )
+    .bind(kinds)
+    .bind(ids)
+    .bind(at)
+    .fetch_all(conn)
+    .await?;
+    rows.iter().map(row).collect()
 }
 
 /// A decision to be kept.

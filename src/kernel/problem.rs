@@ -59,6 +59,10 @@ problems! {
         "This path takes `application/json` unless its documentation says otherwise.";
     UNPROCESSABLE, "unprocessable", 422, Invalid, None, "Well formed, but it cannot be",
         "The request could be read, but what it says cannot hold: a document that fails its schema, a policy that does not type-check. `errors` points at each fault.";
+    NOT_APPROVED, "not-approved", 409, Conflict, None, "Others have to approve this first",
+        "The policy lets you do this once others have approved it. Propose it (`POST .../propose`, or `POST /v1/governance/proposals`), let `required` others approve, and ask again.";
+    LOCKS_OUT, "locks-out", 422, Invalid, None, "Nobody could undo this",
+        "Under these policies the caller, or the last administrator, could not go back to others. Change the bundle; where only the caller would be locked out, `force` does it all the same.";
     IDEMPOTENCY_MISMATCH, "idempotency-mismatch", 422, Conflict, None, "This Idempotency-Key was used for another request",
         "An `Idempotency-Key` names one request: the same method, path and body. Use a fresh key for a new request.";
     URI_TOO_LONG, "uri-too-long", 414, Invalid, None, "The URI is too long",

@@ -32,6 +32,7 @@ mod layers;
 mod ledger;
 mod nexus;
 mod operations;
+mod policy;
 mod proxy;
 mod search;
 mod secrets;

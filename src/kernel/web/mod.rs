@@ -10,6 +10,7 @@
 mod caller;
 pub mod cursor;
 mod extract;
+mod optional;
 mod respond;
 
 pub use caller::{
@@ -20,4 +21,5 @@ pub use extract::{
     Body, BodyLimit, Json, Name, Path, Preconditions, Query, Tags, faulty, inflate, is_json, page_limit, pairs,
     parse_json, parse_query, read_body,
 };
+pub use optional::JsonOr;
 pub use respond::{Answer, Listing, Reason, SOP_INDEX, problem_document, problem_response};

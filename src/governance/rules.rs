@@ -1,0 +1,298 @@
+//! What rules: the bundles in force over the entities, read by every decision.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+
+use cedar_policy::RestrictedExpression;
+use prometheus::{IntCounterVec, Opts, Registry};
+use serde_json::{Map, Value, json};
+use smallvec::SmallVec;
+
+use crate::kernel::web::{Ask, Caller, Decision, Depends, EntityName, Permit};
+use crate::kernel::{Clock, Refusal, ids};
+use crate::ledger::authz_fact;
+
+use super::authzen::Evaluation;
+use super::engine::{self, Answered, Force, Question};
+use super::proposals::Requirement;
+use super::remembered::{self, Answer, Remembered};
+use super::snapshot::{Held, Slice, Snapshot};
+use super::{IN_FORCE, entities};
+
+/// What rules: parsed once, and read by every decision.
+pub struct Rules {
+    pub(super) snapshot: Arc<Snapshot>,
+    pub(super) clock: Clock,
+    decided: IntCounterVec,
+    remembered: Remembered,
+    /// The fact that stands for the bundles in force.
+    bundle: u64,
+}
+
+/// The policies that determined the answers, each once, in order.
+fn determining(answers: &[Arc<Answer>]) -> Arc<[String]> {
+    if let [one] = answers {
+        return one.policies.clone();
+    }
+    let mut all: Vec<String> = answers.iter().flat_map(|a| a.policies.iter().cloned()).collect();
+    all.sort();
+    all.dedup();
+    all.into()
+}
+
+impl Rules {
+    /// The shipped bundle over the entities of `snapshot`.
+    ///
+    /// # Errors
+    /// When the shipped bundle does not check, or a metric is registered twice.
+    pub fn new(snapshot: Arc<Snapshot>, clock: Clock, registry: &Registry) -> Result<Self, String> {
+        let decided =
+            IntCounterVec::new(Opts::new("sop_governance_decisions_total", "Decisions"), &["origin", "outcome"]);
+        let decided = decided.map_err(|e| e.to_string())?;
+        registry.register(Box::new(decided.clone())).map_err(|e| e.to_string())?;
+        for origin in ["api", "authzen"] {
+            for outcome in ["allowed", "denied"] {
+                decided.with_label_values(&[origin, outcome]).inc_by(0);
+            }
+        }
+        let bundle = authz_fact(IN_FORCE.as_bytes());
+        Ok(Self { snapshot, clock, decided, remembered: Remembered::new(), bundle })
+    }
+
+    pub(super) fn count(&self, origin: &str, allowed: bool) {
+        self.decided.with_label_values(&[origin, if allowed { "allowed" } else { "denied" }]).inc();
+    }
+
+    /// Decides the daemon's own API: all of `asks`, or none. `at` is the index the snapshot reflected before this call.
+    ///
+    /// # Errors
+    /// When a question cannot be put.
+    pub fn decide(&self, caller: &Caller, asks: &[Ask], at: i64) -> Result<Permit, Refusal> {
+        let mut depends: Depends = Depends::new();
+        depends.push(self.bundle);
+        let (mut answers, mut denied) = (SmallVec::<[Arc<Answer>; 1]>::new(), None);
+        for (i, ask) in asks.iter().enumerate() {
+            let answer = self.decide_one(caller, ask)?;
+            depends.extend(answer.depends.iter().copied());
+            if !answer.allowed {
+                denied = Some(i);
+                answers.clear();
+            }
+            answers.push(answer);
+            if denied.is_some() {
+                break;
+            }
+        }
+        self.count("api", denied.is_none());
+        let shown = denied.and_then(|i| asks.get(i)).or(asks.first());
+        let decision = shown.map(|ask| Decision {
+            id: ids::new_id(self.clock.now()),
+            at,
+            bundle: answers.first().map_or_else(Default::default, |a| a.bundles.clone()),
+            policies: determining(&answers),
+            principal: caller.principal().clone(),
+            action: ask.action.to_owned(),
+            resource: EntityName { kind: format!("Sop::{}", ask.kind), id: ask.name.clone() },
+        });
+        Ok(Permit { allowed: denied.is_none(), at, depends, decision, denied })
+    }
+
+    /// Decides one ask, or remembers what was decided.
+    fn decide_one(&self, caller: &Caller, ask: &Ask) -> Result<Arc<Answer>, Refusal> {
+        // Before anything is read: what changes from here on makes what is remembered worthless.
+        let version = self.snapshot.version();
+        let asked = remembered::question(caller, ask);
+        if let Some(answer) = asked.as_ref().and_then(|q| self.remembered.get(q, version)) {
+            return Ok(answer);
+        }
+        let in_force = self.snapshot.force();
+        let force = in_force.of(caller.principal());
+        let resource = EntityName { kind: format!("Sop::{}", ask.kind), id: ask.name.clone() };
+        let mut given = HashMap::new();
+        if self.snapshot.held(&resource).is_none() {
+            let entity = Arc::new(stand_in(&resource)?);
+            given.insert(resource.clone(), Held { entity, parents: Vec::new(), refers: Vec::new() });
+        }
+        let slice = self.snapshot.slice(&[caller.principal(), &resource], &given)?;
+        let depends = slice.names.iter().map(|n| authz_fact(entities::fact(n).as_bytes())).collect();
+        let text = |s: &String| RestrictedExpression::new_string(s.clone());
+        let plain = vec![
+            ("scopes".to_owned(), RestrictedExpression::new_set(caller.scopes().iter().map(text))),
+            ("method".to_owned(), text(&caller.request().method)),
+            ("path".to_owned(), text(&caller.request().path)),
+        ];
+        let question = Question {
+            principal: caller.principal(),
+            action: ("Sop::Action", ask.action),
+            resource: &resource,
+            context: ask.context.clone(),
+            plain,
+        };
+        let answer = force.ask(question, slice.entities)?;
+        let bundles = force.ids.clone();
+        let answer =
+            Arc::new(Answer { version, allowed: answer.allowed, policies: answer.policies.into(), bundles, depends });
+        if let Some(question) = asked {
+            self.remembered.keep(question, answer.clone());
+        }
+        Ok(answer)
+    }
+
+    /// What a change waits for before the caller may make it: `None` where it needs nobody, or where no approval would help.
+    pub(super) fn requirement(&self, caller: &Caller, ask: &Ask) -> Result<Option<Requirement>, Refusal> {
+        let now = self.decide_one(caller, ask)?;
+        if now.allowed || !self.decide_one(caller, &ask.clone().with("approved", true))?.allowed {
+            return Ok(None);
+        }
+        let in_force = self.snapshot.force();
+        let force = in_force.of(caller.principal());
+        let mut need = Requirement::default();
+        for name in now.policies.iter() {
+            if let Some(rule) = force.named(name) {
+                need.tighten(|annotation| rule.policy.annotation(annotation));
+            }
+        }
+        Ok(Some(need))
+    }
+
+    /// Whether these bundles would let somebody with these scopes do something to any bundle.
+    pub(super) fn may(&self, force: &Force, who: &EntityName, scopes: &[String], action: &str) -> bool {
+        let resource = EntityName { kind: "Sop::Bundle".to_owned(), id: "previous".to_owned() };
+        let given = stand_in(&resource).map(|entity| {
+            let held = Held { entity: Arc::new(entity), parents: Vec::new(), refers: Vec::new() };
+            HashMap::from([(resource.clone(), held)])
+        });
+        let slice = given.and_then(|given| self.snapshot.slice(&[who, &resource], &given));
+        let text = |s: &String| RestrictedExpression::new_string(s.clone());
+        let plain = vec![("scopes".to_owned(), RestrictedExpression::new_set(scopes.iter().map(text)))];
+        let (action, context) = (("Sop::Action", action), Map::new());
+        let question = Question { principal: who, action, resource: &resource, context, plain };
+        slice.and_then(|slice| force.ask(question, slice.entities)).is_ok_and(|a| a.allowed)
+    }
+
+    /// The scopes a client is registered with.
+    pub(super) fn scopes(&self, client: &EntityName) -> Vec<String> {
+        let attrs = self.snapshot.held(client).and_then(|h| h.entity.to_json_value().ok()).unwrap_or_default();
+        let scopes = attrs["attrs"]["scopes"].as_array().into_iter().flatten();
+        scopes.filter_map(|s| s.as_str().map(str::to_owned)).collect()
+    }
+
+    /// The roles somebody is in.
+    pub(super) fn roles(&self, who: &EntityName) -> Vec<String> {
+        let parents = self.snapshot.held(who).map(|h| h.parents).unwrap_or_default();
+        parents.into_iter().filter(|p| p.kind == "Sop::Role").map(|p| p.id).collect()
+    }
+
+    /// The team somebody is in: their role `team:NAME`.
+    pub(super) fn team(&self, who: &EntityName) -> Option<String> {
+        self.roles(who).into_iter().find(|role| role.starts_with("team:"))
+    }
+
+    /// Answers an AuthZEN evaluation with what is in force.
+    pub(super) fn evaluate(&self, e: &Evaluation) -> Result<Evaluated, Refusal> {
+        let in_force = self.snapshot.force();
+        let force = in_force.of(&e.subject.name);
+        let mut evaluated = evaluate(force, &*self.snapshot, e)?;
+        evaluated.at = evaluated.at.max(in_force.index);
+        Ok(evaluated)
+    }
+}
+
+/// Where entities are looked up: what this daemon holds, or what was once.
+pub(super) trait Entities {
+    /// What is known of an entity.
+    fn held(&self, name: &EntityName) -> Option<Held>;
+    /// What can be reached.
+    ///
+    /// # Errors
+    /// 422 when it is too much.
+    fn slice(&self, roots: &[&EntityName], given: &HashMap<EntityName, Held>) -> Result<Slice, Refusal>;
+}
+
+impl Entities for Snapshot {
+    fn held(&self, name: &EntityName) -> Option<Held> {
+        self.held(name)
+    }
+
+    fn slice(&self, roots: &[&EntityName], given: &HashMap<EntityName, Held>) -> Result<Slice, Refusal> {
+        self.slice(roots, given)
+    }
+}
+
+/// An evaluation's answer.
+pub(super) struct Evaluated {
+    pub answered: Answered,
+    /// The bundles it was put to.
+    pub bundles: Arc<[String]>,
+    /// What the request gave that the schema does not declare.
+    pub ignored: Vec<String>,
+    /// It reflects every change up to here.
+    pub at: i64,
+}
+
+/// Puts an evaluation to these bundles over these entities.
+pub(super) fn evaluate(force: &Force, entities: &dyn Entities, e: &Evaluation) -> Result<Evaluated, Refusal> {
+    let (put, ignored, at) = put(force, entities, e)?;
+    Ok(Evaluated { answered: force.answer(&put)?, bundles: force.ids.clone(), ignored, at })
+}
+
+/// An evaluation as Cedar has it, what of it was left out, and the index of the entities.
+pub(super) fn put(
+    force: &Force,
+    entities: &dyn Entities,
+    e: &Evaluation,
+) -> Result<(engine::Put, Vec<String>, i64), Refusal> {
+    let mut ignored = Vec::new();
+    let mut given = HashMap::new();
+    for (part, thing) in [("subject", &e.subject), ("resource", &e.resource)] {
+        let held = entities.held(&thing.name);
+        if thing.properties.is_empty() && held.is_some() {
+            continue;
+        }
+        let mut properties = thing.properties.clone();
+        for name in force.schema().undeclared(&thing.name.kind, thing.properties.keys()) {
+            properties.remove(&name);
+            ignored.push(format!("/{part}/properties/{name}"));
+        }
+        given.insert(thing.name.clone(), with_properties(&thing.name, held, properties)?);
+    }
+    let slice = entities.slice(&[&e.subject.name, &e.resource.name], &given)?;
+    let action = (force.action_type(&e.subject.name.kind, &e.action.0), e.action.0.as_str());
+    let mut context = e.context.clone();
+    if !e.action.1.is_empty() {
+        context.insert("action".into(), Value::Object(e.action.1.clone()));
+    }
+    for name in force.schema().undeclared_context(&engine::uid_of(action.0, action.1)?, context.clone().keys()) {
+        context.remove(&name);
+        ignored.push(format!("/context/{name}"));
+    }
+    if e.subject.name.kind.starts_with("Sop::") && !context.contains_key("scopes") {
+        // Asked about without a token, a client has the scopes it is registered with.
+        let attrs = entities.held(&e.subject.name).and_then(|h| h.entity.to_json_value().ok());
+        context.insert("scopes".into(), attrs.map_or_else(|| json!([]), |a| a["attrs"]["scopes"].clone()));
+    }
+    let (principal, resource) = (&e.subject.name, &e.resource.name);
+    let question = Question { principal, action, resource, context, plain: Vec::new() };
+    Ok((force.put(question, slice.entities)?, ignored, slice.index))
+}
+
+/// A request's properties stand in for what is stored, attribute by attribute.
+fn with_properties(name: &EntityName, held: Option<Held>, properties: Map<String, Value>) -> Result<Held, Refusal> {
+    let stored = held.as_ref().and_then(|h| h.entity.to_json_value().ok());
+    let mut attrs = stored.map_or_else(Map::new, |v| v["attrs"].as_object().cloned().unwrap_or_default());
+    if held.is_none() && name.kind.starts_with("Sop::") {
+        attrs.insert("name".into(), name.id.clone().into());
+    }
+    attrs.extend(properties);
+    let parents = held.map(|h| h.parents).unwrap_or_default();
+    let unfit = || Refusal::malformed("", format!("the properties of {} cannot be Cedar attributes", name.kind));
+    Held::new(name, &Value::Object(attrs), parents).ok_or_else(unfit)
+}
+
+/// An entity for a resource that is not stored: its name is all there is to know.
+fn stand_in(name: &EntityName) -> Result<cedar_policy::Entity, Refusal> {
+    if name.kind == "Sop::Client" {
+        return engine::entity(name, &json!({"name": name.id, "scopes": [], "agent_type": "external"}), &[], None);
+    }
+    engine::named(name)
+}
