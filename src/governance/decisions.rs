@@ -3,6 +3,7 @@
 use std::sync::Arc;
 
 use serde_json::json;
+use sqlx::PgConnection;
 use tokio::sync::{Mutex, mpsc, oneshot};
 use uuid::Uuid;
 
@@ -11,13 +12,14 @@ use crate::kernel::supervisor::{Supervisor, Task};
 use crate::kernel::web::Caller;
 use crate::kernel::{BoxFuture, Clock, Refusal, crypto, ids, problem};
 use crate::ledger::entry::canonical;
-use crate::ledger::{Command, Entry, Failure, Ledger, Tx, segment};
+use crate::ledger::hot::{self, At, Column, Decided, Fact, Hot, HotKey, Loaded, Row};
+use crate::ledger::{Command, Entry, Failure, Ledger, Segment, Tx, segment};
 
 use crate::store::Store;
 
 use super::authzen::Evaluation;
 use super::rules::Evaluated;
-use super::store::{self, Kept};
+use super::store;
 
 /// Decisions that may wait.
 const QUEUE: usize = 4096;
@@ -96,26 +98,97 @@ async fn record(ledger: &Ledger, batch: Vec<Waiting>) {
     let mut answers = Vec::new();
     for (records, tell) in batch {
         answers.push((kept.len()..kept.len() + records.len(), tell));
-        kept.extend(records.into_iter().map(|r| Kept { id: r.id, record: r.bytes, decision: r.decision }));
+        kept.extend(records);
     }
-    let done = ledger.write(&Caller::daemon("governance"), &[], Keep(kept)).await;
+    let done = ledger.write(&Caller::daemon("governance"), &[], Keep::new(&kept)).await;
     for (range, tell) in answers {
         let places = done.as_ref().map(|c| range.map(|position| Place { index: c.index, position }).collect());
         let _ = tell.send(places.map_err(Clone::clone));
     }
 }
 
-struct Keep(Vec<Kept>);
+/// Keeps a segment: a hot command, for it decides on nothing.
+struct Keep {
+    segment: Segment,
+    allowed: usize,
+    first: Uuid,
+    last: Uuid,
+    framed: Vec<u8>,
+}
+
+impl Keep {
+    fn new(records: &[Record]) -> Self {
+        let mut framed = Vec::with_capacity(records.iter().map(|r| r.bytes.len() + 4).sum());
+        for record in records {
+            framed.extend_from_slice(&u32::try_from(record.bytes.len()).unwrap_or(u32::MAX).to_be_bytes());
+            framed.extend_from_slice(&record.bytes);
+        }
+        Self {
+            segment: segment::over(records.iter().map(|r| r.bytes.as_slice())),
+            allowed: records.iter().filter(|r| r.decision).count(),
+            first: records.iter().map(|r| r.id).min().unwrap_or_default(),
+            last: records.iter().map(|r| r.id).max().unwrap_or_default(),
+            framed,
+        }
+    }
+}
+
+/// The records that were framed together.
+pub(super) fn unframe(mut framed: &[u8]) -> Vec<&[u8]> {
+    let mut records = Vec::new();
+    while let Some((length, rest)) = framed.split_first_chunk::<4>() {
+        let Some((record, rest)) = rest.split_at_checked(u32::from_be_bytes(*length) as usize) else { break };
+        records.push(record);
+        framed = rest;
+    }
+    records
+}
 
 impl Command for Keep {
     type Out = ();
 
     async fn apply(&mut self, tx: &mut Tx<'_>) -> Result<((), Entry), Failure> {
-        let (index, now) = (tx.index(), tx.now());
-        store::keep(tx.write(), index, &self.0, now).await?;
-        let segment = segment::over(self.0.iter().map(|k| k.record.as_slice()));
-        let allowed = self.0.iter().filter(|k| k.decision).count();
-        Ok(((), Entry::ok("governance:evaluate", "bundle/active").change("allowed", allowed).segment(segment)))
+        hot::alone(self, tx).await
+    }
+
+    fn hot(&self) -> Option<HotKey> {
+        Some(HotKey { kind: &SEGMENTS, key: Vec::new() })
+    }
+
+    fn decide(&mut self, _: Option<&Fact>, at: At) -> Result<Decided<()>, Refusal> {
+        let row = store::decisions::Segment {
+            index: at.index,
+            count: i64::try_from(self.segment.count).unwrap_or(i64::MAX),
+            first: self.first,
+            last: self.last,
+            records: self.framed.clone(),
+        };
+        let entry = Entry::ok("governance:evaluate", "bundle/active")
+            .change("allowed", self.allowed)
+            .segment(self.segment.clone());
+        Ok(Decided { value: (), entry, after: None, row: Some(Box::new(row)) })
+    }
+}
+
+struct Segments;
+
+static SEGMENTS: Segments = Segments;
+
+impl Hot for Segments {
+    fn name(&self) -> &'static str {
+        "decision"
+    }
+
+    fn parts(&self) -> &'static str {
+        store::decisions::SEGMENTS
+    }
+
+    fn columns(&self, rows: Vec<Row>) -> Vec<Column> {
+        store::decisions::columns(rows.into_iter().filter_map(|r| r.downcast().ok()).map(|s| *s).collect())
+    }
+
+    fn load<'a>(&'a self, _: &'a mut PgConnection, _: &'a [Vec<u8>]) -> BoxFuture<'a, Loaded> {
+        Box::pin(async { Ok(Vec::new()) })
     }
 }
 
@@ -130,7 +203,8 @@ impl Records for Decisions {
     fn of(&self, index: i64) -> BoxFuture<'_, Result<Vec<Vec<u8>>, Refusal>> {
         Box::pin(async move {
             let mut conn = self.0.reader().acquire().await.map_err(|e| self.0.refusal(e))?;
-            store::records(&mut conn, index).await.map_err(|e| self.0.refusal(e))
+            let framed = store::decisions::records(&mut conn, index).await.map_err(|e| self.0.refusal(e))?;
+            Ok(unframe(&framed.unwrap_or_default()).into_iter().map(<[u8]>::to_vec).collect())
         })
     }
 }

@@ -5,8 +5,8 @@ use std::str::FromStr as _;
 use std::sync::Arc;
 
 use cedar_policy::{
-    AuthorizationError, Authorizer, Context, Decision, Entities, Entity, EntityId, EntityTypeName, EntityUid, PolicyId,
-    PolicySet, Request, RestrictedExpression, Schema,
+    AuthorizationError, Authorizer, Context, Decision, Effect, Entities, Entity, EntityId, EntityTypeName, EntityUid,
+    PolicyId, PolicySet, Request, RestrictedExpression, Schema,
 };
 use moka::sync::Cache;
 use serde_json::{Map, Value, json};
@@ -117,6 +117,31 @@ impl Force {
             numbers.extend(found.into_iter().map(|n| n | APPLICATION));
         }
         numbers.into()
+    }
+
+    /// The policies whose scope matches.
+    pub(super) fn candidates(&self, put: &Put) -> Vec<&Rule> {
+        self.matching(put).iter().filter_map(|n| self.numbered(*n)).collect()
+    }
+
+    /// Permits of which one part of the scope alone does not match, and which.
+    pub(super) fn near(&self, put: &Put) -> Vec<(&Rule, &'static str)> {
+        let [principal, action, resource] = put.placed();
+        let mut near = Vec::new();
+        for bundle in self.application.iter().chain(std::iter::once(&self.system)) {
+            for (number, rule) in (0..).zip(&bundle.rules) {
+                let missing = match bundle.index.misses(number, &principal, &action, &resource) {
+                    [true, false, false] => "principal",
+                    [false, true, false] => "action",
+                    [false, false, true] => "resource",
+                    _ => continue,
+                };
+                if rule.policy.effect() == Effect::Permit {
+                    near.push((rule, missing));
+                }
+            }
+        }
+        near
     }
 
     fn numbered(&self, number: u32) -> Option<&Rule> {

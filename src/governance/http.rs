@@ -1,6 +1,7 @@
 //! The room's routes.
 
 mod bundles;
+mod decisions;
 mod proposals;
 
 use axum::extract::State as Room;
@@ -26,6 +27,7 @@ pub fn routes(governance: Governance) -> OpenApiRouter {
         .routes(routes!(configuration))
         .routes(routes!(put_entity, get_entity, delete_entity))
         .merge(bundles::routes())
+        .merge(decisions::routes())
         .merge(proposals::routes())
         .with_state(governance)
 }

@@ -93,6 +93,8 @@ impl Rules {
             principal: caller.principal().clone(),
             action: ask.action.to_owned(),
             resource: EntityName { kind: format!("Sop::{}", ask.kind), id: ask.name.clone() },
+            caller: caller.clone(),
+            context: ask.context.clone(),
         });
         Ok(Permit { allowed: denied.is_none(), at, depends, decision, denied })
     }
@@ -282,6 +284,10 @@ fn with_properties(name: &EntityName, held: Option<Held>, properties: Map<String
     let mut attrs = stored.map_or_else(Map::new, |v| v["attrs"].as_object().cloned().unwrap_or_default());
     if held.is_none() && name.kind.starts_with("Sop::") {
         attrs.insert("name".into(), name.id.clone().into());
+        if name.kind == "Sop::Client" {
+            attrs.insert("scopes".into(), json!([]));
+            attrs.insert("agent_type".into(), "external".into());
+        }
     }
     attrs.extend(properties);
     let parents = held.map(|h| h.parents).unwrap_or_default();

@@ -169,7 +169,7 @@ impl Snapshot {
     /// 422 when it is more than anybody can have meant: to decide on a part of it would be to guess.
     pub(super) fn slice(&self, roots: &[&EntityName], given: &HashMap<EntityName, Held>) -> Result<Slice, Refusal> {
         let world = self.world.read().unwrap_or_else(PoisonError::into_inner);
-        slice(&world.entities, world.index, roots, given)
+        slice(|name| given.get(name).or_else(|| world.entities.get(name)).cloned(), world.index, roots)
     }
 
     /// What is held of an entity.
@@ -220,12 +220,11 @@ pub(super) fn read(row: store::Row) -> Option<(EntityName, Held)> {
     held.map(|held| (row.name, held))
 }
 
-/// What can be reached in a world.
+/// What can be reached from `roots`, as `held` knows it.
 pub(super) fn slice(
-    all: &HashMap<EntityName, Held>,
+    held: impl Fn(&EntityName) -> Option<Held>,
     index: i64,
     roots: &[&EntityName],
-    given: &HashMap<EntityName, Held>,
 ) -> Result<Slice, Refusal> {
     let (mut entities, mut names) = (Vec::new(), Vec::new());
     let mut seen: HashSet<EntityName> = HashSet::new();
@@ -238,9 +237,9 @@ pub(super) fn slice(
             let detail = format!("the question reaches more than {REACH} entities by parents and references");
             return Err(Refusal::new(&problem::UNPROCESSABLE, detail));
         }
-        if let Some(held) = given.get(&name).or_else(|| all.get(&name)) {
+        if let Some(held) = held(&name) {
             entities.push(held.entity.clone());
-            waiting.extend(held.parents.iter().chain(&held.refers).cloned());
+            waiting.extend(held.parents.into_iter().chain(held.refers));
         }
         names.push(name);
     }

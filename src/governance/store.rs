@@ -1,14 +1,13 @@
 //! The room's SQL.
 
 pub(super) mod bundles;
+pub(super) mod decisions;
 pub(super) mod proposals;
 
 use serde_json::Value;
 use sqlx::postgres::PgRow;
 use sqlx::{PgConnection, Row as _};
-use uuid::Uuid;
 
-use crate::kernel::Timestamp;
 use crate::kernel::web::EntityName;
 
 /// An entity as it is stored.
@@ -121,42 +120,4 @@ pub(super) async fn some_at(conn: &mut PgConnection, names: &[EntityName], at: i
     .fetch_all(conn)
     .await?;
     rows.iter().map(row).collect()
-}
-
-/// A decision to be kept.
-pub(super) struct Kept {
-    pub id: Uuid,
-    pub record: Vec<u8>,
-    pub decision: bool,
-}
-
-pub(super) async fn keep(
-    conn: &mut PgConnection,
-    index: i64,
-    kept: &[Kept],
-    time: Timestamp,
-) -> Result<(), sqlx::Error> {
-    let positions: Vec<i32> = (0..).take(kept.len()).collect();
-    sqlx::query(
-        "INSERT INTO governance.decisions (id, index, position, record, decision, time)
-         SELECT d.id, $1, d.position, d.record, d.decision, $2
-         FROM unnest($3::uuid[], $4::int4[], $5::bytea[], $6::bool[]) AS d (id, position, record, decision)",
-    )
-    .bind(index)
-    .bind(time.to_offset())
-    .bind(kept.iter().map(|k| k.id).collect::<Vec<_>>())
-    .bind(positions)
-    .bind(kept.iter().map(|k| k.record.as_slice()).collect::<Vec<_>>())
-    .bind(kept.iter().map(|k| k.decision).collect::<Vec<_>>())
-    .execute(conn)
-    .await?;
-    Ok(())
-}
-
-/// The records of an entry's decisions, in order.
-pub(super) async fn records(conn: &mut PgConnection, index: i64) -> Result<Vec<Vec<u8>>, sqlx::Error> {
-    sqlx::query_scalar("SELECT record FROM governance.decisions WHERE index = $1 ORDER BY position")
-        .bind(index)
-        .fetch_all(conn)
-        .await
 }

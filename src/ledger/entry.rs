@@ -156,11 +156,29 @@ pub(super) fn decided(d: &Decision) -> Vec<u8> {
     o.member("action", &d.action);
     o.member("at", &d.at);
     o.member("bundle", &d.bundle[..]);
+    o.raw("context", &context(d));
     o.member("id", &d.id);
     o.member("policies", &d.policies[..]);
     o.raw("principal", &name(&d.principal));
     o.raw("resource", &name(&d.resource));
     o.end()
+}
+
+/// What it was decided in, so that it can be decided again: scopes, method and path, and what else was asked about.
+fn context(d: &Decision) -> Vec<u8> {
+    let request = d.caller.request();
+    if d.context.is_empty() {
+        let mut o = Object::new();
+        o.member("method", &request.method);
+        o.member("path", &request.path);
+        o.member("scopes", d.caller.scopes());
+        return o.end();
+    }
+    let mut all = d.context.clone();
+    all.insert("method".to_owned(), request.method.as_str().into());
+    all.insert("path".to_owned(), request.path.as_str().into());
+    all.insert("scopes".to_owned(), d.caller.scopes().into());
+    canonical(&Value::Object(all))
 }
 
 /// An object of canonical JSON whose members are given in the order of their names.
@@ -343,11 +361,14 @@ mod tests {
             principal: name("Sop::Client", "é\n"),
             action: "state:put".into(),
             resource: name("Sop::Key", "k"),
+            caller: Caller::daemon("test"),
+            context: Map::new(),
         };
         let written = decided(&decision);
         let expected = json!({
             "id": decision.id, "at": 7, "bundle": ["system"], "policies": ["a\"b", "c"], "action": "state:put",
             "principal": {"type": "Sop::Client", "id": "é\n"}, "resource": {"type": "Sop::Key", "id": "k"},
+            "context": {"method": "", "path": "", "scopes": []},
         });
         assert_eq!(written, canonical(&expected));
         let entry = Entry::ok("a:b", "c/d").reason("r").signal("info", "f").change("z", 1).change("a", "x");

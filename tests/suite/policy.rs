@@ -109,7 +109,7 @@ async fn a_bundle_goes_from_draft_to_rollback_on_every_daemon_at_once() {
     );
     assert_eq!(post(&admin, "/v1/governance/rollback", &json!({"reason": "x", "to": "nothing"})).await.0, 404);
     let restarted = daemon.restart().await;
-    let admin = admin.clone_at(&restarted.url);
+    let admin = Client::of(&restarted);
     assert_eq!(
         decide(&admin, &asks("ann", "view", 3)).await["decision"],
         true,
@@ -335,5 +335,104 @@ async fn a_canary_decides_for_its_share_and_always_the_same() {
     assert!((15..=45).contains(&taken), "{taken} of 100");
     assert_eq!(post(&admin, &path, &json!({"percent": 0})).await.0, 200);
     assert_eq!(decide(&there, &asks("u1", "view", 1)).await["context"]["policies"], json!(["old"]));
+    record::check(&db).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn decisions_are_listed_explained_and_replayed_as_of_their_time() {
+    let (db, daemon, admin, other) = start().await;
+    member(&admin, "ann").await;
+    let first = activate(&admin, &other, VIEW, Some(SCHEMA)).await;
+    let from = admin.put("mark", "1").await.unwrap();
+    let mut ids = Vec::new();
+    for level in 0..8 {
+        ids.push(
+            decide(&admin, &asks("ann", "view", level)).await["context"]["decision_id"].as_str().unwrap().to_owned(),
+        );
+    }
+    let nobody = decide(&admin, &asks("bob", "view", 1)).await;
+    // From here on ann is no member, and the bundle is another: what was decided before is explained as it was.
+    assert_eq!(admin.json(Method::PUT, "/v1/governance/entities/user/ann", &json!({})).await.0, 200);
+    let to = admin.put("mark", "2").await.unwrap();
+    let stricter = VIEW.replace("<= 3", "<= 1").replace("view\")", "strict\")");
+    let second = activate(&admin, &other, &stricter, Some(SCHEMA)).await;
+    let (_, page) = admin.get("/v1/governance/decisions?origin=authzen&subject=ann&decision=true&limit=3").await;
+    assert_eq!(page["items"].as_array().unwrap().len(), 3, "{page}");
+    assert_eq!((&page["items"][0]["decision_id"], &page["items"][0]["bundle"]), (&json!(ids[3]), &json!(first)));
+    let (_, rest) = admin
+        .get(&format!(
+            "/v1/governance/decisions?origin=authzen&subject=ann&decision=true&after={}",
+            page["next"].as_str().unwrap()
+        ))
+        .await;
+    assert_eq!(
+        rest["items"].as_array().unwrap().iter().map(|d| &d["decision_id"]).collect::<Vec<_>>(),
+        [&json!(ids[0])]
+    );
+    let explain = async |id: &str| post(&admin, &format!("/v1/governance/decisions/{id}/explain"), &json!({})).await.1;
+    let yes = explain(&ids[1]).await;
+    assert_eq!(
+        (&yes["decision"], &yes["policies"][0]["id"], &yes["reproduced"], &yes["bundle"]),
+        (&json!(true), &json!("view"), &json!(true), &json!(first)),
+        "{yes}"
+    );
+    assert!(yes["policies"][0]["text"].as_str().unwrap().contains("resource.level <= 3"));
+    let no = explain(&ids[5]).await;
+    assert_eq!(
+        (&no["decision"], &no["missed"][0]["failed"]),
+        (&json!(false), &json!("when { resource.level <= 3 }")),
+        "{no}"
+    );
+    let near = explain(nobody["context"]["decision_id"].as_str().unwrap()).await;
+    assert_eq!(near["missed"][0]["failed"], "scope: principal", "{near}");
+    // A mutation's decision is in the same list, and explained the same way.
+    let (_, api) = admin.get(&format!("/v1/governance/decisions?origin=api&action=state:put&from={to}&to={to}")).await;
+    let api = explain(api["items"][0]["decision_id"].as_str().unwrap()).await;
+    assert_eq!(
+        (&api["decision"], &api["policies"][0]["id"], &api["reproduced"]),
+        (&json!(true), &json!("admin"), &json!(true)),
+        "{api}"
+    );
+    assert_eq!(admin.get("/v1/governance/decisions/01a20a40-497c-7000-8000-000000000000").await.0, 404);
+    // What the second bundle would have done then: two of ann's three views flip, by the policy that is not there.
+    let path = format!("/v1/governance/bundles/{second}/replay");
+    let (status, whole) = post(&admin, &path, &json!({"from": from, "to": to})).await;
+    assert_eq!((status, whole["changed"].as_u64(), whole["skipped"].as_u64()), (200, Some(2), Some(0)), "{whole}");
+    assert_eq!(
+        (&whole["groups"]["subject"]["user::ann"], &whole["groups"]["policy"]["view"], &whole["next"]),
+        (&json!(2), &json!(2), &Value::Null)
+    );
+    assert_eq!(
+        (&whole["flips"][0]["decision_id"], &whole["flips"][0]["before"], &whole["flips"][0]["after"]),
+        (&json!(ids[2]), &json!(true), &json!(false))
+    );
+    // In pieces it is the same.
+    let (mut after, mut flips, mut read) = (Value::Null, Vec::new(), 0);
+    loop {
+        let (_, piece) = post(&admin, &path, &json!({"from": from, "to": to, "limit": 2, "after": after})).await;
+        read += piece["read"].as_u64().unwrap();
+        flips.extend(piece["flips"].as_array().unwrap().clone());
+        after = piece["next"].clone();
+        if after.is_null() {
+            break;
+        }
+    }
+    assert_eq!((Some(read), &json!(flips)), (whole["read"].as_u64(), &whole["flips"]));
+    let (_, same) = post(&admin, &format!("/v1/governance/bundles/{first}/replay"), &json!({})).await;
+    assert_eq!(
+        (same["changed"].as_u64(), same["skipped"].as_u64()),
+        (Some(0), Some(0)),
+        "with itself, and no policy of the daemon's own, nothing flips: {same}"
+    );
+    assert!(same["read"].as_u64().unwrap() > 15, "{same}");
+    let (_, one) =
+        post(&admin, &format!("/v1/governance/decisions/{}/replay", ids[2]), &json!({"bundle": second})).await;
+    assert_eq!((&one["before"], &one["after"]), (&json!(true), &json!(false)), "{one}");
+    let restarted = daemon.restart().await;
+    let admin = Client::of(&restarted);
+    assert_eq!(
+        post(&admin, &format!("/v1/governance/decisions/{}/explain", ids[1]), &json!({})).await.1["reproduced"],
+        true
+    );
     record::check(&db).await;
 }

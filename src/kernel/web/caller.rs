@@ -141,6 +141,10 @@ pub struct Decision {
     pub action: String,
     /// The resource asked for (the one denied, else the first).
     pub resource: EntityName,
+    /// Who asked, with what scopes and by which request: the context it was decided in.
+    pub caller: Caller,
+    /// What else policies could look at.
+    pub context: Map<String, Value>,
 }
 
 /// Decides for a caller. The api hands one in with every request; the daemon's own work has none.
