@@ -281,8 +281,9 @@ impl Governance {
             Force::new(now.system().clone(), Some(candidate.clone()))
         };
         let may = |who: &EntityName, scopes: &[String]| self.rules.may(&then, who, scopes, "governance:rollback");
-        let mut clients = self.rules.snapshot.of_type("Sop::Client", None).into_iter();
-        if !clients.any(|client| may(&client, &self.rules.scopes(&client))) {
+        let mut clients = self.rules.snapshot.ids("Sop::Client", None, usize::MAX).into_iter();
+        let client = |id| EntityName { kind: "Sop::Client".to_owned(), id };
+        if !clients.any(|id| may(&client(id.clone()), &self.rules.scopes(&client(id)))) {
             let detail = "under this bundle no client at all could roll back; it cannot be brought into force";
             return Err(Refusal::new(&problem::LOCKS_OUT, detail));
         }

@@ -17,6 +17,7 @@ use crate::kernel::{Refusal, ids, problem};
 
 use super::authzen;
 use super::entities::Shown;
+use super::search::{For, Search};
 use super::{Governance, Recorded};
 
 /// The routes of the room.
@@ -24,6 +25,9 @@ pub fn routes(governance: Governance) -> OpenApiRouter {
     OpenApiRouter::new()
         .routes(routes!(evaluation))
         .routes(routes!(evaluations))
+        .routes(routes!(search_subject))
+        .routes(routes!(search_resource))
+        .routes(routes!(search_action))
         .routes(routes!(configuration))
         .routes(routes!(put_entity, get_entity, delete_entity))
         .merge(bundles::routes())
@@ -91,6 +95,50 @@ async fn evaluations(
     Ok(answer(&whole, index))
 }
 
+async fn search(
+    room: &Governance,
+    caller: &Caller,
+    wanted: For,
+    body: Result<Json<Value>, Refusal>,
+) -> Result<Response, Refusal> {
+    let Json(body) = body.map_err(as_authzen)?;
+    let (found, index) = room.search(caller, Search::read(wanted, &body)?).await?;
+    Ok(answer(&found, Some(index)))
+}
+
+/// Which subjects may do that to the resource? (AuthZEN 1.0)
+#[utoipa::path(post, path = "/access/v1/search/subject", tag = "governance", request_body = Object,
+    responses((status = 200, description = "`results`, and `page.next_token`, empty at the end", body = Object), (status = 400)))]
+async fn search_subject(
+    Room(room): Room<Governance>,
+    caller: Caller,
+    body: Result<Json<Value>, Refusal>,
+) -> Result<Response, Refusal> {
+    search(&room, &caller, For::Subject, body).await
+}
+
+/// To which resources may the subject do that? (AuthZEN 1.0)
+#[utoipa::path(post, path = "/access/v1/search/resource", tag = "governance", request_body = Object,
+    responses((status = 200, description = "`results`, and `page.next_token`, empty at the end", body = Object), (status = 400)))]
+async fn search_resource(
+    Room(room): Room<Governance>,
+    caller: Caller,
+    body: Result<Json<Value>, Refusal>,
+) -> Result<Response, Refusal> {
+    search(&room, &caller, For::Resource, body).await
+}
+
+/// What may the subject do to the resource? (AuthZEN 1.0)
+#[utoipa::path(post, path = "/access/v1/search/action", tag = "governance", request_body = Object,
+    responses((status = 200, description = "`results`, and `page.next_token`, empty at the end", body = Object), (status = 400)))]
+async fn search_action(
+    Room(room): Room<Governance>,
+    caller: Caller,
+    body: Result<Json<Value>, Refusal>,
+) -> Result<Response, Refusal> {
+    search(&room, &caller, For::Action, body).await
+}
+
 /// Where the decision point's endpoints are (AuthZEN 1.0)
 #[utoipa::path(get, path = "/.well-known/authzen-configuration", tag = "governance", responses((status = 200, body = Object)))]
 async fn configuration(headers: HeaderMap) -> Response {
@@ -101,6 +149,9 @@ async fn configuration(headers: HeaderMap) -> Response {
             "policy_decision_point": base,
             "access_evaluation_endpoint": format!("{base}/access/v1/evaluation"),
             "access_evaluations_endpoint": format!("{base}/access/v1/evaluations"),
+            "search_subject_endpoint": format!("{base}/access/v1/search/subject"),
+            "search_resource_endpoint": format!("{base}/access/v1/search/resource"),
+            "search_action_endpoint": format!("{base}/access/v1/search/action"),
         }),
         None,
     )

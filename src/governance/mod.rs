@@ -25,6 +25,7 @@ mod remembered;
 mod replay;
 mod rules;
 mod scope;
+mod search;
 mod snapshot;
 mod store;
 mod voices;

@@ -1,6 +1,7 @@
 //! What this daemon holds in memory to decide: every entity, and the bundles in force, as of the index the follower is at.
 
-use std::collections::{HashMap, HashSet};
+use std::collections::{BTreeSet, HashMap, HashSet};
+use std::ops::Bound;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, PoisonError, RwLock};
 
@@ -57,7 +58,23 @@ fn references(value: &Value, out: &mut Vec<EntityName>) {
 #[derive(Default)]
 struct World {
     entities: HashMap<EntityName, Held>,
+    /// The ids of each type, in order.
+    ids: HashMap<String, BTreeSet<String>>,
     index: i64,
+}
+
+impl World {
+    fn put(&mut self, name: EntityName, held: Held) {
+        self.ids.entry(name.kind.clone()).or_default().insert(name.id.clone());
+        self.entities.insert(name, held);
+    }
+
+    fn remove(&mut self, name: &EntityName) {
+        self.entities.remove(name);
+        if let Some(ids) = self.ids.get_mut(&name.kind) {
+            ids.remove(&name.id);
+        }
+    }
 }
 
 /// All entities, and the bundles in force.
@@ -177,13 +194,12 @@ impl Snapshot {
         self.world.read().unwrap_or_else(PoisonError::into_inner).entities.get(name).cloned()
     }
 
-    /// The names of all entities of a type after `after`, in order.
-    pub(super) fn of_type(&self, kind: &str, after: Option<&str>) -> Vec<EntityName> {
+    /// Ids of entities of a type after `after`, in order.
+    pub(super) fn ids(&self, kind: &str, after: Option<&str>, limit: usize) -> Vec<String> {
         let world = self.world.read().unwrap_or_else(PoisonError::into_inner);
-        let wanted = |n: &&EntityName| n.kind == kind && after.is_none_or(|a| n.id.as_str() > a);
-        let mut names: Vec<EntityName> = world.entities.keys().filter(wanted).cloned().collect();
-        names.sort_unstable();
-        names
+        let from = after.map_or(Bound::Unbounded, Bound::Excluded);
+        let ids = world.ids.get(kind).into_iter().flat_map(|ids| ids.range::<str, _>((from, Bound::Unbounded)));
+        ids.take(limit).cloned().collect()
     }
 
     /// How many.
@@ -202,10 +218,10 @@ impl Snapshot {
     fn put(&self, names: Option<&[EntityName]>, rows: Vec<store::Row>, index: i64) {
         let mut world = self.world.write().unwrap_or_else(PoisonError::into_inner);
         match names {
-            Some(names) => names.iter().for_each(|n| drop(world.entities.remove(n))),
-            None => world.entities.clear(),
+            Some(names) => names.iter().for_each(|n| world.remove(n)),
+            None => *world = World::default(),
         }
-        world.entities.extend(rows.into_iter().filter_map(read));
+        rows.into_iter().filter_map(read).for_each(|(name, held)| world.put(name, held));
         world.index = index;
         self.changed();
     }

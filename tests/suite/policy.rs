@@ -436,3 +436,66 @@ async fn decisions_are_listed_explained_and_replayed_as_of_their_time() {
     );
     record::check(&db).await;
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_search_agrees_with_evaluation_on_every_element() {
+    let (db, _daemon, admin, other) = start().await;
+    let put = async |kind: &str, id: &str, body: Value| {
+        assert_eq!(admin.json(Method::PUT, &format!("/v1/governance/entities/{kind}/{id}"), &body).await.0, 200);
+    };
+    for i in 0..30 {
+        let parents = if i % 3 == 0 { json!([{"type": "group", "id": "g"}]) } else { json!([]) };
+        put("user", &format!("u{i:02}"), json!({"parents": parents, "attrs": {"level": i % 5}})).await;
+        put("doc", &format!("d{i:02}"), json!({"attrs": {"level": i % 7}})).await;
+    }
+    let more = format!(
+        "{VIEW} @id(\"edit\") permit (principal, action == Action::\"edit\", resource) when {{ principal has level && principal.level > resource.level }};"
+    );
+    activate(&admin, &other, &more, Some(SCHEMA)).await;
+    for (what, action, fixed) in [
+        ("subject", "view", "d02"),
+        ("subject", "edit", "d03"),
+        ("resource", "view", "u03"),
+        ("resource", "edit", "u04"),
+    ] {
+        let (kind, other_kind) = if what == "subject" { ("user", "doc") } else { ("doc", "user") };
+        let other_part = if what == "subject" { "resource" } else { "subject" };
+        let (mut found, mut token) = (Vec::new(), String::new());
+        loop {
+            let body = json!({what: {"type": kind, "id": "ignored"}, other_part: {"type": other_kind, "id": fixed}, "action": {"name": action}, "page": {"limit": 4, "token": token}});
+            let (status, page) = post(&admin, &format!("/access/v1/search/{what}"), &body).await;
+            assert_eq!(status, 200, "{page}");
+            assert!(page["results"].as_array().unwrap().len() <= 4);
+            found.extend(page["results"].as_array().unwrap().iter().map(|r| r["id"].as_str().unwrap().to_owned()));
+            token = page["page"]["next_token"].as_str().unwrap().to_owned();
+            if token.is_empty() {
+                break;
+            }
+        }
+        let mut alone = Vec::new();
+        for i in 0..30 {
+            let id = format!("{}{i:02}", if kind == "user" { "u" } else { "d" });
+            let body = json!({what: {"type": kind, "id": id}, other_part: {"type": other_kind, "id": fixed}, "action": {"name": action}});
+            if decide(&admin, &body).await["decision"] == true {
+                alone.push(id);
+            }
+        }
+        assert_eq!(found, alone, "{what} {action}");
+        assert!(!found.is_empty());
+    }
+    let body = json!({"subject": {"type": "user", "id": "u03"}, "resource": {"type": "doc", "id": "d01"}});
+    let (_, actions) = post(&admin, "/access/v1/search/action", &body).await;
+    assert_eq!(actions["results"], json!([{"name": "edit"}, {"name": "view"}]), "{actions}");
+    let (_, own) = post(&admin, "/access/v1/search/action", &json!({"subject": {"type": "Sop::Client", "id": admin.credential().0}, "resource": {"type": "Sop::Key", "id": "a"}})).await;
+    assert!(own["results"].as_array().unwrap().contains(&json!({"name": "state:put"})), "{own}");
+    for bad in [
+        json!([]),
+        json!({"subject": {"type": "user"}}),
+        json!({"subject": {"type": "user"}, "action": {"name": "view"}, "resource": {"type": "doc", "id": "x"}, "page": {"token": "x"}}),
+    ] {
+        assert_eq!(post(&admin, "/access/v1/search/subject", &bad).await.0, 400, "{bad}");
+    }
+    let index = actions["context"]["index"].as_i64().unwrap();
+    assert_eq!(admin.get(&format!("/v1/audit/entries/{index}")).await.1["action"], "governance:search");
+    record::check(&db).await;
+}
