@@ -184,7 +184,7 @@ impl<'a> Ground<'a> {
             records: vec![governance::records(self.store), nexus::records(self.store)],
         };
         let audit = Audit::start(parts, &self.tasks).await.map_err(said)?;
-        let governance = Governance::start(views.rules.clone(), ledger.clone(), self.store.clone(), &self.tasks);
+        let governance = Governance::start(views.rules.clone(), ledger.clone(), self.store.clone(), url, &self.tasks);
         let governance = governance.await;
         let token = self.token(ledger, views.clients, url).await?;
         files::admin(&self.config.data.dir, url, &token).await?;

@@ -11,6 +11,7 @@
 mod admin;
 mod audit;
 mod bench;
+mod bundle;
 mod check;
 mod client;
 mod demo;
@@ -80,9 +81,12 @@ enum Command {
     /// The keys that sign access tokens
     #[command(subcommand)]
     Key(token::KeyCommand),
-    /// Ask the policy, see and change the entities it knows
+    /// Ask the policy; change it, from a draft to a rollback; see and change the entities it knows
     #[command(subcommand)]
     Policy(policy::PolicyCommand),
+    /// Decisions that were made, and why
+    #[command(subcommand)]
+    Decision(bundle::DecisionCommand),
     /// See services, send and take messages
     #[command(subcommand)]
     Nexus(nexus::NexusCommand),
@@ -126,6 +130,7 @@ pub fn run() -> ExitCode {
             Command::Token(command) => token::run(&global, command).await,
             Command::Key(command) => token::keys(&global, command).await,
             Command::Policy(command) => policy::run(&global, command).await,
+            Command::Decision(command) => bundle::decision(&global, command).await,
             Command::Nexus(command) => nexus::run(&global, command).await,
             Command::Health(command) => health::run(&global, command).await,
             Command::Demo(args) => demo::run(&global, args).await,

@@ -37,6 +37,9 @@ pub(crate) enum PolicyCommand {
     },
     /// Remove an entity
     Rm { name: String },
+    /// Bundles, proposals, replay
+    #[command(flatten)]
+    Bundle(super::bundle::BundleCommand),
 }
 
 /// Type and id: the type is a Cedar name, so the id begins after the last `::` that a type can end at.
@@ -96,6 +99,7 @@ pub(crate) async fn run(global: &Global, command: PolicyCommand) -> anyhow::Resu
             let request = client.request(Method::PUT, &path(&name)?).json(&json!({"attrs": attrs, "parents": parents}));
             say(client.json(request).await?);
         }
+        PolicyCommand::Bundle(command) => super::bundle::run(global, &client, command).await?,
         PolicyCommand::Rm { name } => {
             client.send(client.request(Method::DELETE, &path(&name)?)).await?;
             say(if global.json { json!({"removed": name}).to_string() } else { format!("{name} is removed") });

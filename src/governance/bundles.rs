@@ -124,7 +124,11 @@ impl From<InForce> for Ruling {
 
 /// A bundle that does not hold: every fault, with line and column.
 fn unfit(faults: Vec<Fault>) -> Refusal {
-    let first = faults.first().map_or("the bundle", |f| f.detail.as_str()).to_owned();
+    let place = |f: &Fault| match (f.line, f.column) {
+        (Some(line), Some(column)) => format!("{}, line {line}, column {column}: {}", f.pointer, f.detail),
+        _ => format!("{}: {}", f.pointer, f.detail),
+    };
+    let first = faults.first().map(place).unwrap_or_default();
     Refusal::new(&problem::UNPROCESSABLE, first).with_faults(faults)
 }
 

@@ -124,7 +124,7 @@ impl Force {
         self.matching(put).iter().filter_map(|n| self.numbered(*n)).collect()
     }
 
-    /// Permits of which one part of the scope alone does not match, and which.
+    /// Permits of which the principal or the resource alone does not match. Those for other actions are nobody's near miss.
     pub(super) fn near(&self, put: &Put) -> Vec<(&Rule, &'static str)> {
         let [principal, action, resource] = put.placed();
         let mut near = Vec::new();
@@ -132,7 +132,6 @@ impl Force {
             for (number, rule) in (0..).zip(&bundle.rules) {
                 let missing = match bundle.index.misses(number, &principal, &action, &resource) {
                     [true, false, false] => "principal",
-                    [false, true, false] => "action",
                     [false, false, true] => "resource",
                     _ => continue,
                 };

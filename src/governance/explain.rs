@@ -1,6 +1,6 @@
 //! Why: the policies that determined a decision, and of those that could have, the condition that failed.
 
-use cedar_policy::{Authorizer, Decision, Effect, Policy, PolicyId, PolicySet};
+use cedar_policy::{AuthorizationError, Authorizer, Decision, Effect, Policy, PolicyId, PolicySet};
 use serde::Serialize;
 use serde_json::{Value, json};
 
@@ -103,7 +103,12 @@ fn failing(rule: &Rule, put: &Put) -> Option<String> {
             }
             let inner = written.split_once('{').and_then(|(_, rest)| rest.rsplit_once('}')).map_or("", |(i, _)| i);
             let inner = inner.split_whitespace().collect::<Vec<_>>().join(" ");
-            let error = response.diagnostics().errors().next().map(|e| format!(" ({e})")).unwrap_or_default();
+            let error = response
+                .diagnostics()
+                .errors()
+                .next()
+                .map(|AuthorizationError::PolicyEvaluationError(e)| format!(" ({})", e.inner()))
+                .unwrap_or_default();
             return Some(format!("{kind} {{ {inner} }}{error}"));
         }
     }

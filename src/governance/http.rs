@@ -141,9 +141,9 @@ async fn search_action(
 
 /// Where the decision point's endpoints are (AuthZEN 1.0)
 #[utoipa::path(get, path = "/.well-known/authzen-configuration", tag = "governance", responses((status = 200, body = Object)))]
-async fn configuration(headers: HeaderMap) -> Response {
+async fn configuration(Room(room): Room<Governance>, headers: HeaderMap) -> Response {
     let host = headers.get(header::HOST).and_then(|h| h.to_str().ok()).unwrap_or("localhost");
-    let base = format!("http://{host}");
+    let base = format!("{}://{host}", room.scheme);
     answer(
         &json!({
             "policy_decision_point": base,

@@ -70,6 +70,8 @@ pub struct Governance {
     ledger: Ledger,
     store: Store,
     recorder: Recorder,
+    /// `http` or `https`, as this daemon is spoken to.
+    scheme: &'static str,
 }
 
 /// A decision as it was recorded.
@@ -81,9 +83,10 @@ struct Recorded {
 impl Governance {
     /// Opens the room: sees to it that a system bundle is in force, and starts the recorder, the compiler of bundles that
     /// were made on other daemons, and the end of proposals that are past their time.
-    pub async fn start(rules: Arc<Rules>, ledger: Ledger, store: Store, tasks: &Supervisor) -> Self {
+    pub async fn start(rules: Arc<Rules>, ledger: Ledger, store: Store, url: &str, tasks: &Supervisor) -> Self {
         let recorder = Recorder::start(ledger.clone(), tasks);
-        let room = Self { rules, ledger, store, recorder };
+        let scheme = if url.starts_with("https:") { "https" } else { "http" };
+        let room = Self { rules, ledger, store, recorder, scheme };
         room.ship().await;
         room.start_tasks(tasks);
         room

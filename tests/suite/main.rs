@@ -19,6 +19,7 @@ mod cli;
 mod clients;
 mod crash;
 mod damage;
+mod decisions;
 mod events;
 mod exchange;
 mod failover;

@@ -1,0 +1,268 @@
+//! `sop policy`, the part about bundles: from a file to what is in force, and back; and `sop decision`.
+
+use std::path::PathBuf;
+
+use anyhow::Context as _;
+use clap::Subcommand;
+use reqwest::Method;
+use serde_json::{Value, json};
+
+use super::client::Client;
+use super::{Global, say};
+
+#[derive(Subcommand)]
+pub(crate) enum BundleCommand {
+    /// Make a draft of a bundle from a file of Cedar policies; a fault is told with line and column
+    Draft {
+        /// Cedar text, or Cedar's JSON
+        policies: PathBuf,
+        /// A schema to hold it to, strictly
+        #[arg(long)]
+        schema: Option<PathBuf>,
+        /// What it is for
+        #[arg(long, default_value = "")]
+        note: String,
+        /// It replaces the system bundle, which rules the daemon itself
+        #[arg(long)]
+        system: bool,
+    },
+    /// List bundles, newest first
+    Ls,
+    /// Print a bundle: its policies and its schema
+    Show { id: String },
+    /// Print which bundles are in force, or were at an index
+    Active {
+        #[arg(long)]
+        at: Option<i64>,
+    },
+    /// What a bundle would have decided, over the decisions that were made; exit 1 if any would be another
+    Replay {
+        id: String,
+        #[arg(long)]
+        from: Option<i64>,
+        #[arg(long)]
+        to: Option<i64>,
+    },
+    /// Propose a bundle for activation
+    Propose {
+        id: String,
+        #[arg(long, default_value = "")]
+        reason: String,
+    },
+    /// Approve a proposal of somebody else
+    Approve {
+        proposal: String,
+        #[arg(long, default_value = "")]
+        reason: String,
+    },
+    /// Reject a proposal
+    Reject {
+        proposal: String,
+        #[arg(long, default_value = "")]
+        reason: String,
+    },
+    /// List proposals, newest first
+    Proposals,
+    /// Let a bundle decide for a part of the subjects; 0 ends that
+    Canary { id: String, percent: f64 },
+    /// Bring a bundle into force, once others approved
+    Activate {
+        id: String,
+        /// Even if you could not roll back under it
+        #[arg(long)]
+        force: bool,
+    },
+    /// Go back to the bundle that was in force before, at once
+    Rollback {
+        #[arg(long)]
+        to: Option<String>,
+        #[arg(long)]
+        reason: String,
+    },
+}
+
+#[derive(Subcommand)]
+pub(crate) enum DecisionCommand {
+    /// List decisions, newest first
+    Ls {
+        /// Id of whom they are about
+        #[arg(long)]
+        subject: Option<String>,
+        #[arg(long)]
+        action: Option<String>,
+        /// Only denials
+        #[arg(long)]
+        denied: bool,
+    },
+    /// Why it was decided so, with the bundles and entities of its time
+    Explain { id: String },
+}
+
+fn text<'a>(value: &'a Value, name: &str) -> &'a str {
+    value[name].as_str().unwrap_or("-")
+}
+
+async fn post(client: &Client, path: &str, body: &Value) -> anyhow::Result<Value> {
+    client.json(client.request(Method::POST, path).json(body)).await
+}
+
+async fn get(client: &Client, path: &str) -> anyhow::Result<Value> {
+    client.json(client.request(Method::GET, path)).await
+}
+
+fn shown(global: &Global, whole: &Value, line: impl FnOnce() -> String) {
+    say(if global.json { whole.to_string() } else { line() });
+}
+
+fn in_force(answer: &Value) -> String {
+    let mut line = format!(
+        "since {}: system {}, application {}",
+        answer["index"],
+        text(answer, "system"),
+        text(answer, "application")
+    );
+    if answer["canary"].is_string() {
+        line.push_str(&format!(", canary {} for {} %", text(answer, "canary"), answer["percent"]));
+    }
+    line
+}
+
+pub(crate) async fn run(global: &Global, client: &Client, command: BundleCommand) -> anyhow::Result<()> {
+    let bundles = "/v1/governance/bundles";
+    match command {
+        BundleCommand::Draft { policies, schema, note, system } => {
+            let read =
+                |p: &PathBuf| std::fs::read_to_string(p).with_context(|| format!("{} cannot be read", p.display()));
+            let scope = if system { "system" } else { "application" };
+            let schema = schema.as_ref().map(read).transpose()?;
+            let body = json!({"policies": read(&policies)?, "schema": schema, "note": note, "scope": scope});
+            let made = post(client, bundles, &body).await?;
+            shown(global, &made, || {
+                format!("{} {}: {} policies", text(&made, "id"), text(&made, "status"), made["count"])
+            });
+        }
+        BundleCommand::Ls => {
+            let page = get(client, &format!("{bundles}?limit=1000")).await?;
+            for b in page["items"].as_array().into_iter().flatten() {
+                shown(global, b, || {
+                    let (id, scope, status) = (text(b, "id"), text(b, "scope"), text(b, "status"));
+                    format!("{id:<38}{scope:<13}{status:<9}{:>6} policies  {}", b["count"], text(b, "note"))
+                });
+            }
+        }
+        BundleCommand::Show { id } => {
+            let b = get(client, &format!("{bundles}/{id}")).await?;
+            shown(global, &b, || [text(&b, "policies"), b["schema"].as_str().unwrap_or_default()].join("\n"));
+        }
+        BundleCommand::Active { at } => {
+            let at = at.map(|at| format!("?at={at}")).unwrap_or_default();
+            let answer = get(client, &format!("/v1/governance/active{at}")).await?;
+            shown(global, &answer, || in_force(&answer));
+        }
+        BundleCommand::Replay { id, from, to } => return replay(global, client, &id, from, to).await,
+        BundleCommand::Propose { id, reason } => {
+            let p = post(client, &format!("{bundles}/{id}/propose"), &json!({"reason": reason})).await?;
+            shown(global, &p, || {
+                format!("{} {}: needs {} to approve it", text(&p, "id"), text(&p, "status"), p["required"])
+            });
+        }
+        BundleCommand::Approve { proposal, reason } => voice(global, client, &proposal, "approve", reason).await?,
+        BundleCommand::Reject { proposal, reason } => voice(global, client, &proposal, "reject", reason).await?,
+        BundleCommand::Proposals => {
+            let page = get(client, "/v1/governance/proposals?limit=1000").await?;
+            for p in page["items"].as_array().into_iter().flatten() {
+                shown(global, p, || {
+                    let (id, status, action) = (text(p, "id"), text(p, "status"), text(p, "action"));
+                    format!("{id:<38}{status:<10}{action:<24}{}", text(p, "target"))
+                });
+            }
+        }
+        BundleCommand::Canary { id, percent } => {
+            let answer = post(client, &format!("{bundles}/{id}/canary"), &json!({"percent": percent})).await?;
+            shown(global, &answer, || in_force(&answer));
+        }
+        BundleCommand::Activate { id, force } => {
+            let answer = post(client, &format!("{bundles}/{id}/activate"), &json!({"force": force})).await?;
+            shown(global, &answer, || in_force(&answer));
+        }
+        BundleCommand::Rollback { to, reason } => {
+            let answer = post(client, "/v1/governance/rollback", &json!({"to": to, "reason": reason})).await?;
+            shown(global, &answer, || in_force(&answer));
+        }
+    }
+    Ok(())
+}
+
+async fn voice(global: &Global, client: &Client, id: &str, what: &str, reason: String) -> anyhow::Result<()> {
+    let p = post(client, &format!("/v1/governance/proposals/{id}/{what}"), &json!({"reason": reason})).await?;
+    shown(global, &p, || format!("{} is {}", text(&p, "id"), text(&p, "status")));
+    Ok(())
+}
+
+async fn replay(global: &Global, client: &Client, id: &str, from: Option<i64>, to: Option<i64>) -> anyhow::Result<()> {
+    let (mut after, mut read, mut changed) = (Value::Null, 0, 0);
+    loop {
+        let body = json!({"from": from, "to": to, "after": after});
+        let piece = post(client, &format!("/v1/governance/bundles/{id}/replay"), &body).await?;
+        read += piece["read"].as_u64().unwrap_or(0);
+        changed += piece["changed"].as_u64().unwrap_or(0);
+        for f in piece["flips"].as_array().into_iter().flatten() {
+            shown(global, f, || {
+                let verdict = |v: &Value| if v == true { "permit" } else { "deny" };
+                let (subject, resource) = (&f["subject"], &f["resource"]);
+                format!(
+                    "{} {}::{} {} {}::{}: {} -> {}",
+                    text(f, "decision_id"),
+                    text(subject, "type"),
+                    text(subject, "id"),
+                    text(f, "action"),
+                    text(resource, "type"),
+                    text(resource, "id"),
+                    verdict(&f["before"]),
+                    verdict(&f["after"])
+                )
+            });
+        }
+        if piece["next"].is_null() {
+            break;
+        }
+        after = piece["next"].clone();
+    }
+    let whole = json!({"read": read, "changed": changed});
+    shown(global, &whole, || format!("{read} decisions read, {changed} would be other ones"));
+    anyhow::ensure!(changed == 0, "{changed} decisions would be other ones");
+    Ok(())
+}
+
+pub(crate) async fn decision(global: &Global, command: DecisionCommand) -> anyhow::Result<()> {
+    let client = Client::find(global).await?;
+    match command {
+        DecisionCommand::Ls { subject, action, denied } => {
+            let mut query = vec![("limit", "100".to_owned())];
+            query.extend(subject.map(|s| ("subject", s)));
+            query.extend(action.map(|a| ("action", a)));
+            query.extend(denied.then(|| ("decision", "false".to_owned())));
+            let page = client.json(client.request(Method::GET, "/v1/governance/decisions").query(&query)).await?;
+            for d in page["items"].as_array().into_iter().flatten() {
+                shown(global, d, || {
+                    let verdict = if d["decision"] == true { "permit" } else { "deny" };
+                    let (id, action) = (text(d, "decision_id"), text(d, "action"));
+                    let (subject, resource) = (text(&d["subject"], "id"), text(&d["resource"], "id"));
+                    format!("{id}  {verdict:<7}{subject} {action} {resource}")
+                });
+            }
+        }
+        DecisionCommand::Explain { id } => {
+            let e = post(&client, &format!("/v1/governance/decisions/{id}/explain"), &json!({})).await?;
+            shown(global, &e, || {
+                let mut lines = vec![text(&e, "reason").to_owned()];
+                let policies = e["policies"].as_array().into_iter().flatten();
+                lines.extend(policies.map(|p| text(p, "text").to_owned()));
+                let missed = e["missed"].as_array().into_iter().flatten();
+                lines.extend(missed.map(|m| format!("not {}: {}", text(m, "id"), text(m, "failed"))));
+                lines.join("\n")
+            });
+        }
+    }
+    Ok(())
+}
