@@ -17,6 +17,8 @@ pub struct Evaluation {
     pub resource: Thing,
     /// What else.
     pub context: Map<String, Value>,
+    /// The answer is to say why: `options.explain`.
+    pub explain: bool,
     /// As it was asked, for the record.
     pub asked: Value,
 }
@@ -64,6 +66,7 @@ pub fn evaluation(body: &Value) -> Result<Evaluation, Refusal> {
         action: (text(action, "name", "/action")?, optional(action, "properties", "/action")?),
         resource: thing("resource")?,
         context: optional(m, "context", "")?,
+        explain: optional(m, "options", "")?.get("explain") == Some(&Value::Bool(true)),
         asked: body.clone(),
     })
 }
@@ -91,7 +94,7 @@ pub fn evaluations(body: &Value) -> Result<(Vec<Result<Evaluation, Refusal>>, Se
     };
     let merged = |item: &Value| -> Result<Evaluation, Refusal> {
         let mut whole = object(item, "")?.clone();
-        for name in ["subject", "action", "resource", "context"] {
+        for name in ["subject", "action", "resource", "context", "options"] {
             if let (false, Some(default)) = (whole.contains_key(name), m.get(name)) {
                 whole.insert(name.to_owned(), default.clone());
             }

@@ -164,6 +164,10 @@ impl Governance {
                     if !a.answered.errors.is_empty() {
                         context.insert("errors".into(), a.answered.errors.into());
                     }
+                    if let Some(why) = a.why {
+                        let why = json!({"reason": why.reason, "policies": why.policies, "missed": why.missed});
+                        context.insert("explanation".into(), why);
+                    }
                     if !a.ignored.is_empty() {
                         context.insert("ignored".into(), a.ignored.into());
                     }

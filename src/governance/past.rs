@@ -218,6 +218,7 @@ fn of_details(index: i64, leaf: &[u8], details: &[u8]) -> Option<Past> {
         action: (action.clone(), Map::new()),
         resource: thing(&resource),
         context,
+        explain: false,
         asked: Value::Null,
     });
     Some(Past {

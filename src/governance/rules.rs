@@ -14,6 +14,7 @@ use crate::ledger::authz_fact;
 
 use super::authzen::Evaluation;
 use super::engine::{self, Answered, Force, Question};
+use super::explain::{self, Explanation};
 use super::proposals::Requirement;
 use super::remembered::{self, Answer, Remembered};
 use super::snapshot::{Held, Slice, Snapshot};
@@ -196,6 +197,11 @@ impl Rules {
         let force = in_force.of(&e.subject.name);
         let mut evaluated = evaluate(force, &*self.snapshot, e)?;
         evaluated.at = evaluated.at.max(in_force.index);
+        if e.explain {
+            // If an entity changed in between, why the other answer was given is no help.
+            let why = explain::explain(force, &*self.snapshot, e)?;
+            evaluated.why = Some(why).filter(|why| why.allowed == evaluated.answered.allowed);
+        }
         Ok(evaluated)
     }
 }
@@ -230,12 +236,14 @@ pub(super) struct Evaluated {
     pub ignored: Vec<String>,
     /// It reflects every change up to here.
     pub at: i64,
+    /// Why, if that was asked for.
+    pub why: Option<Explanation>,
 }
 
 /// Puts an evaluation to these bundles over these entities.
 pub(super) fn evaluate(force: &Force, entities: &dyn Entities, e: &Evaluation) -> Result<Evaluated, Refusal> {
     let (put, ignored, at) = put(force, entities, e)?;
-    Ok(Evaluated { answered: force.answer(&put)?, bundles: force.ids.clone(), ignored, at })
+    Ok(Evaluated { answered: force.answer(&put)?, bundles: force.ids.clone(), ignored, at, why: None })
 }
 
 /// An evaluation as Cedar has it, what of it was left out, and the index of the entities.

@@ -19,6 +19,14 @@ async fn decisions_are_listed_explained_and_replayed_as_of_their_time() {
             decide(&admin, &asks("ann", "view", level)).await["context"]["decision_id"].as_str().unwrap().to_owned(),
         );
     }
+    let mut asked = asks("ann", "view", 9);
+    asked["options"] = json!({"explain": true});
+    let why = decide(&admin, &asked).await["context"]["explanation"].clone();
+    assert_eq!(
+        why["missed"][0],
+        json!({"id": "view", "effect": "permit", "failed": "when { resource.level <= 3 }"}),
+        "{why}"
+    );
     let nobody = decide(&admin, &asks("bob", "view", 1)).await;
     // From here on ann is no member, and the bundle is another: what was decided before is explained as it was.
     assert_eq!(admin.json(Method::PUT, "/v1/governance/entities/user/ann", &json!({})).await.0, 200);
