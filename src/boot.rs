@@ -134,7 +134,8 @@ impl<'a> Ground<'a> {
 
     fn views(&self) -> Result<Views, String> {
         let entities = Arc::new(governance::Snapshot::new(governance::Library::new()?));
-        let rules = Arc::new(Rules::new(entities.clone(), self.clock.clone(), &self.registry)?);
+        let rules =
+            Arc::new(Rules::new(entities.clone(), self.clock.clone(), &self.registry, &self.config.governance)?);
         let clients = Arc::new(token::Snapshot::new(self.master.clone()));
         Ok(Views { entities, clients, keys: Arc::new(Hub::new()), board: Arc::default(), rules })
     }

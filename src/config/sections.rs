@@ -180,7 +180,12 @@ pub struct Agent {
 
 #[derive(Clone, Debug, Deserialize)]
 #[serde(deny_unknown_fields)]
-pub struct Governance {}
+pub struct Governance {
+    pub canary_window: Span,
+    pub canary_decisions: u32,
+    pub canary_new_denials: f64,
+    pub shadow_share: u32,
+}
 
 #[derive(Clone, Debug, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -234,6 +239,12 @@ impl Config {
         positive("server.rate", self.server.rate as usize)?;
         positive("database.readers", self.database.readers as usize)?;
         positive("health.probes", self.health.probes)?;
+        if !(1..=100).contains(&self.governance.shadow_share) {
+            return Err("governance.shadow_share is a percentage, from 1 to 100".to_owned());
+        }
+        if !(0.0..=100.0).contains(&self.governance.canary_new_denials) {
+            return Err("governance.canary_new_denials is a percentage, from 0 to 100".to_owned());
+        }
         let ttls = [
             &self.token.agents.system,
             &self.token.agents.user,

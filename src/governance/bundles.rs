@@ -113,12 +113,14 @@ pub struct Ruling {
     pub canary: Option<String>,
     /// For how many of a hundred
     pub percent: f64,
+    /// It stops when so many of a hundred of its decisions deny what the active bundle permits
+    pub stop_at: f64,
 }
 
 impl From<InForce> for Ruling {
     fn from(r: InForce) -> Self {
-        let InForce { index, system, application, canary, percent } = r;
-        Self { index, system, application, canary, percent }
+        let InForce { index, system, application, canary, percent, stop_at } = r;
+        Self { index, system, application, canary, percent, stop_at }
     }
 }
 
@@ -260,9 +262,18 @@ impl Governance {
     }
 
     /// Lets a bundle decide for a part of the subjects; zero ends that.
-    pub(super) async fn canary(&self, caller: &Caller, id: &str, percent: f64) -> Result<Committed<Ruling>, Refusal> {
-        if !(0.0..=100.0).contains(&percent) {
-            return Err(Refusal::malformed("/percent", "percent is a number from 0 to 100"));
+    pub(super) async fn canary(
+        &self,
+        caller: &Caller,
+        id: &str,
+        percent: f64,
+        stop_at: Option<f64>,
+    ) -> Result<Committed<Ruling>, Refusal> {
+        let stop_at = stop_at.unwrap_or(self.rules.settings.canary_new_denials);
+        for (at, value) in [("/percent", percent), ("/stop_at", stop_at)] {
+            if !(0.0..=100.0).contains(&value) {
+                return Err(Refusal::malformed(at, format!("{} is a number from 0 to 100", &at[1..])));
+            }
         }
         let (row, compiled) = self.open(id).await?;
         if row.scope != "application" {
@@ -272,7 +283,8 @@ impl Governance {
         let ask = Ask::new("governance:canary", "Bundle", id);
         self.ledger.permit(caller, std::slice::from_ref(&ask)).await?;
         self.no_lock_out(caller, &row.scope, &compiled, false)?;
-        let canary = SetCanary { id: id.to_owned(), percent, actor: caller.actor().to_owned(), reason: None };
+        let (id, actor) = (id.to_owned(), caller.actor().to_owned());
+        let canary = SetCanary { id, percent, stop_at, actor, reason: None, since: None };
         self.ledger.write(caller, &[ask], canary).await
     }
 

@@ -10,6 +10,7 @@ use super::bundles::{Create, Ruling};
 use super::compiled::Compiled;
 use super::proposals::Approved;
 use super::store::bundles::{self as rows, Bundle, InForce, Text};
+use super::store::shadows;
 
 /// Where to.
 pub(super) enum Target {
@@ -47,7 +48,7 @@ impl Command for Enforce {
         let back = self.reason.is_some();
         let was = current(tx).await?;
         let target = self.target(tx, &was).await?;
-        let mut now = InForce { index: tx.index(), canary: None, percent: 0.0, ..was.clone() };
+        let mut now = InForce { index: tx.index(), canary: None, percent: 0.0, stop_at: 100.0, ..was.clone() };
         let replaced = match &target {
             Some(b) if b.scope == "system" => Some(std::mem::replace(&mut now.system, b.id.clone())),
             Some(b) => now.application.replace(b.id.clone()),
@@ -60,10 +61,14 @@ impl Command for Enforce {
         }
         let proposal = self.approved.check(tx).await?;
         let (index, time) = (tx.index(), tx.now());
-        for old in [&replaced, &was.canary].into_iter().flatten() {
+        if let Some(old) = &replaced {
             rows::set_status(tx.write(), old, "retired", index).await?;
         }
+        if let Some(canary) = &was.canary {
+            rows::rest(tx.write(), canary, index).await?;
+        }
         if let Some(id) = &id {
+            shadows::end(tx.write(), id, index).await?;
             rows::set_status(tx.write(), id, "active", index).await?;
         }
         let action = if back { "governance:rollback" } else { "governance:activate" };
@@ -93,9 +98,12 @@ async fn current(tx: &mut Tx<'_>) -> Result<InForce, Failure> {
 pub(super) struct SetCanary {
     pub id: String,
     pub percent: f64,
+    pub stop_at: f64,
     pub actor: String,
     /// Why it was stopped, where nobody asked for it.
     pub reason: Option<String>,
+    /// Only if nothing else came into force since this index.
+    pub since: Option<i64>,
 }
 
 impl Command for SetCanary {
@@ -103,6 +111,9 @@ impl Command for SetCanary {
 
     async fn apply(&mut self, tx: &mut Tx<'_>) -> Result<(Ruling, Entry), Failure> {
         let was = current(tx).await?;
+        if self.since.is_some_and(|since| since != was.index) {
+            return Err(Refusal::new(&problem::CONFLICT, "something else has come into force since").into());
+        }
         let on = self.percent > 0.0;
         if !on && was.canary.as_ref() != Some(&self.id) {
             return Err(Refusal::new(&problem::CONFLICT, format!("bundle {} is no canary", self.id)).into());
@@ -113,16 +124,19 @@ impl Command for SetCanary {
             );
         }
         let (index, time) = (tx.index(), tx.now());
-        let now = InForce { index, canary: on.then(|| self.id.clone()), percent: self.percent, ..was.clone() };
+        let (canary, percent, stop_at) = (on.then(|| self.id.clone()), self.percent, self.stop_at);
+        let now = InForce { index, canary, percent, stop_at, ..was.clone() };
         if let Some(old) = was.canary.filter(|old| *old != self.id || !on) {
-            rows::set_status(tx.write(), &old, "draft", index).await?;
+            rows::rest(tx.write(), &old, index).await?;
         }
         if on {
+            shadows::end(tx.write(), &self.id, index).await?;
             rows::set_status(tx.write(), &self.id, "canary", index).await?;
         }
         rows::enforce(tx.write(), &now, "governance:canary", &self.actor, time).await?;
         let mut entry = Entry::ok("governance:canary", format!("bundle/{}", self.id))
             .change("percent", self.percent.to_string())
+            .change("stop_at", self.stop_at.to_string())
             .touch(Touch::key(AUTHZ, IN_FORCE));
         if let Some(reason) = &self.reason {
             entry = entry.reason(reason.clone()).signal("warning", format!("governance-canary/{}", self.id));
@@ -143,7 +157,8 @@ impl Ship {
         let now = rows::in_force_at(tx.read(), i64::MAX).await?;
         let Some(now) = now else {
             let application = None;
-            return Ok(Some(InForce { index: 0, system: self.0.id.clone(), application, canary: None, percent: 0.0 }));
+            let (canary, percent, stop_at) = (None, 0.0, 100.0);
+            return Ok(Some(InForce { index: 0, system: self.0.id.clone(), application, canary, percent, stop_at }));
         };
         let ruling = rows::one(tx.read(), &now.system).await?;
         let older = ruling.and_then(|b| b.shipped).is_some_and(|n| n < SHIPPED);

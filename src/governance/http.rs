@@ -3,6 +3,7 @@
 mod bundles;
 mod decisions;
 mod proposals;
+mod shadow;
 
 use axum::extract::State as Room;
 use axum::http::{HeaderMap, header};
@@ -33,6 +34,7 @@ pub fn routes(governance: Governance) -> OpenApiRouter {
         .merge(bundles::routes())
         .merge(decisions::routes())
         .merge(proposals::routes())
+        .merge(shadow::routes())
         .with_state(governance)
 }
 

@@ -11,6 +11,7 @@
 
 mod authzen;
 mod bundles;
+mod canary;
 mod compiled;
 mod decisions;
 mod enforce;
@@ -19,25 +20,28 @@ pub mod entities;
 mod explain;
 pub mod http;
 mod library;
+mod metrics;
 mod past;
 mod proposals;
 mod remembered;
 mod replay;
+mod rollout;
 mod rules;
 mod scope;
 mod search;
+mod shadow;
 mod snapshot;
 mod store;
+mod tasks;
 mod voices;
 
 use std::sync::Arc;
-use std::time::Duration;
 
 use serde_json::{Map, Value, json};
 use sqlx::Postgres;
 use sqlx::pool::PoolConnection;
 
-use crate::kernel::supervisor::{Supervisor, Task};
+use crate::kernel::supervisor::Supervisor;
 use crate::kernel::web::{Ask, Caller, EntityName};
 use crate::kernel::{Fault, Refusal, problem};
 use crate::ledger::{Committed, Ledger};
@@ -50,8 +54,6 @@ pub use library::Library;
 pub use rules::Rules;
 pub use snapshot::Snapshot;
 
-/// How often it is looked for proposals that are past their time.
-const EXPIRE: Duration = Duration::from_secs(5);
 /// What an entry touches that changes which bundles are in force.
 const IN_FORCE: &str = "bundle";
 /// The kind of touch of an entry that made a bundle.
@@ -103,38 +105,6 @@ impl Governance {
         }
     }
 
-    fn start_tasks(&self, tasks: &Supervisor) {
-        let waiting = Arc::new(tokio::sync::Mutex::new(self.rules.snapshot.library().waiting()));
-        let room = self.clone();
-        let compiler = Task::restarting("governance/compiler", move |stop| {
-            let (waiting, room) = (waiting.clone(), room.clone());
-            async move {
-                let mut waiting = waiting.lock().await;
-                let Some(waiting) = waiting.as_mut() else { return Ok(()) };
-                loop {
-                    tokio::select! {
-                        () = stop.cancelled() => return Ok(()),
-                        id = waiting.recv() => match id {
-                            Some(id) => drop(room.open(&id).await?),
-                            None => return Ok(()),
-                        },
-                    }
-                }
-            }
-        });
-        tasks.start(compiler);
-        let room = self.clone();
-        tasks.start(Task::periodic("governance/proposals", EXPIRE, move || {
-            let room = room.clone();
-            async move {
-                if room.rules.snapshot.force().index < 0 {
-                    room.ship().await;
-                }
-                room.expire().await.map_err(Into::into)
-            }
-        }));
-    }
-
     async fn connection(&self) -> Result<PoolConnection<Postgres>, Refusal> {
         self.store.reader().acquire().await.map_err(|e| self.store.refusal(e))
     }
@@ -155,7 +125,7 @@ impl Governance {
             let mut context = Map::new();
             match answered {
                 Ok((e, mut a)) => {
-                    self.rules.count("authzen", allowed);
+                    self.rules.count("authzen", &a.bundles, allowed);
                     a.at = a.at.max(at);
                     let record = Record::new(&self.rules.clock, caller, &e, &a)?;
                     context.insert("decision_id".into(), record.id.to_string().into());

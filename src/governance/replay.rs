@@ -6,7 +6,8 @@ use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::sync::Arc;
 use std::time::Duration;
 
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
+use sqlx::PgConnection;
 
 use crate::kernel::web::{Ask, Caller, EntityName};
 use crate::kernel::{Refusal, problem};
@@ -84,12 +85,15 @@ impl Entities for View<'_> {
 }
 
 /// A decision that would be another.
-#[derive(Clone, Debug, Serialize, utoipa::ToSchema)]
+#[derive(Clone, Debug, Serialize, Deserialize, utoipa::ToSchema)]
 pub struct Flip {
     /// The decision
     pub decision_id: String,
     /// Its entry
     pub index: i64,
+    /// Its place among the records of the entry
+    #[serde(default)]
+    pub position: usize,
     /// As it was
     pub before: bool,
     /// As it would have been
@@ -109,7 +113,8 @@ pub struct Flip {
 }
 
 /// How many flips there are of each policy, subject and action.
-#[derive(Clone, Debug, Default, Serialize, utoipa::ToSchema)]
+#[derive(Clone, Debug, Default, Serialize, Deserialize, utoipa::ToSchema)]
+#[serde(default)]
 pub struct Groups {
     /// By policy: those that determined it before and would not have, or the other way round
     pub policy: BTreeMap<String, u64>,
@@ -119,15 +124,37 @@ pub struct Groups {
     pub action: BTreeMap<String, u64>,
 }
 
+/// Names counted in a group; those that come after so many are counted together.
+const NAMED: usize = 1000;
+/// What they are counted under: no policy, action or `Type::id` is called so.
+const OTHERS: &str = "*";
+
+fn add(group: &mut BTreeMap<String, u64>, name: &str, n: u64) {
+    let name = if group.len() >= NAMED && !group.contains_key(name) { OTHERS } else { name };
+    match group.get_mut(name) {
+        Some(count) => *count += n,
+        None => drop(group.insert(name.to_owned(), n)),
+    }
+}
+
 impl Groups {
+    /// Adds what was counted elsewhere.
+    pub(super) fn merge(&mut self, other: &Self) {
+        let pairs =
+            [(&mut self.policy, &other.policy), (&mut self.subject, &other.subject), (&mut self.action, &other.action)];
+        for (into, from) in pairs {
+            from.iter().for_each(|(name, n)| add(into, name, *n));
+        }
+    }
+
     fn count(&mut self, flip: &Flip) {
         let (before, after) = (&flip.policies_before, &flip.policies_after);
         let changed = before.iter().filter(|p| !after.contains(p)).chain(after.iter().filter(|p| !before.contains(p)));
         for policy in changed {
-            *self.policy.entry(policy.clone()).or_default() += 1;
+            add(&mut self.policy, policy, 1);
         }
-        *self.subject.entry(format!("{}::{}", flip.subject.kind, flip.subject.id)).or_default() += 1;
-        *self.action.entry(flip.action.clone()).or_default() += 1;
+        add(&mut self.subject, &format!("{}::{}", flip.subject.kind, flip.subject.id), 1);
+        add(&mut self.action, &flip.action, 1);
     }
 }
 
@@ -176,31 +203,15 @@ impl Governance {
         if range.from > head {
             return Err(Refusal::new(&problem::BEYOND_HEAD, format!("the newest index is {head}")));
         }
-        let mut run = Run::new(id, range.from, to, range.limit.unwrap_or(READ), range.after);
         let began = self.rules.clock.elapsed();
         let mut from = range.after.map_or(range.from, |(index, _)| index);
         let mut conn = self.connection().await?;
-        let refusal = |e| self.store.refusal(e);
-        let start = (from - BEHIND).max(0);
-        run.history.index = start;
-        let all = rows::all_at(&mut conn, start).await.map_err(refusal)?;
-        run.history.entities = all.into_iter().filter_map(read).collect();
+        let mut run = self.run(&mut conn, id, &row.scope, from).await?;
+        (run.done.from, run.done.to) = (range.from, to);
+        (run.limit, run.after) = (range.limit.unwrap_or(READ), range.after);
         while from <= to && run.next.is_none() {
             let until = (from + STEP - 1).min(to);
-            let changes = rows::changes(&mut conn, run.history.index, until).await.map_err(refusal)?;
-            for (index, name, row) in changes {
-                run.history.apply(index, name, row.and_then(read).map(|(_, held)| held));
-            }
-            run.history.index = until;
-            let entries = rows::between(&mut conn, from, until).await.map_err(refusal)?;
-            for past in entries.iter().flat_map(past::of_entry) {
-                if let Entry::Vacant(slot) = run.forces.entry(past.bundles.clone()) {
-                    let others = self.others(&past.bundles, &row.scope).await?;
-                    slot.insert(self.force_of(&others, Some(id)).await?);
-                }
-            }
-            tokio::task::block_in_place(|| entries.iter().flat_map(past::of_entry).for_each(|p| run.again(p)));
-            run.done.reached = until;
+            self.go_on(&mut conn, &mut run, from, until).await?;
             from = until + 1;
             if self.rules.clock.elapsed().saturating_sub(began) > PATIENCE && from <= to && run.next.is_none() {
                 run.next = Some((from, 0));
@@ -208,6 +219,42 @@ impl Governance {
         }
         run.done.next = run.next.map(|place| crate::kernel::web::cursor::encode(&place));
         Ok(run.done)
+    }
+
+    /// A replay of this bundle, with the entities of a little before this index.
+    pub(super) async fn run(&self, conn: &mut PgConnection, id: &str, scope: &str, from: i64) -> Result<Run, Refusal> {
+        let mut run = Run::new(id, scope, from);
+        let start = (from - BEHIND).max(0);
+        run.history.index = start;
+        let all = rows::all_at(conn, start).await.map_err(|e| self.store.refusal(e))?;
+        run.history.entities = all.into_iter().filter_map(read).collect();
+        Ok(run)
+    }
+
+    /// Decides again what the entries from one index to another have of decisions.
+    pub(super) async fn go_on(
+        &self,
+        conn: &mut PgConnection,
+        run: &mut Run,
+        from: i64,
+        until: i64,
+    ) -> Result<(), Refusal> {
+        let refusal = |e| self.store.refusal(e);
+        let changes = rows::changes(conn, run.history.index, until).await.map_err(refusal)?;
+        for (index, name, row) in changes {
+            run.history.apply(index, name, row.and_then(read).map(|(_, held)| held));
+        }
+        run.history.index = until;
+        let entries = rows::between(conn, from, until).await.map_err(refusal)?;
+        for past in entries.iter().flat_map(past::of_entry) {
+            if let Entry::Vacant(slot) = run.forces.entry(past.bundles.clone()) {
+                let others = self.others(&past.bundles, &run.scope).await?;
+                slot.insert(self.force_of(&others, Some(&run.done.bundle)).await?);
+            }
+        }
+        tokio::task::block_in_place(|| entries.iter().flat_map(past::of_entry).for_each(|p| run.again(p)));
+        run.done.reached = until;
+        Ok(())
     }
 
     /// The bundles of a decision but for the one of this scope.
@@ -223,8 +270,9 @@ impl Governance {
 }
 
 /// A replay on its way.
-struct Run {
-    done: Replay,
+pub(super) struct Run {
+    pub done: Replay,
+    scope: String,
     limit: usize,
     after: Option<(i64, usize)>,
     next: Option<(i64, usize)>,
@@ -233,11 +281,11 @@ struct Run {
 }
 
 impl Run {
-    fn new(id: &str, from: i64, to: i64, limit: usize, after: Option<(i64, usize)>) -> Self {
+    fn new(id: &str, scope: &str, from: i64) -> Self {
         let done = Replay {
             bundle: id.to_owned(),
             from,
-            to,
+            to: i64::MAX,
             reached: from,
             read: 0,
             skipped: 0,
@@ -246,7 +294,14 @@ impl Run {
             groups: Groups::default(),
             next: None,
         };
-        Self { done, limit, after, next: None, history: History::default(), forces: HashMap::new() }
+        let (scope, history) = (scope.to_owned(), History::default());
+        Self { done, scope, limit: usize::MAX, after: None, next: None, history, forces: HashMap::new() }
+    }
+
+    /// What was found since this was last called.
+    pub fn take(&mut self) -> Replay {
+        let anew = Run::new(&self.done.bundle, &self.scope, self.done.reached).done;
+        std::mem::replace(&mut self.done, anew)
     }
 
     fn again(&mut self, past: Past) {
@@ -274,6 +329,7 @@ impl Run {
         let flip = Flip {
             decision_id: past.id,
             index: past.index,
+            position: place.1,
             before: past.allowed,
             after: evaluated.answered.allowed,
             subject: asked.subject.name.clone(),

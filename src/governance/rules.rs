@@ -4,17 +4,20 @@ use std::collections::HashMap;
 use std::sync::Arc;
 
 use cedar_policy::RestrictedExpression;
-use prometheus::{IntCounterVec, Opts, Registry};
+use prometheus::Registry;
 use serde_json::{Map, Value, json};
 use smallvec::SmallVec;
 
+use crate::config::Governance as Settings;
 use crate::kernel::web::{Ask, Caller, Decision, Depends, EntityName, Permit};
 use crate::kernel::{Clock, Refusal, ids};
 use crate::ledger::authz_fact;
 
 use super::authzen::Evaluation;
+use super::canary::Canary;
 use super::engine::{self, Answered, Force, Question};
 use super::explain::{self, Explanation};
+use super::metrics::Metrics;
 use super::proposals::Requirement;
 use super::remembered::{self, Answer, Remembered};
 use super::snapshot::{Held, Slice, Snapshot};
@@ -24,7 +27,8 @@ use super::{IN_FORCE, entities};
 pub struct Rules {
     pub(super) snapshot: Arc<Snapshot>,
     pub(super) clock: Clock,
-    decided: IntCounterVec,
+    pub(super) metrics: Metrics,
+    pub(super) settings: Settings,
     remembered: Remembered,
     /// The fact that stands for the bundles in force.
     bundle: u64,
@@ -46,22 +50,28 @@ impl Rules {
     ///
     /// # Errors
     /// When the shipped bundle does not check, or a metric is registered twice.
-    pub fn new(snapshot: Arc<Snapshot>, clock: Clock, registry: &Registry) -> Result<Self, String> {
-        let decided =
-            IntCounterVec::new(Opts::new("sop_governance_decisions_total", "Decisions"), &["origin", "outcome"]);
-        let decided = decided.map_err(|e| e.to_string())?;
-        registry.register(Box::new(decided.clone())).map_err(|e| e.to_string())?;
-        for origin in ["api", "authzen"] {
-            for outcome in ["allowed", "denied"] {
-                decided.with_label_values(&[origin, outcome]).inc_by(0);
-            }
-        }
-        let bundle = authz_fact(IN_FORCE.as_bytes());
-        Ok(Self { snapshot, clock, decided, remembered: Remembered::new(), bundle })
+    pub fn new(
+        snapshot: Arc<Snapshot>,
+        clock: Clock,
+        registry: &Registry,
+        settings: &Settings,
+    ) -> Result<Self, String> {
+        let metrics = Metrics::new(registry).map_err(|e| e.to_string())?;
+        let (settings, bundle) = (settings.clone(), authz_fact(IN_FORCE.as_bytes()));
+        Ok(Self { snapshot, clock, metrics, settings, remembered: Remembered::new(), bundle })
     }
 
-    pub(super) fn count(&self, origin: &str, allowed: bool) {
-        self.decided.with_label_values(&[origin, if allowed { "allowed" } else { "denied" }]).inc();
+    pub(super) fn count(&self, origin: &str, bundles: &[String], allowed: bool) {
+        self.metrics.decided(origin, bundles.last().map_or("none", String::as_str), allowed);
+    }
+
+    /// The canary decided for this subject, if there is one: whether it denied what the active bundle permits is counted.
+    fn watch(&self, canary: Option<&Canary>, newly_denied: bool) {
+        let Some(canary) = canary else { return };
+        canary.note(&self.settings, self.clock.elapsed(), newly_denied);
+        if newly_denied {
+            self.metrics.new_denials.inc();
+        }
     }
 
     /// Decides the daemon's own API: all of `asks`, or none. `at` is the index the snapshot reflected before this call.
@@ -84,7 +94,7 @@ impl Rules {
                 break;
             }
         }
-        self.count("api", denied.is_none());
+        self.count("api", answers.first().map_or(&[], |a| &a.bundles[..]), denied.is_none());
         let shown = denied.and_then(|i| asks.get(i)).or(asks.first());
         let decision = shown.map(|ask| Decision {
             id: ids::new_id(self.clock.now()),
@@ -105,11 +115,13 @@ impl Rules {
         // Before anything is read: what changes from here on makes what is remembered worthless.
         let version = self.snapshot.version();
         let asked = remembered::question(caller, ask);
+        let in_force = self.snapshot.force();
+        let canary = in_force.canary_of(caller.principal());
         if let Some(answer) = asked.as_ref().and_then(|q| self.remembered.get(q, version)) {
+            self.watch(canary, answer.newly_denied);
             return Ok(answer);
         }
-        let in_force = self.snapshot.force();
-        let force = in_force.of(caller.principal());
+        let force = canary.map_or(&in_force.active, |canary| &canary.force);
         let resource = EntityName { kind: format!("Sop::{}", ask.kind), id: ask.name.clone() };
         let mut given = HashMap::new();
         if self.snapshot.held(&resource).is_none() {
@@ -131,10 +143,13 @@ impl Rules {
             context: ask.context.clone(),
             plain,
         };
-        let answer = force.ask(question, slice.entities)?;
-        let bundles = force.ids.clone();
-        let answer =
-            Arc::new(Answer { version, allowed: answer.allowed, policies: answer.policies.into(), bundles, depends });
+        let put = force.put(question, slice.entities)?;
+        let answer = force.answer(&put)?;
+        let permitted = || in_force.active.answer(&put).is_ok_and(|a| a.allowed);
+        let newly_denied = canary.is_some() && !answer.allowed && permitted();
+        self.watch(canary, newly_denied);
+        let (policies, bundles) = (answer.policies.into(), force.ids.clone());
+        let answer = Arc::new(Answer { version, allowed: answer.allowed, newly_denied, policies, bundles, depends });
         if let Some(question) = asked {
             self.remembered.keep(question, answer.clone());
         }
@@ -194,9 +209,14 @@ impl Rules {
     /// Answers an AuthZEN evaluation with what is in force.
     pub(super) fn evaluate(&self, e: &Evaluation) -> Result<Evaluated, Refusal> {
         let in_force = self.snapshot.force();
-        let force = in_force.of(&e.subject.name);
+        let canary = in_force.canary_of(&e.subject.name);
+        let force = canary.map_or(&in_force.active, |canary| &canary.force);
         let mut evaluated = evaluate(force, &*self.snapshot, e)?;
         evaluated.at = evaluated.at.max(in_force.index);
+        if canary.is_some() {
+            let permitted = || evaluate(&in_force.active, &*self.snapshot, e).is_ok_and(|a| a.answered.allowed);
+            self.watch(canary, !evaluated.answered.allowed && permitted());
+        }
         if e.explain {
             // If an entity changed in between, why the other answer was given is no help.
             let why = explain::explain(force, &*self.snapshot, e)?;

@@ -3,7 +3,7 @@
 use std::collections::{BTreeSet, HashMap, HashSet};
 use std::ops::Bound;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, PoisonError, RwLock};
+use std::sync::{Arc, Mutex, PoisonError, RwLock};
 
 use arc_swap::ArcSwap;
 use cedar_policy::Entity;
@@ -11,9 +11,10 @@ use serde_json::Value;
 use sqlx::PgConnection;
 
 use crate::kernel::web::EntityName;
-use crate::kernel::{BoxFuture, Refusal, crypto, problem};
+use crate::kernel::{BoxFuture, Refusal, problem};
 use crate::ledger::{AUTHZ, Projection, Touched, What};
 
+use super::canary::Canary;
 use super::engine::Force;
 use super::library::Library;
 use super::{engine, store};
@@ -84,6 +85,8 @@ pub struct Snapshot {
     version: AtomicU64,
     library: Library,
     force: ArcSwap<InForce>,
+    /// Read, and not taken in yet.
+    waiting: Mutex<Option<(Vec<store::Row>, i64)>>,
 }
 
 /// What is put to whom: the active bundles, and beside them a canary for some.
@@ -94,29 +97,15 @@ pub(super) struct InForce {
     pub index: i64,
 }
 
-/// A bundle that decides for a part of the subjects.
-pub(super) struct Canary {
-    pub force: Arc<Force>,
-    pub bundle: String,
-    /// Subjects of a hundred.
-    pub percent: f64,
-}
-
 impl InForce {
     /// The bundles that decide for this subject: the same for it each time, on each daemon.
     pub fn of(&self, subject: &EntityName) -> &Arc<Force> {
-        match &self.canary {
-            Some(canary) if canary.takes(subject) => &canary.force,
-            _ => &self.active,
-        }
+        self.canary_of(subject).map_or(&self.active, |canary| &canary.force)
     }
-}
 
-impl Canary {
-    fn takes(&self, subject: &EntityName) -> bool {
-        let hash = crypto::hash_tuple([self.bundle.as_str(), &subject.kind, &subject.id]);
-        let place = u64::from_be_bytes([hash[0], hash[1], hash[2], hash[3], hash[4], hash[5], hash[6], hash[7]]);
-        (place % 1_000_000) as f64 <= self.percent * 10_000.0 && self.percent > 0.0
+    /// The canary, if it decides for this subject.
+    pub fn canary_of(&self, subject: &EntityName) -> Option<&Canary> {
+        self.canary.as_ref().filter(|canary| canary.takes(subject))
     }
 }
 
@@ -134,7 +123,7 @@ impl Snapshot {
     pub fn new(library: Library) -> Self {
         let active = Arc::new(Force::new(library.shipped().clone(), None));
         let force = ArcSwap::from_pointee(InForce { active, canary: None, index: -1 });
-        Self { world: RwLock::default(), version: AtomicU64::new(0), library, force }
+        Self { world: RwLock::default(), version: AtomicU64::new(0), library, force, waiting: Mutex::default() }
     }
 
     /// The bundles in force.
@@ -161,7 +150,7 @@ impl Snapshot {
         let canary = match row.canary {
             Some(id) => {
                 let force = Arc::new(Force::new(system.clone(), Some(self.library.open(conn, &id).await?)));
-                Some(Canary { force, bundle: id, percent: row.percent })
+                Some(Canary::new(force, id, row.percent, row.stop_at))
             }
             None => None,
         };
@@ -273,11 +262,18 @@ impl Projection for Snapshot {
 
     fn load<'a>(&'a self, conn: &'a mut PgConnection, at: i64) -> BoxFuture<'a, Result<(), sqlx::Error>> {
         Box::pin(async move {
-            let rows = store::all(conn).await?;
-            let newest = rows.iter().map(|r| r.index).max().unwrap_or(-1);
-            self.put(None, rows, newest.max(at));
+            *self.waiting.lock().unwrap_or_else(PoisonError::into_inner) = Some((store::all(conn).await?, at));
             self.enforce(conn, at).await
         })
+    }
+
+    fn loaded(&self) {
+        // A hundred thousand entities take a second to be made: not while a snapshot of the database is held.
+        let waiting = self.waiting.lock().unwrap_or_else(PoisonError::into_inner).take();
+        if let Some((rows, at)) = waiting {
+            let newest = rows.iter().map(|r| r.index).max().unwrap_or(-1);
+            self.put(None, rows, newest.max(at));
+        }
     }
 
     fn advance<'a>(

@@ -3,6 +3,7 @@
 pub(super) mod bundles;
 pub(super) mod decisions;
 pub(super) mod proposals;
+pub(super) mod shadows;
 
 use serde_json::Value;
 use sqlx::postgres::PgRow;

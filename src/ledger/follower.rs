@@ -23,6 +23,8 @@ pub trait Projection: Send + Sync + 'static {
     fn kinds(&self) -> &'static [&'static str];
     /// Reads itself from nothing, inside a snapshot of the database at index `at`.
     fn load<'a>(&'a self, conn: &'a mut PgConnection, at: i64) -> BoxFuture<'a, Result<(), sqlx::Error>>;
+    /// What `load` left to do that needs no database: the snapshot is given back before it (rule 15).
+    fn loaded(&self) {}
     /// Takes in what the entries after `after` up to `to` touched. May be called again for the same entries.
     fn advance<'a>(
         &'a self,
@@ -72,6 +74,7 @@ impl Follower {
             p.load(&mut tx, at).await?;
         }
         tx.commit().await?;
+        self.projections.iter().for_each(|p| p.loaded());
         self.conn = Some(conn);
         self.at.send_replace(at);
         Ok(())

@@ -35,6 +35,7 @@ mod nexus;
 mod operations;
 mod policy;
 mod proxy;
+mod rollout;
 mod search;
 mod secrets;
 mod state;

@@ -187,6 +187,10 @@ async fn activate(
 struct Canary {
     /// Subjects of a hundred; 0 ends it
     percent: f64,
+    /// It stops by itself when more than so many of a hundred of its decisions deny what the active bundle permits; without it,
+    /// as `governance.canary_new_denials` says; 100: never
+    #[serde(default)]
+    stop_at: Option<f64>,
 }
 
 /// Let a bundle decide for a part of the subjects
@@ -199,7 +203,7 @@ async fn canary(
     Path(id): Path<String>,
     Json(body): Json<Canary>,
 ) -> Result<Answer<Ruling>, Refusal> {
-    let done = room.canary(&caller, &id_of(id)?, body.percent).await?;
+    let done = room.canary(&caller, &id_of(id)?, body.percent, body.stop_at).await?;
     Ok(Answer::ok(done.value).at(done.index))
 }
 

@@ -36,6 +36,8 @@ pub(in crate::governance) struct InForce {
     pub application: Option<String>,
     pub canary: Option<String>,
     pub percent: f64,
+    /// New denials, of a hundred decisions of the canary, above which it stops.
+    pub stop_at: f64,
 }
 
 const COLUMNS: &str = "id, scope, note, author, validated, count, status, shipped, created, time, index, activated";
@@ -115,7 +117,8 @@ pub(in crate::governance) async fn set_status(
     index: i64,
 ) -> Result<(), sqlx::Error> {
     sqlx::query(
-        "UPDATE governance.bundles SET status = $2, index = $3, activated = CASE WHEN $2 = 'active' THEN $3 ELSE activated END
+        "UPDATE governance.bundles SET status = $2, index = $3, activated = CASE WHEN $2 = 'active' THEN $3 ELSE activated END,
+             resting = CASE WHEN $2 IN ('validated', 'retired') THEN $2 ELSE resting END
          WHERE id = $1",
     )
     .bind(id)
@@ -126,6 +129,16 @@ pub(in crate::governance) async fn set_status(
     .map(|_| ())
 }
 
+/// A trial has ended: the bundle is again what it was before.
+pub(in crate::governance) async fn rest(conn: &mut PgConnection, id: &str, index: i64) -> Result<(), sqlx::Error> {
+    sqlx::query("UPDATE governance.bundles SET status = resting, index = $2 WHERE id = $1")
+        .bind(id)
+        .bind(index)
+        .execute(conn)
+        .await
+        .map(|_| ())
+}
+
 fn in_force(r: &PgRow) -> Result<InForce, sqlx::Error> {
     Ok(InForce {
         index: r.try_get("index")?,
@@ -133,6 +146,7 @@ fn in_force(r: &PgRow) -> Result<InForce, sqlx::Error> {
         application: r.try_get("application")?,
         canary: r.try_get("canary")?,
         percent: r.try_get("percent")?,
+        stop_at: r.try_get("stop_at")?,
     })
 }
 
@@ -142,7 +156,7 @@ pub(in crate::governance) async fn in_force_at(
     at: i64,
 ) -> Result<Option<InForce>, sqlx::Error> {
     let row = sqlx::query(
-        "SELECT index, system, application, canary, percent FROM governance.in_force WHERE index <= $1 ORDER BY index DESC LIMIT 1",
+        "SELECT index, system, application, canary, percent, stop_at FROM governance.in_force WHERE index <= $1 ORDER BY index DESC LIMIT 1",
     )
     .bind(at)
     .fetch_optional(conn)
@@ -171,14 +185,15 @@ pub(in crate::governance) async fn enforce(
     time: Timestamp,
 ) -> Result<(), sqlx::Error> {
     sqlx::query(
-        "INSERT INTO governance.in_force (index, system, application, canary, percent, cause, actor, time)
-         VALUES ($1, $2, $3, $4, $5, $6, $7, $8)",
+        "INSERT INTO governance.in_force (index, system, application, canary, percent, stop_at, cause, actor, time)
+         VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9)",
     )
     .bind(now.index)
     .bind(&now.system)
     .bind(&now.application)
     .bind(&now.canary)
     .bind(now.percent)
+    .bind(now.stop_at)
     .bind(cause)
     .bind(actor)
     .bind(time.to_offset())
