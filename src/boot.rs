@@ -185,8 +185,14 @@ impl<'a> Ground<'a> {
             records: vec![governance::records(self.store), nexus::records(self.store)],
         };
         let audit = Audit::start(parts, &self.tasks).await.map_err(said)?;
-        let governance = Governance::start(views.rules.clone(), ledger.clone(), self.store.clone(), url, &self.tasks);
-        let governance = governance.await;
+        let parts = governance::Parts {
+            rules: views.rules.clone(),
+            ledger: ledger.clone(),
+            store: self.store.clone(),
+            url,
+            data: &self.config.data.dir,
+        };
+        let governance = Governance::start(parts, &self.tasks).await;
         let token = self.token(ledger, views.clients, url).await?;
         files::admin(&self.config.data.dir, url, &token).await?;
         let counted = state::Metrics::new(&self.registry).map_err(|e| e.to_string())?;

@@ -17,7 +17,7 @@ use tracing::Instrument as _;
 
 use crate::kernel::quota::{self, Limit, Quotas};
 use crate::kernel::web::{
-    BodyLimit, Caller, Idempotency, Reason, RequestInfo, SOP_INDEX, pairs, problem_response, read_body,
+    Away, BodyLimit, Caller, Idempotency, Reason, RequestInfo, SOP_INDEX, pairs, problem_response, read_body,
 };
 use crate::kernel::{Clock, Refusal, crypto, ids, problem};
 use crate::ledger::Ledger;
@@ -192,7 +192,10 @@ async fn inside(
     let reads = matches!(*request.method(), Method::GET | Method::HEAD) || request.uri().path().starts_with("/access/");
     if reads && !stale {
         // What is newest is looked up before the caller is looked at: a token revoked before this request must be known.
-        shared.ledger.fence().await?;
+        match shared.newest(request.uri().path()).await? {
+            Some(away) => drop(request.extensions_mut().insert(Away(away))),
+            None => {}
+        }
     }
     let key = idempotency_key(&request)?;
     let authorization = request.headers().get(header::AUTHORIZATION).cloned();
@@ -222,7 +225,24 @@ async fn inside(
     Ok(fields.on(next.run(request).await))
 }
 
+/// How long the store may take to say what is newest before a question to the policy counts it as away.
+const AWAY: Duration = Duration::from_secs(2);
+
 impl Shared {
+    /// Brings this daemon to what is newest. Where the store is away, a question to the policy goes on all the same: whether it
+    /// may be answered from what is known is for the policy to say.
+    async fn newest(&self, path: &str) -> Result<Option<Refusal>, Refusal> {
+        if !path.starts_with("/access/v1/evaluation") {
+            return self.ledger.fence().await.map(|_| None);
+        }
+        let late = |_| Refusal::unavailable("the database does not answer; nothing was decided");
+        match tokio::time::timeout(AWAY, self.ledger.fence()).await.map_err(late).and_then(|fenced| fenced) {
+            Ok(_) => Ok(None),
+            Err(refusal) if refusal.problem() == &problem::UNAVAILABLE => Ok(Some(refusal)),
+            Err(refusal) => Err(refusal),
+        }
+    }
+
     /// Counts a request against the limits of whoever sends it.
     fn admit(&self, who: Who, asked: &Asked<'_>) -> Result<Fields, Refusal> {
         let (rate, hourly) = match &who {

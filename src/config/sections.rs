@@ -185,6 +185,7 @@ pub struct Governance {
     pub canary_decisions: u32,
     pub canary_new_denials: f64,
     pub shadow_share: u32,
+    pub spool_mb: u64,
 }
 
 #[derive(Clone, Debug, Deserialize)]

@@ -2,6 +2,7 @@
 
 use std::collections::{BTreeSet, HashMap};
 use std::str::FromStr as _;
+use std::time::Duration;
 
 use cedar_policy::{
     Entities, Entity, EntityUid, Policy, PolicyId, PolicySet, Schema, SchemaFragment, ValidationMode, Validator,
@@ -50,6 +51,8 @@ pub struct Compiled {
     /// What an action's name is in: `Action`, or `Todo::Action` where the schema has a namespace.
     pub(super) action_type: String,
     declared: Declared,
+    /// Policies whose decisions may be given while the store is away (`@stale_ok`), and how old what is known may be.
+    stale: HashMap<String, Duration>,
     /// What does no harm and is worth knowing.
     pub warnings: Vec<Fault>,
 }
@@ -88,10 +91,11 @@ impl Compiled {
             warnings = checked.validation_warnings().flat_map(|w| located("/policies", &source.policies, w)).collect();
         }
         let rules = rules(&set, if system { 's' } else { 'a' })?;
+        let stale = stale(&rules)?;
         let index = Index::over(rules.iter().map(|r| &r.policy));
         let all = schema.action_entities().map_err(|e| vec![Fault::new("/schema", e.to_string())])?;
         let actions = all.iter().map(|a| (a.uid(), with_groups(&all, a))).collect();
-        Ok(Self { id: id.to_owned(), rules, index, schema, validated, actions, action_type, declared, warnings })
+        Ok(Self { id: id.to_owned(), rules, index, schema, validated, actions, action_type, declared, stale, warnings })
     }
 
     /// How many policies.
@@ -104,6 +108,11 @@ impl Compiled {
     #[must_use]
     pub fn is_empty(&self) -> bool {
         self.rules.is_empty()
+    }
+
+    /// How old what is known may be for a decision of this policy; `None`: it is not given while the store is away.
+    pub(super) fn stale_ok(&self, name: &str) -> Option<Duration> {
+        self.stale.get(name).copied()
     }
 
     /// Members of `given` that the schema does not declare for entities of this type; none where it does not know the type.
@@ -148,6 +157,34 @@ fn rules(set: &PolicySet, scope: char) -> Result<Vec<Rule>, Vec<Fault>> {
         rules.push(Rule { name, policy: policy.new_id(PolicyId::new(format!("{scope}{n}"))) });
     }
     if faults.is_empty() { Ok(rules) } else { Err(faults) }
+}
+
+fn stale(rules: &[Rule]) -> Result<HashMap<String, Duration>, Vec<Fault>> {
+    let (mut found, mut faults) = (HashMap::new(), Vec::new());
+    for rule in rules {
+        let Some(text) = rule.policy.annotation("stale_ok") else { continue };
+        match span(text) {
+            Some(age) => drop(found.insert(rule.name.clone(), age)),
+            None => faults.push(Fault::new(
+                "/policies",
+                format!("{}: @stale_ok is a time such as \"90s\", \"15m\", \"72h\", \"7d\"", rule.name),
+            )),
+        }
+    }
+    if faults.is_empty() { Ok(found) } else { Err(faults) }
+}
+
+/// `90s`, `15m`, `72h`, `7d`.
+pub(super) fn span(text: &str) -> Option<Duration> {
+    let (number, unit) = text.split_at_checked(text.len().checked_sub(1)?)?;
+    let each = match unit {
+        "s" => 1,
+        "m" => 60,
+        "h" => 3_600,
+        "d" => 86_400,
+        _ => return None,
+    };
+    Some(Duration::from_secs(number.parse::<u64>().ok()?.checked_mul(each)?))
 }
 
 fn parse(text: &str) -> Result<PolicySet, Vec<Fault>> {

@@ -34,10 +34,11 @@ pub(super) struct Place {
 }
 
 /// A decision to be recorded.
+#[derive(Clone)]
 pub(super) struct Record {
     pub id: Uuid,
     pub decision: bool,
-    bytes: Vec<u8>,
+    pub bytes: Vec<u8>,
 }
 
 impl Record {
@@ -108,8 +109,10 @@ async fn record(ledger: &Ledger, batch: Vec<Waiting>) {
 }
 
 /// Keeps a segment: a hot command, for it decides on nothing.
-struct Keep {
+pub(super) struct Keep {
     segment: Segment,
+    /// They were answered before, while the store was away.
+    late: bool,
     allowed: usize,
     first: Uuid,
     last: Uuid,
@@ -125,11 +128,17 @@ impl Keep {
         }
         Self {
             segment: segment::over(records.iter().map(|r| r.bytes.as_slice())),
+            late: false,
             allowed: records.iter().filter(|r| r.decision).count(),
             first: records.iter().map(|r| r.id).min().unwrap_or_default(),
             last: records.iter().map(|r| r.id).max().unwrap_or_default(),
             framed,
         }
+    }
+
+    /// Of what was answered while the store was away.
+    pub fn late(records: &[Record]) -> Self {
+        Self { late: true, ..Self::new(records) }
     }
 }
 
@@ -163,9 +172,11 @@ impl Command for Keep {
             last: self.last,
             records: self.framed.clone(),
         };
-        let entry = Entry::ok("governance:evaluate", "bundle/active")
-            .change("allowed", self.allowed)
-            .segment(self.segment.clone());
+        let mut entry = Entry::ok("governance:evaluate", "bundle/active").change("allowed", self.allowed);
+        if self.late {
+            entry = entry.change("late", true).reason("they were answered while the store was away");
+        }
+        let entry = entry.segment(self.segment.clone());
         Ok(Decided { value: (), entry, after: None, row: Some(Box::new(row)) })
     }
 }

@@ -3,6 +3,7 @@
 use std::collections::HashMap;
 use std::str::FromStr as _;
 use std::sync::Arc;
+use std::time::Duration;
 
 use cedar_policy::{
     AuthorizationError, Authorizer, Context, Decision, Effect, Entities, Entity, EntityId, EntityTypeName, EntityUid,
@@ -106,6 +107,14 @@ impl Force {
         let (scope, number) = id.split_at_checked(1)?;
         let bundle = if scope == "s" { Some(&self.system) } else { self.application.as_ref() };
         bundle?.rules.get(number.parse::<usize>().ok()?)
+    }
+
+    /// How old what is known may be for this answer to be given while the store is away; `None`: it is not given then.
+    #[must_use]
+    pub fn stale_ok(&self, answered: &Answered) -> Option<Duration> {
+        let all = [Some(&self.system), self.application.as_ref()];
+        let of = |name: &String| all.iter().flatten().find_map(|bundle| bundle.stale_ok(name));
+        answered.policies.iter().map(of).min().flatten()
     }
 
     /// The policies whose scope matches, by number.

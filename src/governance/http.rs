@@ -13,7 +13,7 @@ use serde_json::{Map, Value, json};
 use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
 
-use crate::kernel::web::{Answer, Caller, EntityName, Json, Path, SOP_INDEX};
+use crate::kernel::web::{Answer, Caller, EntityName, Json, Path, SOP_INDEX, WhileAway};
 use crate::kernel::{Refusal, ids, problem};
 
 use super::authzen;
@@ -65,12 +65,13 @@ fn as_authzen(refused: Refusal) -> Refusal {
 async fn evaluation(
     Room(room): Room<Governance>,
     caller: Caller,
+    WhileAway(away): WhileAway,
     body: Result<Json<Value>, Refusal>,
 ) -> Result<Response, Refusal> {
     let Json(body) = body.map_err(as_authzen)?;
     let asked = authzen::evaluation(&body)?;
     room.rules.evaluate(&asked)?;
-    let mut answers = room.evaluate(&caller, vec![Ok(asked)], authzen::Semantic::ExecuteAll).await?;
+    let mut answers = room.evaluate(&caller, vec![Ok(asked)], authzen::Semantic::ExecuteAll, away).await?;
     let one = answers.pop().ok_or_else(|| Refusal::internal("an evaluation without an answer"))?;
     let index = one.context.get("index").and_then(Value::as_i64);
     Ok(answer(&shown(one), index))
@@ -82,11 +83,12 @@ async fn evaluation(
 async fn evaluations(
     Room(room): Room<Governance>,
     caller: Caller,
+    WhileAway(away): WhileAway,
     body: Result<Json<Value>, Refusal>,
 ) -> Result<Response, Refusal> {
     let Json(body) = body.map_err(as_authzen)?;
     let (items, semantic) = authzen::evaluations(&body)?;
-    let answers = room.evaluate(&caller, items, semantic).await?;
+    let answers = room.evaluate(&caller, items, semantic, away).await?;
     let index = answers.iter().filter_map(|a| a.context.get("index").and_then(Value::as_i64)).max();
     let all: Vec<Value> = answers.into_iter().map(shown).collect();
     let whole = if body.get("evaluations").and_then(Value::as_array).is_some_and(|a| !a.is_empty()) {

@@ -21,6 +21,10 @@ pub struct Metrics {
     pub shadowed: IntCounterVec,
     /// Entries that a shadow has still to look at.
     pub shadow_lag: IntGauge,
+    /// Decisions that were answered while the store was away.
+    pub stale: IntCounter,
+    /// Those of them that wait to be put into the record.
+    pub spooled: IntGauge,
 }
 
 const OUTCOMES: [&str; 2] = ["allowed", "denied"];
@@ -56,6 +60,10 @@ impl Metrics {
         registry.register(Box::new(percent.clone()))?;
         let lag = IntGauge::new("sop_governance_shadow_lag_entries", "Entries that a shadow has still to look at")?;
         registry.register(Box::new(lag.clone()))?;
+        let spooled = "Decisions answered while the store was away that are not in the record yet";
+        let spooled = IntGauge::new("sop_governance_spooled_records", spooled)?;
+        registry.register(Box::new(spooled.clone()))?;
+        let stale = "Decisions answered while the store was away";
         let new_denials = "Denials of a canary that the active bundle would have permitted";
         let tried = "Recorded decisions that a bundle in shadow decided again: same, other, skipped";
         Ok(Self {
@@ -67,6 +75,8 @@ impl Metrics {
             canary_stops: counter("sop_governance_canary_stops_total", "Canaries that stopped themselves")?,
             shadowed: counters("sop_governance_shadow_decisions_total", tried, &["bundle", "outcome"])?,
             shadow_lag: lag,
+            stale: counter("sop_governance_stale_decisions_total", stale)?,
+            spooled,
         })
     }
 

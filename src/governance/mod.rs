@@ -31,11 +31,14 @@ mod scope;
 mod search;
 mod shadow;
 mod snapshot;
+mod spool;
 mod store;
 mod tasks;
 mod voices;
 
+use std::path::Path;
 use std::sync::Arc;
+use std::time::Duration;
 
 use serde_json::{Map, Value, json};
 use sqlx::Postgres;
@@ -53,6 +56,7 @@ use entities::Shown;
 pub use library::Library;
 pub use rules::Rules;
 pub use snapshot::Snapshot;
+use spool::Spool;
 
 /// What an entry touches that changes which bundles are in force.
 const IN_FORCE: &str = "bundle";
@@ -65,6 +69,20 @@ pub fn records(store: &Store) -> Arc<dyn crate::audit::Records> {
     Arc::new(decisions::Decisions(store.clone()))
 }
 
+/// What the room is made from.
+pub struct Parts<'a> {
+    /// What rules.
+    pub rules: Arc<Rules>,
+    /// The ledger.
+    pub ledger: Ledger,
+    /// The database.
+    pub store: Store,
+    /// Where this daemon is.
+    pub url: &'a str,
+    /// Its data folder: what is decided while the store is away is kept there.
+    pub data: &'a Path,
+}
+
 /// The room. Cheap to clone.
 #[derive(Clone)]
 pub struct Governance {
@@ -72,6 +90,7 @@ pub struct Governance {
     ledger: Ledger,
     store: Store,
     recorder: Recorder,
+    spool: Arc<Spool>,
     /// `http` or `https`, as this daemon is spoken to.
     scheme: &'static str,
 }
@@ -85,10 +104,12 @@ struct Recorded {
 impl Governance {
     /// Opens the room: sees to it that a system bundle is in force, and starts the recorder, the compiler of bundles that
     /// were made on other daemons, and the end of proposals that are past their time.
-    pub async fn start(rules: Arc<Rules>, ledger: Ledger, store: Store, url: &str, tasks: &Supervisor) -> Self {
+    pub async fn start(parts: Parts<'_>, tasks: &Supervisor) -> Self {
+        let Parts { rules, ledger, store, url, data } = parts;
         let recorder = Recorder::start(ledger.clone(), tasks);
         let scheme = if url.starts_with("https:") { "https" } else { "http" };
-        let room = Self { rules, ledger, store, recorder, scheme };
+        let spool = Arc::new(Spool::new(data, rules.settings.spool_mb * 1024 * 1024));
+        let room = Self { rules, ledger, store, recorder, spool, scheme };
         room.ship().await;
         room.start_tasks(tasks);
         room
@@ -115,10 +136,11 @@ impl Governance {
         caller: &Caller,
         items: Vec<Result<Evaluation, Refusal>>,
         semantic: Semantic,
+        away: Option<Refusal>,
     ) -> Result<Vec<Recorded>, Refusal> {
         self.ledger.permit(caller, &[Ask::new("governance:evaluate", "Bundle", "active")]).await?;
         let at = self.ledger.index();
-        let (mut records, mut answers) = (Vec::new(), Vec::new());
+        let (mut records, mut answers, mut spare) = (Vec::new(), Vec::new(), Vec::new());
         for item in items {
             let answered = item.and_then(|e| self.rules.evaluate(&e).map(|a| (e, a)));
             let allowed = answered.as_ref().is_ok_and(|(_, a)| a.answered.allowed);
@@ -142,6 +164,7 @@ impl Governance {
                         context.insert("ignored".into(), a.ignored.into());
                     }
                     answers.push((Recorded { allowed, context }, Some(records.len())));
+                    spare.push(a.stale_ok.map(|age| (age, record.clone())));
                     records.push(record);
                 }
                 Err(refusal) => {
@@ -158,7 +181,14 @@ impl Governance {
                 _ => {}
             }
         }
-        let places = if records.is_empty() { Vec::new() } else { self.recorder.keep(records).await? };
+        let places = match away {
+            None if records.is_empty() => Vec::new(),
+            None => match self.recorder.keep(records).await {
+                Ok(places) => places,
+                Err(away) => return self.while_away(answers, &spare, away),
+            },
+            Some(away) => return self.while_away(answers, &spare, away),
+        };
         Ok(answers
             .into_iter()
             .map(|(mut recorded, place)| {
@@ -169,6 +199,36 @@ impl Governance {
                 recorded
             })
             .collect())
+    }
+
+    /// Answers without the store what policies allow to be answered so: kept on this disk first.
+    fn while_away(
+        &self,
+        answers: Vec<(Recorded, Option<usize>)>,
+        spare: &[Option<(Duration, decisions::Record)>],
+        away: Refusal,
+    ) -> Result<Vec<Recorded>, Refusal> {
+        let (age, at) = (self.ledger.age(), self.ledger.index());
+        let fits = |place: Option<usize>| {
+            let spare = place.and_then(|i| spare.get(i)).and_then(Option::as_ref);
+            spare.filter(|(most, _)| away.problem() == &problem::UNAVAILABLE && age <= *most).map(|(_, record)| record)
+        };
+        let kept: Vec<&decisions::Record> = answers.iter().filter_map(|(_, place)| fits(*place)).collect();
+        if kept.is_empty() {
+            return Err(away);
+        }
+        tokio::task::block_in_place(|| self.spool.keep(&kept))?;
+        self.rules.metrics.stale.inc_by(kept.len() as u64);
+        let answered = answers.into_iter().map(|(mut recorded, place)| {
+            if fits(place).is_some() {
+                recorded.context.insert("stale".into(), json!({"index": at, "age": age.as_secs_f64()}));
+            } else if place.is_some() {
+                let error = json!({"status": 503, "message": away.detail()});
+                recorded = Recorded { allowed: false, context: Map::from_iter([("error".to_owned(), error)]) };
+            }
+            recorded
+        });
+        Ok(answered.collect())
     }
 
     /// Puts an entity.

@@ -16,6 +16,7 @@ use crate::kernel::{Refusal, Timestamp, ids, problem};
 use crate::ledger::{Command, Committed, Entry, Failure, Tx};
 
 use super::Governance;
+use super::compiled::span;
 use super::store::proposals::{self as rows, Proposal, Voice};
 use super::voices::{Expire, Speak, Voicing};
 
@@ -50,19 +51,6 @@ impl Requirement {
             self.within = self.within.min(within);
         }
     }
-}
-
-/// `90s`, `15m`, `72h`, `7d`.
-fn span(text: &str) -> Option<Duration> {
-    let (number, unit) = text.split_at_checked(text.len().checked_sub(1)?)?;
-    let each = match unit {
-        "s" => 1,
-        "m" => 60,
-        "h" => 3_600,
-        "d" => 86_400,
-        _ => return None,
-    };
-    Some(Duration::from_secs(number.parse::<u64>().ok()?.checked_mul(each)?))
 }
 
 /// The digest of a change: what is approved is this and nothing else.

@@ -2,6 +2,7 @@
 
 use std::collections::HashMap;
 use std::sync::Arc;
+use std::time::Duration;
 
 use cedar_policy::RestrictedExpression;
 use prometheus::Registry;
@@ -258,12 +259,16 @@ pub(super) struct Evaluated {
     pub at: i64,
     /// Why, if that was asked for.
     pub why: Option<Explanation>,
+    /// How old what is known may be for it to be given while the store is away.
+    pub stale_ok: Option<Duration>,
 }
 
 /// Puts an evaluation to these bundles over these entities.
 pub(super) fn evaluate(force: &Force, entities: &dyn Entities, e: &Evaluation) -> Result<Evaluated, Refusal> {
     let (put, ignored, at) = put(force, entities, e)?;
-    Ok(Evaluated { answered: force.answer(&put)?, bundles: force.ids.clone(), ignored, at, why: None })
+    let answered = force.answer(&put)?;
+    let stale_ok = force.stale_ok(&answered);
+    Ok(Evaluated { answered, bundles: force.ids.clone(), ignored, at, why: None, stale_ok })
 }
 
 /// An evaluation as Cedar has it, what of it was left out, and the index of the entities.

@@ -14,6 +14,8 @@ use super::rollout::Told;
 const EXPIRE: Duration = Duration::from_secs(5);
 /// How often it is looked how a rollout does.
 const ROLLOUT: Duration = Duration::from_millis(250);
+/// How often it is looked whether decisions wait to be put into the record.
+const RECONCILE: Duration = Duration::from_millis(500);
 
 impl Governance {
     /// Starts the compiler of bundles that were made on other daemons, the end of proposals that are past their time, the watch
@@ -38,6 +40,11 @@ impl Governance {
         tasks.start(Task::periodic("governance/rollout", ROLLOUT, move || {
             let (room, told) = (room.clone(), told.clone());
             async move { room.watch_rollout(&mut *told.lock().await).await }
+        }));
+        let room = self.clone();
+        tasks.start(Task::periodic("governance/spool", RECONCILE, move || {
+            let room = room.clone();
+            async move { room.reconcile().await }
         }));
         let room = self.clone();
         tasks.start(Task::restarting("governance/shadow", move |stop| {

@@ -130,11 +130,14 @@ impl Follower {
     /// Reads from the ledger what is newer than what is known.
     async fn read_on(&mut self) -> Result<(), sqlx::Error> {
         loop {
-            let after = *self.at.borrow();
+            let (began, after) = (self.shared.clock.elapsed(), *self.at.borrow());
             let conn = self.connection().await?;
             let entries = store::entries_after(conn, after, i64::MAX, PAGE).await;
             let entries = self.kept(entries)?;
-            let Some(last) = entries.last() else { return Ok(()) };
+            let Some(last) = entries.last() else {
+                self.shared.is_current(began);
+                return Ok(());
+            };
             let to = last.index;
             let more = entries.len() as i64 == PAGE;
             let touched = entries.into_iter().flat_map(|e| e.touched.into_iter().map(move |t| (e.index, t))).collect();

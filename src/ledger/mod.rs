@@ -28,7 +28,7 @@ pub mod touch;
 mod writer;
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicI64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicI64, AtomicU64, Ordering};
 use std::time::Duration;
 
 use tokio::sync::{Mutex, mpsc, oneshot, watch};
@@ -109,6 +109,8 @@ struct Shared {
     /// The newest index this daemon knows to be committed.
     head: AtomicI64,
     behind: AtomicBool,
+    /// When this daemon last knew that it reflects what is newest, milliseconds of its clock.
+    current: AtomicU64,
     /// Why nothing may be written, if somebody above found a reason.
     halted: std::sync::OnceLock<Refusal>,
 }
@@ -117,6 +119,11 @@ impl Shared {
     /// Tells the follower. If it is too far behind to listen it reads for itself.
     fn news(&self, news: News) {
         let _ = self.news.try_send(news);
+    }
+
+    /// What was newest at this time of the clock is reflected.
+    fn is_current(&self, at: Duration) {
+        self.current.fetch_max(u64::try_from(at.as_millis()).unwrap_or(u64::MAX), Ordering::AcqRel);
     }
 
     fn set_behind(&self) {
@@ -167,6 +174,7 @@ impl Ledger {
             news,
             head: AtomicI64::new(-1),
             behind: AtomicBool::new(false),
+            current: AtomicU64::new(0),
             halted: std::sync::OnceLock::new(),
         });
         shared.prepare().await.map_err(|e| shared.store.refusal(e))?;
@@ -309,12 +317,14 @@ impl Ledger {
     /// # Errors
     /// 503 when the head cannot be read, 504 when this daemon does not catch up in time.
     pub async fn fence(&self) -> Result<i64, Refusal> {
+        let began = self.0.shared.clock.elapsed();
         let (tx, rx) = oneshot::channel();
         let full = |_| Refusal::new(&problem::OVERLOADED, "too many reads wait for the head of the ledger");
         self.0.checks.try_send(tx).map_err(full)?;
         let gone = |_| Refusal::unavailable("the daemon is stopping");
         let index = rx.await.map_err(gone)??;
         self.reach(index, self.0.shared.write_timeout).await?;
+        self.0.shared.is_current(began);
         Ok(index)
     }
 
@@ -341,6 +351,13 @@ impl Ledger {
     #[must_use]
     pub fn index(&self) -> i64 {
         *self.0.at.borrow()
+    }
+
+    /// How long ago this daemon last knew that its projections reflect what is newest.
+    #[must_use]
+    pub fn age(&self) -> Duration {
+        let current = Duration::from_millis(self.0.shared.current.load(Ordering::Acquire));
+        self.0.shared.clock.elapsed().saturating_sub(current)
     }
 
     /// Tells of each new index, once the projections reflect it.

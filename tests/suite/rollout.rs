@@ -239,3 +239,103 @@ async fn a_hierarchy_without_end_is_refused_and_harms_nobody() {
     assert_eq!(decide(&admin, &asks("ann", "view", 1)).await["decision"], true);
     record::check(&db).await;
 }
+
+const STALE: &str = r#"@id("view") @stale_ok("1h") permit (principal in group::"g", action == Action::"view", resource)
+when { resource.level <= 3 };
+@id("edit") permit (principal in group::"g", action == Action::"edit", resource);
+@id("never") @stale_ok("1s") forbid (principal, action == Action::"edit", resource) when { resource.level > 7 };"#;
+
+/// What is between the daemon and its database, until it is not.
+struct Line {
+    socket: std::path::PathBuf,
+    aside: std::path::PathBuf,
+}
+
+impl Line {
+    fn of(proxy: &crate::support::proxy::Proxy) -> Self {
+        let socket = proxy.sockets().join(".s.PGSQL.5432");
+        let aside = proxy.sockets().join("aside");
+        Self { socket, aside }
+    }
+
+    /// No new connection, and the ones there are end.
+    async fn cut(&self, db: &crate::support::postgres::Database) {
+        std::fs::rename(&self.socket, &self.aside).unwrap();
+        let ended = "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE application_name LIKE 'sop/%' AND datname = current_database()";
+        sqlx::query(ended).execute(&mut db.connect_as("test").await).await.unwrap();
+    }
+
+    fn mend(&self) {
+        std::fs::rename(&self.aside, &self.socket).unwrap();
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn while_the_store_is_away_only_what_a_policy_allows_is_answered_and_recorded_later() {
+    let db = crate::support::postgres::database().await;
+    let proxy = crate::support::proxy::Proxy::before(&db);
+    let line = Line::of(&proxy);
+    let mut daemon = Launch::on(db.url_via(&proxy)).start().await;
+    let admin = Client::of(&daemon);
+    let other = crate::policy::client(&admin, "admin").await;
+    member(&admin, "ann").await;
+    let wrong = STALE.replace("1h", "soon");
+    let (status, refused) = post(&admin, "/v1/governance/bundles", &json!({"policies": wrong})).await;
+    assert_eq!(status, 422, "{refused}");
+    activate(&admin, &other, STALE, Some(SCHEMA)).await;
+    assert_eq!(decide(&admin, &asks("ann", "view", 1)).await["decision"], true);
+    line.cut(&db).await;
+    until("the store is away", Duration::from_secs(10), || async {
+        let (status, answer) = post(&admin, "/access/v1/evaluation", &asks("ann", "view", 1)).await;
+        status == 200 && answer["context"]["stale"].is_object()
+    })
+    .await;
+    let (status, answer) = post(&admin, "/access/v1/evaluation", &asks("ann", "view", 2)).await;
+    assert_eq!(
+        (status, &answer["decision"], &answer["context"]["index"]),
+        (200, &json!(true), &Value::Null),
+        "{answer}"
+    );
+    let stale = answer["context"]["decision_id"].as_str().unwrap().to_owned();
+    // Of other policies, of none at all, or older than the policy allows: it is not decided.
+    tokio::time::sleep(Duration::from_millis(1100)).await;
+    for asked in [asks("ann", "edit", 1), asks("ann", "edit", 9), asks("bob", "view", 1), asks("ann", "view", 9)] {
+        let (status, refused) = post(&admin, "/access/v1/evaluation", &asked).await;
+        assert_eq!((status, refused["type"].as_str()), (503, Some("/problems/unavailable")), "{asked} {refused}");
+    }
+    let batch = json!({"evaluations": [asks("ann", "view", 3), asks("ann", "edit", 1)]});
+    let (status, answers) = post(&admin, "/access/v1/evaluations", &batch).await;
+    assert_eq!(status, 200, "{answers}");
+    assert_eq!(answers["evaluations"][0]["decision"], true, "{answers}");
+    assert_eq!(answers["evaluations"][1]["context"]["error"]["status"], 503, "{answers}");
+    let in_batch = answers["evaluations"][0]["context"]["decision_id"].as_str().unwrap().to_owned();
+    assert!(admin.put("x", "1").await.is_err(), "nothing is written");
+    // It dies before the store is back, and the record is complete all the same.
+    daemon.kill().await;
+    line.mend();
+    let daemon = daemon.restart().await;
+    let admin = Client::of(&daemon);
+    for id in [&stale, &in_batch] {
+        until("it is in the record", Duration::from_secs(10), || async {
+            admin.get(&format!("/v1/governance/decisions/{id}")).await.0 == 200
+        })
+        .await;
+        let (_, why) = post(&admin, &format!("/v1/governance/decisions/{id}/explain"), &json!({})).await;
+        assert_eq!(
+            (&why["decision"], &why["reproduced"], &why["policies"][0]["id"]),
+            (&json!(true), &json!(true), &json!("view")),
+            "{why}"
+        );
+    }
+    let (_, page) = admin.get("/v1/audit/entries?action=governance:evaluate&limit=1").await;
+    let (_, entry) = admin.get(&format!("/v1/audit/entries/{}", page["items"][0]["index"])).await;
+    assert_eq!(entry["details"]["change"]["late"], true, "{entry}");
+    until("nothing waits any more", Duration::from_secs(5), || async {
+        !daemon.launch.dir.join("spool/decisions.closed").exists()
+    })
+    .await;
+    let (_, all) = admin.get("/v1/governance/decisions?origin=authzen&subject=ann").await;
+    let all: Vec<&str> = all["items"].as_array().unwrap().iter().map(|d| d["decision_id"].as_str().unwrap()).collect();
+    assert_eq!(all.iter().filter(|id| **id == stale).count(), 1, "once: {all:?}");
+    record::check(&db).await;
+}

@@ -21,5 +21,5 @@ pub use extract::{
     Body, BodyLimit, Json, Name, Path, Preconditions, Query, Tags, faulty, inflate, is_json, page_limit, pairs,
     parse_json, parse_query, read_body,
 };
-pub use optional::JsonOr;
+pub use optional::{Away, JsonOr, WhileAway};
 pub use respond::{Answer, Listing, Reason, SOP_INDEX, problem_document, problem_response};

@@ -1,6 +1,9 @@
-//! A body that need not be there.
+//! What need not be there: a body; the store.
 
-use axum::extract::{FromRequest, Request};
+use std::convert::Infallible;
+
+use axum::extract::{FromRequest, FromRequestParts, Request};
+use axum::http::request::Parts;
 use serde::de::DeserializeOwned;
 
 use super::extract::{Body, is_json, parse_json};
@@ -23,5 +26,20 @@ impl<S: Send + Sync, T: DeserializeOwned + Default> FromRequest<S> for JsonOr<T>
             return Err(Refusal::new(&problem::UNSUPPORTED_MEDIA_TYPE, detail));
         }
         parse_json(&bytes).map(Self)
+    }
+}
+
+/// Left in a request that was let through although the store could not say what is newest.
+#[derive(Clone, Debug)]
+pub struct Away(pub Refusal);
+
+/// Why the store is away, if it is: what an answer without it has to be instead.
+pub struct WhileAway(pub Option<Refusal>);
+
+impl<S: Send + Sync> FromRequestParts<S> for WhileAway {
+    type Rejection = Infallible;
+
+    async fn from_request_parts(parts: &mut Parts, _: &S) -> Result<Self, Infallible> {
+        Ok(Self(parts.extensions.get::<Away>().map(|away| away.0.clone())))
     }
 }
