@@ -219,6 +219,7 @@ impl<'a> Ground<'a> {
         let gate = Arc::new_cyclic(|own| Gate {
             token: token.clone(),
             rules: views.rules,
+            governance: governance.clone(),
             ledger: ledger.clone(),
             own: own.clone(),
         });
@@ -393,6 +394,7 @@ impl Signals {
 struct Gate {
     token: Token,
     rules: Arc<Rules>,
+    governance: Governance,
     ledger: Ledger,
     /// Handed to each caller, who asks again when something changed.
     own: Weak<Gate>,
@@ -428,6 +430,9 @@ impl Authority for Gate {
                     .with_header("www-authenticate", "Bearer realm=\"sop\", error=\"invalid_token\"")
             })?;
             let mut permit = self.rules.decide(caller, asks, at)?;
+            if !permit.allowed {
+                permit = self.governance.four_eyes(caller, asks, permit, at).await?;
+            }
             permit.depends.extend(credential.depends.iter().copied());
             Ok(permit)
         })

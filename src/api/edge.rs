@@ -16,16 +16,15 @@ use tower_http::compression::predicate::{DefaultPredicate, Predicate as _, SizeA
 use tracing::Instrument as _;
 
 use crate::kernel::quota::{self, Limit, Quotas};
-use crate::kernel::web::{
-    Away, BodyLimit, Caller, Idempotency, Reason, RequestInfo, SOP_INDEX, pairs, problem_response, read_body,
-};
-use crate::kernel::{Clock, Refusal, crypto, ids, problem};
+use crate::kernel::web::{Away, BodyLimit, Caller, Reason, RequestInfo, SOP_INDEX, pairs, problem_response};
+use crate::kernel::{Clock, Refusal, ids, problem};
 use crate::ledger::Ledger;
 
 use super::metrics::Metrics;
 use super::rate::{Rate, Who};
 use super::refused::{Layer, Refused};
 use super::serve::Peer;
+use super::whole::Whole;
 use super::{Authenticator, Limits, Parts};
 
 /// Answers smaller than this are not worth the work, bytes.
@@ -111,6 +110,7 @@ async fn edge(State(shared): State<Arc<Shared>>, mut request: Request, next: Nex
         path: request.uri().path().to_owned(),
         peer: request.extensions().get::<Peer>().and_then(|p| p.0),
         idempotency: None,
+        proposing: None,
         fencing: None,
     });
     request.extensions_mut().insert(BodyLimit(shared.limits.body));
@@ -139,7 +139,11 @@ async fn edge(State(shared): State<Arc<Shared>>, mut request: Request, next: Nex
     if let Some(refusal) = response.extensions_mut().remove::<Refusal>() {
         reason = refusal.problem().slug;
         let allow = response.headers().get(header::ALLOW).cloned();
-        response = problem_response(&refusal, Some(&info.path));
+        response = if refusal.problem() == &problem::PROPOSED {
+            proposed(&refusal)
+        } else {
+            problem_response(&refusal, Some(&info.path))
+        };
         if let Some(allow) = allow {
             response.headers_mut().insert(header::ALLOW, allow);
         }
@@ -160,6 +164,16 @@ async fn edge(State(shared): State<Arc<Shared>>, mut request: Request, next: Nex
     shared.metrics.requests.with_label_values(&[method.as_str(), route, status.as_str()]).inc();
     let _in = span.entered();
     tracing::debug!(status = status.as_u16(), ms = took.as_secs_f64() * 1e3, "{method} {}", info.path);
+    response
+}
+
+/// A change that was proposed instead of made: 202 with the proposal.
+fn proposed(refusal: &Refusal) -> Response {
+    let mut response = problem_response(refusal, None);
+    let proposal = refusal.extra().get("proposal").map(ToString::to_string).unwrap_or_default();
+    response.headers_mut().insert(header::CONTENT_TYPE, HeaderValue::from_static("application/json"));
+    response.headers_mut().remove(header::CONTENT_LENGTH);
+    *response.body_mut() = proposal.into();
     response
 }
 
@@ -197,10 +211,10 @@ async fn inside(
             None => {}
         }
     }
-    let key = idempotency_key(&request)?;
+    let whole = Whole::of(&request)?;
     let authorization = request.headers().get(header::AUTHORIZATION).cloned();
     let authorization = authorization.as_ref().and_then(|a| a.to_str().ok());
-    let mut caller = match shared.identify(authorization, &info, reads).await {
+    let caller = match shared.identify(authorization, &info, reads).await {
         Ok(caller) => caller,
         // Whether something else vouches for them is for the handler to see.
         Err(_) if wants == Wants::Perhaps => {
@@ -213,14 +227,7 @@ async fn inside(
         }
     };
     let fields = shared.admit(Who::Client(caller.identity().actor.clone()), &asked)?;
-    if let Some(key) = key {
-        let (parts, body) = request.into_parts();
-        let bytes = read_body(Request::from_parts(parts.clone(), body), shared.limits.body).await?;
-        let mut known = (*info).clone();
-        known.idempotency = Some(idempotency(caller.actor(), &info, &key, &bytes));
-        caller = caller.with_request(Arc::new(known));
-        request = Request::from_parts(parts, bytes.into());
-    }
+    let (mut request, caller) = whole.read(request, caller, &info, shared.limits.body).await?;
     request.extensions_mut().insert(caller);
     Ok(fields.on(next.run(request).await))
 }
@@ -369,24 +376,4 @@ fn trace_id(headers: &HeaderMap) -> Option<String> {
     let id = parent.split('-').nth(1)?;
     let fits = id.len() == 32 && id.bytes().all(|b| b.is_ascii_hexdigit()) && id.bytes().any(|b| b != b'0');
     fits.then(|| id.to_ascii_lowercase())
-}
-
-fn idempotency_key(request: &Request) -> Result<Option<String>, Refusal> {
-    if request.method() != Method::POST || !request.uri().path().starts_with("/v1/") {
-        return Ok(None);
-    }
-    let Some(key) = request.headers().get("idempotency-key") else { return Ok(None) };
-    let fits = |k: &&str| (1..=255).contains(&k.len()) && k.bytes().all(|b| (0x21..0x7f).contains(&b));
-    let key = key.to_str().ok().filter(fits);
-    key.map(|k| Some(k.to_owned()))
-        .ok_or_else(|| Refusal::malformed("", "Idempotency-Key is 1 to 255 visible ASCII characters"))
-}
-
-fn idempotency(actor: &str, info: &RequestInfo, key: &str, body: &[u8]) -> Idempotency {
-    let mut scope = Vec::new();
-    for part in [actor, &info.method, &info.path, key] {
-        scope.extend_from_slice(&(part.len() as u64).to_be_bytes());
-        scope.extend_from_slice(part.as_bytes());
-    }
-    Idempotency { key: crypto::sha256(&scope), fingerprint: crypto::sha256(body) }
 }

@@ -15,6 +15,7 @@ mod rate;
 mod refused;
 mod serve;
 mod tls;
+mod whole;
 
 use std::sync::Arc;
 use std::time::Duration;

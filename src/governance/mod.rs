@@ -25,6 +25,7 @@ mod past;
 mod proposals;
 mod remembered;
 mod replay;
+mod requests;
 mod rollout;
 mod rules;
 mod scope;
@@ -110,6 +111,7 @@ impl Governance {
         let scheme = if url.starts_with("https:") { "https" } else { "http" };
         let spool = Arc::new(Spool::new(data, rules.settings.spool_mb * 1024 * 1024));
         let room = Self { rules, ledger, store, recorder, spool, scheme };
+        room.ledger.approved_by(Arc::new(requests::Spend));
         room.ship().await;
         room.start_tasks(tasks);
         room

@@ -39,6 +39,16 @@ impl Default for Requirement {
 }
 
 impl Requirement {
+    /// What both want, together.
+    pub fn and(self, other: Self) -> Self {
+        Self {
+            required: self.required.max(other.required),
+            role: self.role.or(other.role),
+            outside: self.outside.max(other.outside),
+            within: self.within.min(other.within),
+        }
+    }
+
     /// Takes over the strictest of what the annotations of a policy say.
     pub fn tighten<'a>(&mut self, annotation: impl Fn(&str) -> Option<&'a str>) {
         let number = |name: &str| annotation(name).and_then(|n| n.parse::<i32>().ok());
@@ -84,7 +94,7 @@ pub struct ShownVoice {
 pub struct Shown {
     /// Its id
     pub id: String,
-    /// `bundle` or `entity`
+    /// `bundle`, `entity` or `request`
     pub kind: String,
     /// What is proposed: `governance:activate`, ...
     pub action: String,
@@ -188,11 +198,22 @@ impl Governance {
         }
     }
 
-    /// Proposes a change.
+    /// Proposes a change of this room.
     pub(super) async fn propose(&self, caller: &Caller, wanted: Wanted) -> Result<Committed<Shown>, Refusal> {
+        let need = self.rules.requirement(caller, &wanted.ask)?.unwrap_or_default();
+        let change = change_of(wanted.ask.action, &wanted.ask.name, wanted.body.as_deref().unwrap_or_default());
+        self.propose_change(caller, wanted, need, &change).await
+    }
+
+    /// Proposes the change of this digest.
+    pub(super) async fn propose_change(
+        &self,
+        caller: &Caller,
+        wanted: Wanted,
+        need: Requirement,
+        change: &Hash,
+    ) -> Result<Committed<Shown>, Refusal> {
         let Wanted { kind, ask, body, reason, also } = wanted;
-        let need = self.rules.requirement(caller, &ask)?.unwrap_or_default();
-        let change = change_of(ask.action, &ask.name, body.as_deref().unwrap_or_default());
         let mut authors = vec![caller.actor().to_owned()];
         authors.extend(also.filter(|a| a != caller.actor()));
         let now = self.rules.clock.now();
@@ -290,7 +311,7 @@ impl Governance {
     }
 }
 
-fn others(need: &Requirement) -> String {
+pub(super) fn others(need: &Requirement) -> String {
     let mut text = format!("{} other{}", need.required, if need.required == 1 { "" } else { "s" });
     if let Some(role) = &need.role {
         text.push_str(&format!(" in the role {role}"));

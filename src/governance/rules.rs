@@ -108,7 +108,7 @@ impl Rules {
             caller: caller.clone(),
             context: ask.context.clone(),
         });
-        Ok(Permit { allowed: denied.is_none(), at, depends, decision, denied })
+        Ok(Permit { allowed: denied.is_none(), at, depends, decision, denied, proposal: None })
     }
 
     /// Decides one ask, or remembers what was decided.
@@ -155,6 +155,11 @@ impl Rules {
             self.remembered.keep(question, answer.clone());
         }
         Ok(answer)
+    }
+
+    /// Whether it is allowed as it is.
+    pub(super) fn allows(&self, caller: &Caller, ask: &Ask) -> Result<bool, Refusal> {
+        Ok(self.decide_one(caller, ask)?.allowed)
     }
 
     /// What a change waits for before the caller may make it: `None` where it needs nobody, or where no approval would help.

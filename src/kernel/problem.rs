@@ -60,7 +60,9 @@ problems! {
     UNPROCESSABLE, "unprocessable", 422, Invalid, None, "Well formed, but it cannot be",
         "The request could be read, but what it says cannot hold: a document that fails its schema, a policy that does not type-check. `errors` points at each fault.";
     NOT_APPROVED, "not-approved", 409, Conflict, None, "Others have to approve this first",
-        "The policy lets you do this once others have approved it. Propose it (`POST .../propose`, or `POST /v1/governance/proposals`), let `required` others approve, and ask again.";
+        "The policy lets you do this once others have approved it. Propose it (`POST .../propose` for a bundle, `POST /v1/governance/proposals` for an entity, the same request with `Sop-Propose: REASON` for anything), let `required` others approve, and ask again (with `Sop-Proposal: ID` where it was proposed so).";
+    PROPOSED, "proposed", 202, Conflict, None, "Proposed",
+        "The change was not made: it was proposed, as `Sop-Propose` asked. Once others have approved the proposal, send the same request with `Sop-Proposal: ID`.";
     LOCKS_OUT, "locks-out", 422, Invalid, None, "Nobody could undo this",
         "Under these policies the caller, or the last administrator, could not go back to others. Change the bundle; where only the caller would be locked out, `force` does it all the same.";
     IDEMPOTENCY_MISMATCH, "idempotency-mismatch", 422, Conflict, None, "This Idempotency-Key was used for another request",

@@ -5,8 +5,9 @@ use std::future::Future;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use sqlx::PgConnection;
+use uuid::Uuid;
 
-use crate::kernel::{Refusal, Timestamp};
+use crate::kernel::{BoxFuture, Refusal, Timestamp};
 
 use super::Entry;
 use super::hot::{At, Decided, ENTRIES, Fact, HotKey};
@@ -100,6 +101,14 @@ impl<'c> Tx<'c> {
     pub(super) fn wrote(&self) -> bool {
         self.wrote
     }
+}
+
+/// Who uses up the proposals that changes rest on, in the commit of the change.
+pub trait Approvals: Send + Sync {
+    /// Refuses if the proposal does not stand any more; writes nothing.
+    fn check<'a>(&'a self, tx: &'a mut Tx<'_>, proposal: Uuid) -> BoxFuture<'a, Result<(), Failure>>;
+    /// Uses it up.
+    fn spend<'a>(&'a self, tx: &'a mut Tx<'_>, proposal: Uuid) -> BoxFuture<'a, Result<(), Failure>>;
 }
 
 /// A command that committed.

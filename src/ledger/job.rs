@@ -1,16 +1,19 @@
 //! A command on its way through the writer: what the caller may, what came of it, whom to tell.
 
+use std::sync::Arc;
+
 use serde::{Deserialize, Serialize};
 use serde_json::value::RawValue;
 use tokio::sync::oneshot;
+use uuid::Uuid;
 
 use crate::kernel::crypto::MasterKey;
 use crate::kernel::problem;
 use crate::kernel::web::{Caller, Permit};
 use crate::kernel::{BoxFuture, Refusal, Timestamp};
 
-use super::command::{Command, Committed, Failure, Tx};
-use super::entry::{self, Sealed};
+use super::command::{Approvals, Command, Committed, Failure, Tx};
+use super::entry::{self, Entry, Sealed};
 use super::hot::{At, Decided, Fact, HotKey, Made};
 use super::store;
 
@@ -71,6 +74,8 @@ pub(super) struct Ticket<C: Command> {
     /// The decision as the record keeps it.
     decision: Option<Vec<u8>>,
     keyed: bool,
+    /// The proposal that the change rests on, and who uses it up.
+    approved: Option<(Uuid, Arc<dyn Approvals>)>,
     state: State<C::Out>,
     reply: oneshot::Sender<Heard<C>>,
 }
@@ -80,7 +85,22 @@ impl<C: Command> Ticket<C> {
     pub fn new(command: C, caller: Caller, permit: Permit, keyed: bool) -> (Box<Self>, oneshot::Receiver<Heard<C>>) {
         let (reply, heard) = oneshot::channel();
         let decision = permit.decision.as_ref().map(entry::decided);
-        (Box::new(Self { command, caller, permit, decision, keyed, state: State::Waiting, reply }), heard)
+        let state = State::Waiting;
+        (Box::new(Self { command, caller, permit, decision, keyed, approved: None, state, reply }), heard)
+    }
+
+    /// It rests on this proposal.
+    pub fn approved(&mut self, proposal: Uuid, approvals: Arc<dyn Approvals>) {
+        self.approved = Some((proposal, approvals));
+    }
+
+    /// Makes the change, and uses up the proposal it rests on.
+    async fn apply(&mut self, tx: &mut Tx<'_>) -> Result<(C::Out, Entry), Failure> {
+        let Some((proposal, approvals)) = self.approved.clone() else { return self.command.apply(tx).await };
+        approvals.check(tx, proposal).await?;
+        let (value, entry) = self.command.apply(tx).await?;
+        approvals.spend(tx, proposal).await?;
+        Ok((value, entry.change("proposal", proposal.to_string())))
     }
 
     async fn execute(&mut self, tx: &mut Tx<'_>, master: &MasterKey) -> Result<Option<Sealed>, Failure> {
@@ -98,7 +118,7 @@ impl<C: Command> Ticket<C> {
             };
             return Ok(None);
         }
-        match self.command.apply(tx).await {
+        match self.apply(tx).await {
             Ok((value, entry)) => {
                 let (index, time) = (tx.index(), tx.now());
                 let sealed = entry.with_decision(self.decision.clone()).seal(&self.caller, time)?;
@@ -168,9 +188,9 @@ impl<C: Command> Job for Ticket<C> {
     }
 
     fn hot(&self) -> Option<HotKey> {
-        // A stored outcome is looked up in the database, so a command that has one is not hot.
+        // A stored outcome, or a proposal, is looked up in the database, so a command that has one is not hot.
         let keyed = self.keyed && self.caller.request().idempotency.is_some();
-        if keyed { None } else { self.command.hot() }
+        if keyed || self.approved.is_some() { None } else { self.command.hot() }
     }
 
     fn decide(&mut self, fact: Option<&Fact>, at: At) -> Result<Option<Made>, Failure> {

@@ -42,7 +42,7 @@ use crate::store::Store;
 
 pub use crate::kernel::web::Permit;
 pub use claims::Claim;
-pub use command::{Command, Committed, Failure, Record, Tx};
+pub use command::{Approvals, Command, Committed, Failure, Record, Tx};
 pub use entry::{Entry, Outcome, Sealed, Segment, Signal};
 pub use facts::{AUTHZ, authz_fact};
 pub use follower::Projection;
@@ -113,6 +113,8 @@ struct Shared {
     current: AtomicU64,
     /// Why nothing may be written, if somebody above found a reason.
     halted: std::sync::OnceLock<Refusal>,
+    /// Who uses up the proposals that changes rest on.
+    approvals: std::sync::OnceLock<Arc<dyn Approvals>>,
 }
 
 impl Shared {
@@ -176,6 +178,7 @@ impl Ledger {
             behind: AtomicBool::new(false),
             current: AtomicU64::new(0),
             halted: std::sync::OnceLock::new(),
+            approvals: std::sync::OnceLock::new(),
         });
         shared.prepare().await.map_err(|e| shared.store.refusal(e))?;
         let mut follower = Follower::new(shared.clone(), parts.projections, heard, at_tx);
@@ -275,7 +278,12 @@ impl Ledger {
         if let Some(refusal) = self.0.shared.halted.get() {
             return Err(refusal.clone());
         }
-        let (job, heard) = Ticket::new(command, caller.clone(), permit, keyed);
+        let proposal = permit.proposal.filter(|_| keyed);
+        let (mut job, heard) = Ticket::new(command, caller.clone(), permit, keyed);
+        if let Some(proposal) = proposal {
+            let approvals = self.0.shared.approvals.get().cloned();
+            job.approved(proposal, approvals.ok_or_else(|| Refusal::internal("nobody uses up proposals"))?);
+        }
         match self.0.shared.queue.try_send(job) {
             Ok(()) => {}
             Err(mpsc::error::TrySendError::Full(_)) => {
@@ -295,6 +303,11 @@ impl Ledger {
                 "the database did not answer in time; whether the change was made is not known: ask again with the same Idempotency-Key, or read",
             )),
         }
+    }
+
+    /// Proposals that changes rest on are used up by `approvals`; set once, at the start.
+    pub fn approved_by(&self, approvals: Arc<dyn Approvals>) {
+        let _ = self.0.shared.approvals.set(approvals);
     }
 
     /// Records something that changes no rows. Not subject to policy: whoever calls has decided.

@@ -23,6 +23,7 @@ mod decisions;
 mod events;
 mod exchange;
 mod failover;
+mod foureyes;
 mod front;
 mod governance;
 mod health;

@@ -3,6 +3,7 @@
 use std::net::IpAddr;
 use std::sync::Arc;
 
+use axum::body::Bytes;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 use smallvec::SmallVec;
@@ -25,6 +26,8 @@ pub struct RequestInfo {
     pub peer: Option<IpAddr>,
     /// From the `Idempotency-Key` header of a request that takes one.
     pub idempotency: Option<Idempotency>,
+    /// From `Sop-Propose` or `Sop-Proposal`, with what of the request is proposed.
+    pub proposing: Option<Arc<Proposing>>,
     /// From `If-Fencing-Token`: lock name and token.
     pub fencing: Option<(String, i64)>,
 }
@@ -52,6 +55,30 @@ pub struct Idempotency {
     pub key: [u8; 32],
     /// Digest of the body.
     pub fingerprint: [u8; 32],
+}
+
+/// Whether a request is proposed to others, or was approved by them.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Voiced {
+    /// It is not made but proposed, for this reason.
+    Propose(String),
+    /// It was approved, by this proposal.
+    Approved(Uuid),
+}
+
+/// A request that is proposed, or was.
+#[derive(Clone, Debug)]
+pub struct Proposing {
+    /// Which of the two.
+    pub voiced: Voiced,
+    /// The query, as it was sent.
+    pub query: String,
+    /// The media type.
+    pub content_type: String,
+    /// The whole body.
+    pub body: Bytes,
+    /// Digest of method, path, query, media type and body: what is approved is this and nothing else.
+    pub digest: [u8; 32],
 }
 
 /// A Cedar entity's name: type and id.
@@ -114,13 +141,15 @@ pub struct Permit {
     pub decision: Option<Decision>,
     /// The ask that was denied, by position.
     pub denied: Option<usize>,
+    /// The proposal by which others approved it: used up in the commit.
+    pub proposal: Option<Uuid>,
 }
 
 impl Permit {
     /// For what was decided elsewhere, or needs no decision.
     #[must_use]
     pub fn granted() -> Self {
-        Self { allowed: true, at: i64::MAX, depends: Depends::new(), decision: None, denied: None }
+        Self { allowed: true, at: i64::MAX, depends: Depends::new(), decision: None, denied: None, proposal: None }
     }
 }
 

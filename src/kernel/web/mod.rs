@@ -14,8 +14,8 @@ mod optional;
 mod respond;
 
 pub use caller::{
-    Ask, Authority, Caller, Credential, Decision, Depends, EntityName, Idempotency, Identity, Permit, RequestInfo,
-    block,
+    Ask, Authority, Caller, Credential, Decision, Depends, EntityName, Idempotency, Identity, Permit, Proposing,
+    RequestInfo, Voiced, block,
 };
 pub use extract::{
     Body, BodyLimit, Json, Name, Path, Preconditions, Query, Tags, faulty, inflate, is_json, page_limit, pairs,

@@ -1,0 +1,98 @@
+//! Requests that are looked at whole before their handler sees them: those that are to be good once (`Idempotency-Key`), and those
+//! that are proposed to others (`Sop-Propose: REASON`) or were approved by them (`Sop-Proposal: ID`).
+
+use std::sync::Arc;
+
+use axum::extract::Request;
+use axum::http::{HeaderMap, Method, header};
+use uuid::Uuid;
+
+use crate::kernel::web::{Caller, Idempotency, Proposing, RequestInfo, Voiced, read_body};
+use crate::kernel::{Refusal, crypto};
+
+/// What a request's header fields say of it as a whole.
+pub(super) struct Whole {
+    key: Option<String>,
+    voiced: Option<Voiced>,
+}
+
+impl Whole {
+    /// Reads them.
+    ///
+    /// # Errors
+    /// 400 when one cannot be read.
+    pub fn of(request: &Request) -> Result<Self, Refusal> {
+        let reads = matches!(*request.method(), Method::GET | Method::HEAD);
+        let mine = request.uri().path().starts_with("/v1/");
+        let key = if mine && request.method() == Method::POST { key(request.headers())? } else { None };
+        let voiced = if mine && !reads { voiced(request.headers())? } else { None };
+        Ok(Self { key, voiced })
+    }
+
+    /// The request with its body read, if it has to be, and its caller, who knows of it.
+    ///
+    /// # Errors
+    /// 413 past the limit.
+    pub async fn read(
+        self,
+        request: Request,
+        caller: Caller,
+        info: &RequestInfo,
+        limit: usize,
+    ) -> Result<(Request, Caller), Refusal> {
+        if self.key.is_none() && self.voiced.is_none() {
+            return Ok((request, caller));
+        }
+        let (parts, body) = request.into_parts();
+        let bytes = read_body(Request::from_parts(parts.clone(), body), limit).await?;
+        let mut known = info.clone();
+        known.idempotency = self.key.map(|key| idempotency(caller.actor(), info, &key, &bytes));
+        known.proposing = self.voiced.map(|voiced| {
+            let query = parts.uri.query().unwrap_or_default().to_owned();
+            let content_type = parts.headers.get(header::CONTENT_TYPE).and_then(|t| t.to_str().ok());
+            let content_type = content_type.unwrap_or_default().to_owned();
+            let mut proposing =
+                Proposing { voiced, query, content_type, body: bytes.clone(), digest: crypto::Hash::default() };
+            let (query, kind, body) = (&proposing.query, &proposing.content_type, crypto::base64(&bytes));
+            proposing.digest = crypto::hash_tuple([&info.method, &info.path, query, kind, &body].map(String::as_str));
+            Arc::new(proposing)
+        });
+        let caller = caller.with_request(Arc::new(known));
+        Ok((Request::from_parts(parts, bytes.into()), caller))
+    }
+}
+
+fn key(headers: &HeaderMap) -> Result<Option<String>, Refusal> {
+    let Some(key) = headers.get("idempotency-key") else { return Ok(None) };
+    let fits = |k: &&str| (1..=255).contains(&k.len()) && k.bytes().all(|b| (0x21..0x7f).contains(&b));
+    let key = key.to_str().ok().filter(fits);
+    key.map(|k| Some(k.to_owned()))
+        .ok_or_else(|| Refusal::malformed("", "Idempotency-Key is 1 to 255 visible ASCII characters"))
+}
+
+fn voiced(headers: &HeaderMap) -> Result<Option<Voiced>, Refusal> {
+    let (propose, proposal) = (headers.get("sop-propose"), headers.get("sop-proposal"));
+    match (propose, proposal) {
+        (None, None) => Ok(None),
+        (Some(_), Some(_)) => Err(Refusal::malformed("", "send Sop-Propose or Sop-Proposal, not both")),
+        (Some(reason), None) => {
+            let reason = reason.to_str().ok().map(str::trim).filter(|r| r.len() <= 1000);
+            let unfit = || Refusal::malformed("", "Sop-Propose is the reason, up to 1000 ASCII characters");
+            Ok(Some(Voiced::Propose(reason.ok_or_else(unfit)?.to_owned())))
+        }
+        (None, Some(id)) => {
+            let id = id.to_str().ok().and_then(|id| Uuid::parse_str(id.trim()).ok());
+            let unfit = || Refusal::malformed("", "Sop-Proposal is the id of a proposal");
+            Ok(Some(Voiced::Approved(id.ok_or_else(unfit)?)))
+        }
+    }
+}
+
+fn idempotency(actor: &str, info: &RequestInfo, key: &str, body: &[u8]) -> Idempotency {
+    let mut scope = Vec::new();
+    for part in [actor, &info.method, &info.path, key] {
+        scope.extend_from_slice(&(part.len() as u64).to_be_bytes());
+        scope.extend_from_slice(part.as_bytes());
+    }
+    Idempotency { key: crypto::sha256(&scope), fingerprint: crypto::sha256(body) }
+}

@@ -1,0 +1,164 @@
+//! Four eyes for changes of any room: which, and from whom, is policy.
+
+use reqwest::Method;
+use serde_json::{Value, json};
+
+use crate::policy::{activate, client, post, start};
+use crate::support::client::Client;
+use crate::support::daemon::Launch;
+use crate::support::record;
+
+const EYES: &str = r#"
+@id("config") @approvals("1")
+forbid (principal, action in [Sop::Action::"state:put", Sop::Action::"state:delete"], resource)
+when { resource has name && resource.name like "config/*" } unless { context has approved && context.approved };
+@id("topics") @approvals("2") @approvers("security") @outside("1") @within("72h")
+forbid (principal, action == Sop::Action::"nexus:topic-delete", resource)
+unless { context has approved && context.approved };
+@id("pay") @approvals("1")
+forbid (principal, action == Sop::Action::"nexus:publish", resource == Sop::Topic::"pay")
+unless { context has approved && context.approved };
+@id("keys") @approvals("1")
+forbid (principal, action == Sop::Action::"token:keys-rotate", resource)
+unless { context has approved && context.approved };"#;
+
+async fn send(client: &Client, method: Method, path: &str, headers: &[(&str, &str)], body: &str) -> (u16, Value) {
+    let mut request = client.request(method, path).await.body(body.to_owned());
+    for (name, value) in headers {
+        request = request.header(*name, *value);
+    }
+    let answer = request.send().await.unwrap();
+    (answer.status().as_u16(), answer.json().await.unwrap_or_default())
+}
+
+async fn voice(who: &Client, what: &str, proposal: &Value) -> (u16, Value) {
+    let path = format!("/v1/governance/proposals/{}/{what}", proposal["id"].as_str().unwrap());
+    post(who, &path, &json!({"reason": "looked at it"})).await
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_change_of_any_room_waits_for_others_and_is_exactly_what_they_approved() {
+    let (db, daemon, admin, other) = start().await;
+    activate(&admin, &other, EYES, None).await;
+    let second = Launch::beside(&daemon, db.url()).start().await;
+    let (there, key) = (admin.also_of(&second), "/v1/state/kv/config/limit");
+    let text = ("content-type", "text/plain");
+    let (status, refused) = send(&admin, Method::PUT, key, &[text], "10").await;
+    assert_eq!(
+        (status, refused["type"].as_str(), refused["required"].as_i64()),
+        (409, Some("/problems/not-approved"), Some(1)),
+        "{refused}"
+    );
+    let propose = ("sop-propose", "the old limit is too low");
+    let (status, proposal) = send(&admin, Method::PUT, key, &[text, propose], "10").await;
+    assert_eq!(
+        (status, &proposal["kind"], &proposal["action"]),
+        (202, &json!("request"), &json!("state:put")),
+        "{proposal}"
+    );
+    assert_eq!(
+        proposal["body"],
+        json!({"method": "PUT", "path": key, "content_type": "text/plain", "body": "10"}),
+        "whoever approves sees what"
+    );
+    assert_eq!(admin.get(key).await.0, 404, "nothing was changed");
+    let id = proposal["id"].as_str().unwrap().to_owned();
+    let approved = ("sop-proposal", id.as_str());
+    assert_eq!(send(&admin, Method::PUT, key, &[text, approved], "10").await.0, 409, "it is pending");
+    assert_eq!(voice(&admin, "approve", &proposal).await.0, 403, "not one's own");
+    assert_eq!(voice(&other, "approve", &proposal).await.1["status"], "approved");
+    // Anything else than what was approved is not.
+    for (method, path, kind, body) in [
+        (Method::PUT, key, "text/plain", "11"),
+        (Method::PUT, key, "text/html", "10"),
+        (Method::PUT, "/v1/state/kv/config/limit?lease=x", "text/plain", "10"),
+        (Method::PUT, "/v1/state/kv/config/other", "text/plain", "10"),
+        (Method::DELETE, key, "text/plain", "10"),
+    ] {
+        let (status, refused) = send(&admin, method, path, &[("content-type", kind), approved], body).await;
+        assert_eq!(status, 409, "{path} {kind} {body}: {refused}");
+    }
+    // Two at once, on two daemons: one makes it.
+    let headers = [text, approved];
+    let (a, b) =
+        tokio::join!(send(&admin, Method::PUT, key, &headers, "10"), send(&there, Method::PUT, key, &headers, "10"));
+    let mut codes = [a.0, b.0];
+    codes.sort_unstable();
+    assert_eq!(codes, [200, 409], "{a:?} {b:?}");
+    let done = if a.0 == 200 { a.1 } else { b.1 };
+    let (_, entry) = admin.get(&format!("/v1/audit/entries/{}", done["index"])).await;
+    assert_eq!(
+        (&entry["action"], &entry["details"]["change"]["proposal"]),
+        (&json!("state:put"), &json!(id)),
+        "{entry}"
+    );
+    let (_, shown) = admin.get(&format!("/v1/governance/proposals/{id}")).await;
+    assert_eq!((&shown["status"], &shown["applied_index"]), (&json!("applied"), &done["index"]), "{shown}");
+    for (headers, status) in [
+        (vec![("sop-proposal", "x")], 400),
+        (vec![approved, propose], 400),
+        (vec![("sop-proposal", "01a20a40-497c-7000-8000-000000000000")], 409),
+    ] {
+        assert_eq!(send(&admin, Method::PUT, key, &headers, "10").await.0, status, "{headers:?}");
+    }
+    // What needs nobody is simply made, whatever it says of itself.
+    assert_eq!(send(&admin, Method::PUT, "/v1/state/kv/free", &[propose], "1").await.0, 200);
+    // And what no approval would let through is not proposed.
+    let reader = client(&admin, "state:read").await;
+    assert_eq!(send(&reader, Method::PUT, key, &[propose], "1").await.0, 403);
+    record::check(&db).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn roles_teams_rejections_and_retries_of_proposed_requests() {
+    let (db, _daemon, admin, other) = start().await;
+    let same = client(&admin, "admin security team:blue").await;
+    let outside = client(&admin, "admin security team:red").await;
+    let author = client(&admin, "admin team:blue").await;
+    for topic in ["t", "pay"] {
+        let path = format!("/v1/nexus/topics/{topic}");
+        assert!(admin.json(Method::PUT, &path, &json!({"retention": 60})).await.0 < 300);
+    }
+    activate(&admin, &other, EYES, None).await;
+    let path = "/v1/nexus/topics/t";
+    let (status, p) = send(&author, Method::DELETE, path, &[("sop-propose", "unused")], "").await;
+    assert_eq!(
+        (status, &p["required"], &p["role"], &p["outside"]),
+        (202, &json!(2), &json!("security"), &json!(1)),
+        "{p}"
+    );
+    assert_eq!(voice(&other, "approve", &p).await.0, 409, "not in the role");
+    assert_eq!(voice(&same, "approve", &p).await.1["status"], "pending");
+    assert_eq!(voice(&outside, "approve", &p).await.1["status"], "approved");
+    let id = p["id"].as_str().unwrap();
+    assert_eq!(send(&author, Method::DELETE, path, &[("sop-proposal", id)], "").await.0, 200);
+    assert_eq!(send(&author, Method::DELETE, path, &[("sop-proposal", id)], "").await.0, 409, "once");
+    // Rejected, and overridden in an emergency.
+    let keys = "/v1/token/signing-keys/rotate?immediately=true";
+    let (_, p) = send(&author, Method::POST, keys, &[("sop-propose", "leaked")], "").await;
+    assert_eq!(voice(&other, "reject", &p).await.1["status"], "rejected");
+    let rejected = [("sop-proposal", p["id"].as_str().unwrap())];
+    assert_eq!(send(&author, Method::POST, keys, &rejected, "").await.0, 409);
+    let (_, p) = send(&author, Method::POST, keys, &[("sop-propose", "leaked, really")], "").await;
+    assert_eq!(voice(&author, "override", &p).await.1["status"], "approved");
+    let overridden = [("sop-proposal", p["id"].as_str().unwrap())];
+    assert_eq!(send(&author, Method::POST, keys, &overridden, "").await.0, 201);
+    let author = author.with(&author.credential().0, &author.credential().1);
+    let admin = admin.with(&admin.credential().0, &admin.credential().1);
+    let (_, open) = admin.get("/v1/governance/proposals?review=pending").await;
+    assert_eq!(open["items"][0]["id"], p["id"], "an override is looked at afterwards: {open}");
+    // A retry with the same Idempotency-Key hears what came of the first.
+    let other = other.with(&other.credential().0, &other.credential().1);
+    let event = r#"{"specversion":"1.0","id":"1","source":"/pay","type":"pay","data":{"eur":5}}"#;
+    let kind = ("content-type", "application/cloudevents+json");
+    let path = "/v1/nexus/topics/pay/messages";
+    let (status, p) = send(&author, Method::POST, path, &[kind, ("sop-propose", "salary")], event).await;
+    assert_eq!(status, 202, "{p}");
+    assert_eq!(voice(&other, "approve", &p).await.1["status"], "approved");
+    let headers = [kind, ("sop-proposal", p["id"].as_str().unwrap()), ("idempotency-key", "salary-1")];
+    let first = send(&author, Method::POST, path, &headers, event).await;
+    let again = send(&author, Method::POST, path, &headers, event).await;
+    assert_eq!((first.0, &first), (201, &again), "{first:?} {again:?}");
+    assert_eq!(send(&author, Method::POST, path, &headers[..2], event).await.0, 409, "not a second time");
+    record::check(&db).await;
+}
