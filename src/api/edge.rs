@@ -206,9 +206,8 @@ async fn inside(
     let reads = matches!(*request.method(), Method::GET | Method::HEAD) || request.uri().path().starts_with("/access/");
     if reads && !stale {
         // What is newest is looked up before the caller is looked at: a token revoked before this request must be known.
-        match shared.newest(request.uri().path()).await? {
-            Some(away) => drop(request.extensions_mut().insert(Away(away))),
-            None => {}
+        if let Some(away) = shared.newest(request.uri().path()).await? {
+            request.extensions_mut().insert(Away(away));
         }
     }
     let whole = Whole::of(&request)?;

@@ -156,7 +156,7 @@ impl Governance {
         }
         let key = (shadow.bundle.clone(), shadow.since);
         // What another daemon did meanwhile is not ours: then it begins anew from what is stored.
-        if !trials.runs.get(&key).is_some_and(|run| run.done.reached == shadow.reached) {
+        if trials.runs.get(&key).is_none_or(|run| run.done.reached != shadow.reached) {
             let (row, _) = self.open(&shadow.bundle).await?;
             let mut run = self.run(conn, &row.id, &row.scope, from).await?;
             run.done.reached = shadow.reached;

@@ -182,8 +182,8 @@ mod tests {
 
     fn record(n: u8) -> Record {
         let id = Uuid::from_bytes([n; 16]);
-        let bytes = json!({"id": id.to_string(), "decision": n % 2 == 0}).to_string().into_bytes();
-        Record { id, decision: n % 2 == 0, bytes }
+        let bytes = json!({"id": id.to_string(), "decision": n.is_multiple_of(2)}).to_string().into_bytes();
+        Record { id, decision: n.is_multiple_of(2), bytes }
     }
 
     #[test]

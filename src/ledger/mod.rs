@@ -24,6 +24,7 @@ mod metrics;
 pub mod segment;
 mod signals;
 mod store;
+mod tasks;
 pub mod touch;
 mod writer;
 
@@ -31,11 +32,11 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicI64, AtomicU64, Ordering};
 use std::time::Duration;
 
-use tokio::sync::{Mutex, mpsc, oneshot, watch};
+use tokio::sync::{mpsc, oneshot, watch};
 
 use crate::kernel::crypto::MasterKey;
 use crate::kernel::problem::Problem;
-use crate::kernel::supervisor::{self, Stop, Supervisor, Task};
+use crate::kernel::supervisor::{self, Stop, Supervisor};
 use crate::kernel::web::{Ask, Caller};
 use crate::kernel::{Clock, Refusal, problem};
 use crate::store::Store;
@@ -183,7 +184,7 @@ impl Ledger {
         shared.prepare().await.map_err(|e| shared.store.refusal(e))?;
         let mut follower = Follower::new(shared.clone(), parts.projections, heard, at_tx);
         follower.load().await.map_err(|e| shared.store.refusal(e))?;
-        start_tasks(tasks, &shared, follower, jobs, asked);
+        tasks::start(tasks, &shared, follower, jobs, asked);
         let ledger = Self(Arc::new(Inner { shared, checks, at, closing: Stop::new() }));
         if ledger.index() < 0 {
             ledger.begin().await?;
@@ -471,42 +472,4 @@ impl Command for Begin {
         }
         Ok(((), Entry::ok("ledger:begin", "log/0").change("version", 1)))
     }
-}
-
-fn start_tasks(
-    tasks: &Supervisor,
-    shared: &Arc<Shared>,
-    follower: Follower,
-    jobs: mpsc::Receiver<Box<dyn Job>>,
-    asked: mpsc::Receiver<fence::Asked>,
-) {
-    // Each task is one value behind a lock, so that a restart goes on with what the last attempt knew.
-    let follower = Arc::new(Mutex::new(follower));
-    tasks.start(Task::restarting("ledger/follower", move |stop| {
-        let follower = follower.clone();
-        async move { follower.lock().await.run(stop).await }
-    }));
-    let asked = Arc::new(Mutex::new(asked));
-    let s = shared.clone();
-    tasks.start(Task::restarting("ledger/fence", move |stop| {
-        let (asked, s) = (asked.clone(), s.clone());
-        async move { fence::run(s, &mut *asked.lock().await, stop).await }
-    }));
-    let s = shared.clone();
-    tasks.start(Task::periodic("ledger/tidy", Duration::from_secs(60), move || {
-        let s = s.clone();
-        async move { s.tidy().await.map_err(Into::into) }
-    }));
-    let s = shared.clone();
-    tasks.start(Task::periodic("ledger/clock", Duration::from_secs(1), move || {
-        let s = s.clone();
-        async move { s.discipline().await.map_err(Into::into) }
-    }));
-    let writer = Arc::new(Mutex::new(writer::Writer::new(shared.clone(), jobs)));
-    let writer = Task::restarting("ledger/writer", move |stop| {
-        let writer = writer.clone();
-        async move { writer.lock().await.run(stop).await }
-    });
-    // Everyone who writes waits for it: it must not wait for its turn among the requests.
-    tasks.start(writer.apart());
 }
