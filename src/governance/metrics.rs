@@ -65,7 +65,10 @@ impl Metrics {
         registry.register(Box::new(spooled.clone()))?;
         let stale = "Decisions answered while the store was away";
         let new_denials = "Denials of a canary that the active bundle would have permitted";
+        // With nothing in shadow there is no label to show, and a metric that is not there cannot be watched.
         let tried = "Recorded decisions that a bundle in shadow decided again: same, other, skipped";
+        let shadowed = counters("sop_governance_shadow_decisions_total", tried, &["bundle", "outcome"])?;
+        shadowed.with_label_values(&["none", "other"]).inc_by(0);
         Ok(Self {
             decisions,
             by_bundle: counters("sop_governance_bundle_decisions_total", of_bundle, &["bundle", "outcome"])?,
@@ -73,7 +76,7 @@ impl Metrics {
             canary_percent: percent,
             new_denials: counter("sop_governance_canary_new_denials_total", new_denials)?,
             canary_stops: counter("sop_governance_canary_stops_total", "Canaries that stopped themselves")?,
-            shadowed: counters("sop_governance_shadow_decisions_total", tried, &["bundle", "outcome"])?,
+            shadowed,
             shadow_lag: lag,
             stale: counter("sop_governance_stale_decisions_total", stale)?,
             spooled,
