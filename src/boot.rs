@@ -225,6 +225,7 @@ impl<'a> Ground<'a> {
         });
         let authority: Weak<dyn Authority> = Arc::downgrade(&(gate.clone() as Arc<dyn Authority>));
         token.decided_by(authority);
+        gate.rules.vouched_by(Arc::new(token.clone()));
         token.served_by(served);
         let routes = audit::http::routes(audit)
             .merge(governance::http::routes(governance))

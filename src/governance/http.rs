@@ -69,7 +69,7 @@ async fn evaluation(
     body: Result<Json<Value>, Refusal>,
 ) -> Result<Response, Refusal> {
     let Json(body) = body.map_err(as_authzen)?;
-    let asked = authzen::evaluation(&body)?;
+    let asked = room.rules.vouched(authzen::evaluation(&body)?)?;
     room.rules.evaluate(&asked)?;
     let mut answers = room.evaluate(&caller, vec![Ok(asked)], authzen::Semantic::ExecuteAll, away).await?;
     let one = answers.pop().ok_or_else(|| Refusal::internal("an evaluation without an answer"))?;

@@ -10,6 +10,7 @@
 //! learns about one holds for the other.
 
 mod authzen;
+mod bearer;
 mod bundles;
 mod canary;
 mod compiled;
@@ -52,6 +53,7 @@ use crate::ledger::{Committed, Ledger};
 use crate::store::Store;
 
 use authzen::{Evaluation, Semantic};
+pub use bearer::Bearers;
 use decisions::{Record, Recorder};
 use entities::Shown;
 pub use library::Library;
@@ -144,7 +146,8 @@ impl Governance {
         let at = self.ledger.index();
         let (mut records, mut answers, mut spare) = (Vec::new(), Vec::new(), Vec::new());
         for item in items {
-            let answered = item.and_then(|e| self.rules.evaluate(&e).map(|a| (e, a)));
+            let answered = item.and_then(|e| self.rules.vouched(e));
+            let answered = answered.and_then(|e| self.rules.evaluate(&e).map(|a| (e, a)));
             let allowed = answered.as_ref().is_ok_and(|(_, a)| a.answered.allowed);
             let mut context = Map::new();
             match answered {

@@ -1,7 +1,7 @@
 //! What rules: the bundles in force over the entities, read by every decision.
 
 use std::collections::HashMap;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use cedar_policy::RestrictedExpression;
@@ -15,6 +15,7 @@ use crate::kernel::{Clock, Refusal, ids};
 use crate::ledger::authz_fact;
 
 use super::authzen::Evaluation;
+use super::bearer::{self, Bearers};
 use super::canary::Canary;
 use super::engine::{self, Answered, Force, Question};
 use super::explain::{self, Explanation};
@@ -33,6 +34,7 @@ pub struct Rules {
     remembered: Remembered,
     /// The fact that stands for the bundles in force.
     bundle: u64,
+    bearers: OnceLock<Arc<dyn Bearers>>,
 }
 
 /// The policies that determined the answers, each once, in order.
@@ -59,7 +61,18 @@ impl Rules {
     ) -> Result<Self, String> {
         let metrics = Metrics::new(registry).map_err(|e| e.to_string())?;
         let (settings, bundle) = (settings.clone(), authz_fact(IN_FORCE.as_bytes()));
-        Ok(Self { snapshot, clock, metrics, settings, remembered: Remembered::new(), bundle })
+        let (remembered, bearers) = (Remembered::new(), OnceLock::new());
+        Ok(Self { snapshot, clock, metrics, settings, remembered, bundle, bearers })
+    }
+
+    /// Access tokens are looked at by `bearers`; set once, at the start.
+    pub fn vouched_by(&self, bearers: Arc<dyn Bearers>) {
+        let _ = self.bearers.set(bearers);
+    }
+
+    /// A question with what the token in it says.
+    pub(super) fn vouched(&self, e: Evaluation) -> Result<Evaluation, Refusal> {
+        bearer::vouched(e, self.bearers.get())
     }
 
     pub(super) fn count(&self, origin: &str, bundles: &[String], allowed: bool) {

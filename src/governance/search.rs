@@ -113,6 +113,7 @@ impl Search {
 impl Governance {
     /// One page of a search. It is an entry: who looked for what, and how many were found.
     pub(super) async fn search(&self, caller: &Caller, mut search: Search) -> Result<(Value, i64), Refusal> {
+        search.asked = self.rules.vouched(search.asked)?;
         let permit = self.ledger.permit(caller, &[Ask::new("governance:evaluate", "Bundle", "active")]).await?;
         let page = tokio::task::block_in_place(|| self.page(&mut search));
         let (found, looked, next) = page?;

@@ -33,6 +33,7 @@ use std::time::Duration;
 use prometheus::Registry;
 
 use crate::config::{self, Agents};
+use crate::governance::Bearers;
 use crate::kernel::crypto::{self, Hash, MasterKey};
 use crate::kernel::quota::{self, Quotas};
 use crate::kernel::supervisor::{Supervisor, Task};
@@ -418,6 +419,12 @@ impl Token {
             && self.snapshot.counts(&c.key, now.seconds())
             && self.snapshot.accepts(&c.clients, c.index, now)
             && !self.snapshot.revoked(&c.tokens)
+    }
+}
+
+impl Bearers for Token {
+    fn bearer(&self, token: &str) -> Option<Arc<Identity>> {
+        self.verify(token).ok().map(|verified| verified.bearer.clone())
     }
 }
 

@@ -164,3 +164,41 @@ async fn entities_are_put_read_and_deleted() {
     assert_eq!(admin.get(path).await.0, 404);
     record::check(&db).await;
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_question_about_whoever_bears_a_token_is_about_what_the_token_says() {
+    let (db, _daemon, admin, _) = crate::policy::start().await;
+    let client = crate::policy::client(&admin, "state nexus").await;
+    let (id, secret) = client.credential();
+    let form = [("grant_type", "client_credentials"), ("scope", "nexus")];
+    let request = admin.bare(Method::POST, "/oauth2/token").basic_auth(&id, Some(&secret)).form(&form);
+    let narrow: Value = request.send().await.unwrap().json().await.unwrap();
+    let narrow = narrow["access_token"].as_str().unwrap().to_owned();
+    let asks = |properties: Value| json!({"subject": {"type": "Sop::Client", "id": id, "properties": properties}, "action": {"name": "state:put"}, "resource": {"type": "Sop::Key", "id": "k"}});
+    let ask = async |properties: Value| admin.json(Method::POST, "/access/v1/evaluation", &asks(properties)).await;
+    assert_eq!(ask(json!({})).await.1["decision"], true, "it is registered with state");
+    let (status, no) = ask(json!({"token": narrow})).await;
+    assert_eq!((status, &no["decision"]), (200, &json!(false)), "its token is for nexus only: {no}");
+    assert_eq!(ask(json!({"token": client.token().await})).await.1["decision"], true);
+    // It is explained later by what the token said, and the token is nowhere.
+    let decision = no["context"]["decision_id"].as_str().unwrap();
+    let (_, why) = admin.json(Method::POST, &format!("/v1/governance/decisions/{decision}/explain"), &json!({})).await;
+    assert_eq!((&why["decision"], &why["reproduced"]), (&json!(false), &json!(true)), "{why}");
+    let kept: Vec<Vec<u8>> =
+        sqlx::query_scalar("SELECT records FROM governance.segments").fetch_all(&mut db.connect().await).await.unwrap();
+    let kept = kept.concat();
+    let kept = String::from_utf8_lossy(&kept);
+    assert!(!kept.contains(&narrow[narrow.len() - 40..]), "a token is in the record");
+    // Of others, made up, revoked.
+    for token in [json!(admin.token().await), json!("x.y.z"), json!(7)] {
+        let (status, refused) = ask(json!({"token": token})).await;
+        assert_eq!((status, &refused["errors"][0]["pointer"]), (400, &json!("/subject/properties/token")), "{refused}");
+    }
+    let gone = admin.bare(Method::POST, "/oauth2/revoke").basic_auth(&id, Some(&secret)).form(&[("token", &narrow)]);
+    assert_eq!(gone.send().await.unwrap().status(), 200);
+    assert_eq!(ask(json!({"token": narrow})).await.0, 400, "it was revoked");
+    let batch = json!({"evaluations": [asks(json!({"token": narrow})), asks(json!({}))]});
+    let (_, both) = admin.json(Method::POST, "/access/v1/evaluations", &batch).await;
+    assert_eq!(both["evaluations"][0]["context"]["error"]["status"], 400, "{both}");
+    assert_eq!(both["evaluations"][1]["decision"], true, "{both}");
+}
