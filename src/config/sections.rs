@@ -186,6 +186,7 @@ pub struct Governance {
     pub canary_new_denials: f64,
     pub shadow_share: u32,
     pub spool_mb: u64,
+    pub cases: usize,
 }
 
 #[derive(Clone, Debug, Deserialize)]
@@ -246,6 +247,7 @@ impl Config {
         if !(0.0..=100.0).contains(&self.governance.canary_new_denials) {
             return Err("governance.canary_new_denials is a percentage, from 0 to 100".to_owned());
         }
+        positive("governance.cases", self.governance.cases)?;
         let ttls = [
             &self.token.agents.system,
             &self.token.agents.user,

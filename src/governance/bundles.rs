@@ -10,6 +10,7 @@ use crate::kernel::web::{Ask, Caller, EntityName};
 use crate::kernel::{Fault, Refusal, Timestamp, crypto, ids, problem};
 use crate::ledger::{Command, Committed, Entry, Failure, Touch, Tx};
 
+use super::cases::{self, Case};
 use super::compiled::{Compiled, Source};
 use super::enforce::{Enforce, SetCanary, Target};
 use super::engine::Force;
@@ -46,7 +47,7 @@ pub struct Shown {
     pub id: String,
     /// Which it replaces
     pub scope: String,
-    /// `draft`, `shadow`, `canary`, `active` or `retired`
+    /// `draft`, `validated`, `shadow`, `canary`, `active` or `retired`
     pub status: String,
     /// What its author says of it
     pub note: String,
@@ -71,6 +72,9 @@ pub struct Shown {
     /// Its schema; not in lists
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub schema: Option<String>,
+    /// Its cases; not in lists
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub tests: Option<Vec<Case>>,
     /// What is worth knowing about it
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     #[schema(value_type = Vec<Object>)]
@@ -94,6 +98,7 @@ impl Shown {
             activated_index: b.activated,
             policies: text.map(|t| read(&t.policies)),
             schema: text.and_then(|t| t.schema.as_deref().map(read)),
+            tests: text.and_then(|t| serde_json::from_slice(t.tests.as_deref()?).ok()),
             warnings: Vec::new(),
         }
     }
@@ -125,7 +130,7 @@ impl From<InForce> for Ruling {
 }
 
 /// A bundle that does not hold: every fault, with line and column.
-fn unfit(faults: Vec<Fault>) -> Refusal {
+pub(super) fn unfit(faults: Vec<Fault>) -> Refusal {
     let place = |f: &Fault| match (f.line, f.column) {
         (Some(line), Some(column)) => format!("{}, line {line}, column {column}: {}", f.pointer, f.detail),
         _ => format!("{}: {}", f.pointer, f.detail),
@@ -150,13 +155,17 @@ impl Governance {
         source: Source,
         scope: Scope,
         note: String,
+        tests: Vec<Case>,
     ) -> Result<Committed<Shown>, Refusal> {
+        tokio::task::block_in_place(|| cases::check(&tests, "/tests", self.checks.most))?;
+        let tests = if tests.is_empty() { None } else { Some(serde_json::to_vec(&tests).map_err(Refusal::internal)?) };
         let ask = Ask::new("governance:bundle-create", "Bundle", scope.as_str());
         self.ledger.permit(caller, std::slice::from_ref(&ask)).await?;
         let id = ids::new_id(self.rules.clock.now()).to_string();
         let made = tokio::task::block_in_place(|| Compiled::new(&id, &source, scope == Scope::System));
         let bundle = Arc::new(made.map_err(unfit)?);
-        let text = Text { policies: source.policies.into_bytes(), schema: source.schema.map(String::into_bytes) };
+        let schema = source.schema.map(String::into_bytes);
+        let text = Text { policies: source.policies.into_bytes(), schema, tests };
         let (validated, count) = (bundle.validated, i32::try_from(bundle.len()).unwrap_or(i32::MAX));
         let warnings = bundle.warnings.clone();
         self.rules.snapshot.library().keep(bundle);
@@ -349,13 +358,16 @@ impl Command for Create {
         let row = self.row(tx);
         rows::put(tx.write(), &row, &self.text).await?;
         let digest = crypto::base64(crypto::sha256(&self.text.policies));
-        let entry = Entry::ok("governance:bundle-create", format!("bundle/{}", self.id))
+        let mut entry = Entry::ok("governance:bundle-create", format!("bundle/{}", self.id))
             .change("scope", self.scope)
             .change("note", self.note.clone())
             .change("policies", self.count)
             .change("validated", self.validated)
             .change("sha256", digest)
             .touch(Touch::key(MADE, self.id.as_bytes()));
+        if let Some(tests) = &self.text.tests {
+            entry = entry.change("tests_sha256", crypto::base64(crypto::sha256(tests)));
+        }
         Ok((Shown::of(row, Some(&self.text)), entry))
     }
 }

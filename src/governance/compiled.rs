@@ -13,6 +13,7 @@ use serde_json::Value;
 use crate::kernel::Fault;
 
 use super::scope::Index;
+use super::text;
 
 /// The shipped schema.
 pub const SCHEMA: &str = include_str!("../../config/policies/sop.cedarschema");
@@ -90,7 +91,7 @@ impl Compiled {
             }
             warnings = checked.validation_warnings().flat_map(|w| located("/policies", &source.policies, w)).collect();
         }
-        let rules = rules(&set, if system { 's' } else { 'a' })?;
+        let rules = rules(&set, &source.policies, if system { 's' } else { 'a' })?;
         let stale = stale(&rules)?;
         let index = Index::over(rules.iter().map(|r| &r.policy));
         let all = schema.action_entities().map_err(|e| vec![Fault::new("/schema", e.to_string())])?;
@@ -138,7 +139,7 @@ fn with_groups(all: &Entities, action: &Entity) -> Vec<Entity> {
 }
 
 /// The policies under ids that two bundles cannot share.
-fn rules(set: &PolicySet, scope: char) -> Result<Vec<Rule>, Vec<Fault>> {
+fn rules(set: &PolicySet, text: &str, scope: char) -> Result<Vec<Rule>, Vec<Fault>> {
     if let Some(template) = set.templates().next() {
         let detail = format!("{} is a template; a bundle takes policies without slots", template.id());
         return Err(vec![Fault::new("/policies", detail)]);
@@ -147,12 +148,17 @@ fn rules(set: &PolicySet, scope: char) -> Result<Vec<Rule>, Vec<Fault>> {
     // Cedar numbers policies in the order of the text, and gives them in none.
     let number = |p: &Policy| p.id().to_string().strip_prefix("policy").and_then(|n| n.parse::<u64>().ok());
     all.sort_by_cached_key(|p| (number(p).is_none(), number(p), p.id().to_string()));
-    let mut names = BTreeSet::new();
+    let (mut names, mut written) = (BTreeSet::new(), None);
     let (mut rules, mut faults) = (Vec::with_capacity(all.len()), Vec::new());
     for (n, policy) in all.into_iter().enumerate() {
         let name = policy.annotation("id").map_or_else(|| policy.id().to_string(), str::to_owned);
         if !names.insert(name.clone()) {
-            faults.push(Fault::new("/policies", format!("two policies are called {name:?}")));
+            let mut fault = Fault::new("/policies", format!("two policies are called {name:?}"));
+            let written = written.get_or_insert_with(|| text::statements(text));
+            if let Some(second) = written.get(n) {
+                (fault.line, fault.column) = (Some(second.line), Some(second.column));
+            }
+            faults.push(fault);
         }
         rules.push(Rule { name, policy: policy.new_id(PolicyId::new(format!("{scope}{n}"))) });
     }

@@ -146,7 +146,7 @@ impl Command for SetCanary {
 }
 
 /// The number of the shipped bundle: a higher one replaces a lower one, where no operator's bundle does.
-const SHIPPED: i32 = 1;
+const SHIPPED: i32 = 2;
 
 /// Keeps the shipped bundle, and brings it into force where none is, or an older shipped one.
 pub(super) struct Ship(pub Arc<Compiled>);
@@ -175,7 +175,7 @@ impl Command for Ship {
         let (index, time) = (tx.index(), tx.now());
         let known = rows::one(tx.read(), &self.0.id).await?.is_some();
         if !known {
-            let text = Text { policies: super::compiled::SYSTEM.into(), schema: None };
+            let text = Text { policies: super::compiled::SYSTEM.into(), schema: None, tests: None };
             let create = Create {
                 id: self.0.id.clone(),
                 scope: "system",

@@ -13,6 +13,7 @@ mod authzen;
 mod bearer;
 mod bundles;
 mod canary;
+pub mod cases;
 mod compiled;
 mod decisions;
 mod enforce;
@@ -36,7 +37,11 @@ mod snapshot;
 mod spool;
 mod store;
 mod tasks;
+mod text;
+mod trial;
+mod validate;
 mod voices;
+pub mod workbench;
 
 use std::path::Path;
 use std::sync::Arc;
@@ -60,6 +65,7 @@ pub use library::Library;
 pub use rules::Rules;
 pub use snapshot::Snapshot;
 use spool::Spool;
+pub use validate::Checks;
 
 /// What an entry touches that changes which bundles are in force.
 const IN_FORCE: &str = "bundle";
@@ -84,6 +90,8 @@ pub struct Parts<'a> {
     pub url: &'a str,
     /// Its data folder: what is decided while the store is away is kept there.
     pub data: &'a Path,
+    /// What puts bundles to their cases.
+    pub checks: Checks,
 }
 
 /// The room. Cheap to clone.
@@ -94,6 +102,7 @@ pub struct Governance {
     store: Store,
     recorder: Recorder,
     spool: Arc<Spool>,
+    checks: Checks,
     /// `http` or `https`, as this daemon is spoken to.
     scheme: &'static str,
 }
@@ -108,11 +117,11 @@ impl Governance {
     /// Opens the room: sees to it that a system bundle is in force, and starts the recorder, the compiler of bundles that
     /// were made on other daemons, and the end of proposals that are past their time.
     pub async fn start(parts: Parts<'_>, tasks: &Supervisor) -> Self {
-        let Parts { rules, ledger, store, url, data } = parts;
+        let Parts { rules, ledger, store, url, data, checks } = parts;
         let recorder = Recorder::start(ledger.clone(), tasks);
         let scheme = if url.starts_with("https:") { "https" } else { "http" };
         let spool = Arc::new(Spool::new(data, rules.settings.spool_mb * 1024 * 1024));
-        let room = Self { rules, ledger, store, recorder, spool, scheme };
+        let room = Self { rules, ledger, store, recorder, spool, checks, scheme };
         room.ledger.approved_by(Arc::new(requests::Spend));
         room.ship().await;
         room.start_tasks(tasks);

@@ -16,7 +16,7 @@ use crate::kernel::{Refusal, Timestamp, ids, problem};
 use crate::ledger::{Command, Committed, Entry, Failure, Tx};
 
 use super::Governance;
-use super::compiled::span;
+pub(super) use super::compiled::span;
 use super::store::proposals::{self as rows, Proposal, Voice};
 use super::voices::{Expire, Speak, Voicing};
 

@@ -8,8 +8,10 @@ use utoipa_axum::routes;
 
 use crate::governance::Governance;
 use crate::governance::bundles::{Ruling, Scope, Shown, text_of};
+use crate::governance::cases::Case;
 use crate::governance::compiled::Source;
 use crate::governance::proposals::{Shown as Proposal, Wanted};
+use crate::governance::validate::Validation;
 use crate::kernel::web::{Answer, Ask, Caller, Json, JsonOr, Listing, Path, Query, cursor, page_limit};
 use crate::kernel::{Refusal, ids};
 
@@ -18,6 +20,7 @@ pub(super) fn routes() -> OpenApiRouter<Governance> {
         .routes(routes!(create, list))
         .routes(routes!(read))
         .routes(routes!(in_force))
+        .routes(routes!(validate))
         .routes(routes!(propose))
         .routes(routes!(activate))
         .routes(routes!(canary))
@@ -41,6 +44,9 @@ struct Create {
     /// Which it replaces
     #[serde(default)]
     scope: Scope,
+    /// Cases it must pass to be validated
+    #[serde(default)]
+    tests: Vec<Case>,
 }
 
 fn id_of(id: String) -> Result<String, Refusal> {
@@ -62,7 +68,7 @@ async fn create(
         }
     }
     let source = Source { policies: text_of(body.policies), schema: body.schema.map(text_of) };
-    let done = room.create_bundle(&caller, source, body.scope, body.note).await?;
+    let done = room.create_bundle(&caller, source, body.scope, body.note, body.tests).await?;
     Ok(Answer::created(done.value).at(done.index))
 }
 
@@ -131,6 +137,20 @@ async fn in_force(
         return Err(Refusal::malformed("?at", "at is an index, from 0"));
     }
     Ok(Answer::ok(room.in_force(&caller, q.at).await?))
+}
+
+/// Hold a draft to its schema and its cases
+#[utoipa::path(post, path = "/v1/governance/bundles/{id}/validate", tag = "governance",
+    params(("id" = String, Path, description = "The bundle")),
+    responses((status = 200, body = Validation), (status = 404), (status = 409, description = "It is in use, or was"),
+        (status = 422, description = "It does not type-check, or a case does not come out as it must; `errors` say which")))]
+async fn validate(
+    Room(room): Room<Governance>,
+    caller: Caller,
+    Path(id): Path<String>,
+) -> Result<Answer<Validation>, Refusal> {
+    let done = room.validate(&caller, &id_of(id)?).await?;
+    Ok(Answer::ok(done.value).at(done.index))
 }
 
 #[derive(Default, Deserialize, utoipa::ToSchema)]

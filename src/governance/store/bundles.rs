@@ -26,6 +26,8 @@ pub(in crate::governance) struct Bundle {
 pub(in crate::governance) struct Text {
     pub policies: Vec<u8>,
     pub schema: Option<Vec<u8>>,
+    /// Its cases, JSON.
+    pub tests: Option<Vec<u8>>,
 }
 
 /// What is in force from an index on.
@@ -61,8 +63,8 @@ fn bundle(r: &PgRow) -> Result<Bundle, sqlx::Error> {
 
 pub(in crate::governance) async fn put(conn: &mut PgConnection, b: &Bundle, text: &Text) -> Result<(), sqlx::Error> {
     sqlx::query(
-        "INSERT INTO governance.bundles (id, scope, policies, schema, note, author, validated, count, status, shipped, created, time, index)
-         VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $11)",
+        "INSERT INTO governance.bundles (id, scope, policies, schema, note, author, validated, count, status, shipped, created, time, index, tests)
+         VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $11, $13)",
     )
     .bind(&b.id)
     .bind(&b.scope)
@@ -76,6 +78,7 @@ pub(in crate::governance) async fn put(conn: &mut PgConnection, b: &Bundle, text
     .bind(b.shipped)
     .bind(b.created)
     .bind(b.time.to_offset())
+    .bind(&text.tests)
     .execute(conn)
     .await
     .map(|_| ())
@@ -88,11 +91,14 @@ pub(in crate::governance) async fn one(conn: &mut PgConnection, id: &str) -> Res
 }
 
 pub(in crate::governance) async fn text(conn: &mut PgConnection, id: &str) -> Result<Option<Text>, sqlx::Error> {
-    let row = sqlx::query("SELECT policies, schema FROM governance.bundles WHERE id = $1")
+    let row = sqlx::query("SELECT policies, schema, tests FROM governance.bundles WHERE id = $1")
         .bind(id)
         .fetch_optional(conn)
         .await?;
-    row.map(|r| Ok(Text { policies: r.try_get("policies")?, schema: r.try_get("schema")? })).transpose()
+    let read = |r: PgRow| {
+        Ok(Text { policies: r.try_get("policies")?, schema: r.try_get("schema")?, tests: r.try_get("tests")? })
+    };
+    row.map(read).transpose()
 }
 
 /// Newest first, those made before `before`.
