@@ -1,6 +1,6 @@
 //! `sop policy`, the part about bundles: from a file to what is in force, and back; and `sop decision`.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use anyhow::Context as _;
 use clap::Subcommand;
@@ -8,13 +8,15 @@ use reqwest::Method;
 use serde_json::{Value, json};
 
 use super::client::Client;
+use super::policy::folder::Folder;
+use super::policy::{complain, encoded};
 use super::{Global, say};
 
 #[derive(Subcommand)]
 pub(crate) enum BundleCommand {
-    /// Make a draft of a bundle from a file of Cedar policies; a fault is told with line and column
+    /// Make a draft of a bundle; a fault is told with line and column
     Draft {
-        /// Cedar text, or Cedar's JSON
+        /// A file of Cedar text or Cedar's JSON; or a folder with *.cedar, a schema and cases, which all go along
         policies: PathBuf,
         /// A schema to hold it to, strictly
         #[arg(long)]
@@ -26,6 +28,8 @@ pub(crate) enum BundleCommand {
         #[arg(long)]
         system: bool,
     },
+    /// Hold a draft to its schema and its cases
+    Validate { id: String },
     /// List bundles, newest first
     Ls,
     /// Print a bundle: its policies and its schema
@@ -131,15 +135,15 @@ pub(crate) async fn run(global: &Global, client: &Client, command: BundleCommand
     let bundles = "/v1/governance/bundles";
     match command {
         BundleCommand::Draft { policies, schema, note, system } => {
-            let read =
-                |p: &PathBuf| std::fs::read_to_string(p).with_context(|| format!("{} cannot be read", p.display()));
-            let scope = if system { "system" } else { "application" };
-            let schema = schema.as_ref().map(read).transpose()?;
-            let body = json!({"policies": read(&policies)?, "schema": schema, "note": note, "scope": scope});
-            let made = post(client, bundles, &body).await?;
+            let rest = json!({"note": note, "scope": if system { "system" } else { "application" }});
+            let made = draft(global, client, (&policies, schema.as_deref()), rest).await?;
             shown(global, &made, || {
                 format!("{} {}: {} policies", text(&made, "id"), text(&made, "status"), made["count"])
             });
+        }
+        BundleCommand::Validate { id } => {
+            let v = post(client, &format!("{bundles}/{}/validate", encoded(&id)), &json!({})).await?;
+            shown(global, &v, || validated(&v));
         }
         BundleCommand::Ls => {
             let page = get(client, &format!("{bundles}?limit=1000")).await?;
@@ -191,6 +195,46 @@ pub(crate) async fn run(global: &Global, client: &Client, command: BundleCommand
         }
     }
     Ok(())
+}
+
+fn validated(v: &Value) -> String {
+    let schema = if v["validated"] == true { "its schema" } else { "no schema" };
+    let (passed, covered, policies) = (&v["passed"], &v["coverage"]["covered"], &v["coverage"]["policies"]);
+    let (id, status) = (text(v, "bundle"), text(v, "status"));
+    format!("{id} {status}: held to {schema}; {passed} cases passed, {covered} of {policies} policies covered")
+}
+
+/// Makes a draft of a file, or of a folder with its schema and its cases. If a folder is refused, what is wrong is said by file.
+async fn draft(
+    global: &Global,
+    client: &Client,
+    (path, schema): (&Path, Option<&Path>),
+    mut body: Value,
+) -> anyhow::Result<Value> {
+    if !path.is_dir() {
+        let read = |p: &Path| std::fs::read_to_string(p).with_context(|| format!("{} cannot be read", p.display()));
+        body["policies"] = read(path)?.into();
+        body["schema"] = schema.map(read).transpose()?.into();
+        return post(client, "/v1/governance/bundles", &body).await;
+    }
+    let folder = match Folder::read(path, schema, body["scope"] == "system")? {
+        Ok(folder) => folder,
+        Err(complaints) => {
+            complain(global, &complaints);
+            anyhow::bail!("{} cannot be read", path.display())
+        }
+    };
+    let source = folder.source();
+    body["policies"] = source.policies.into();
+    body["schema"] = source.schema.into();
+    body["tests"] = folder.cases().map(|case| json!(case)).collect();
+    let made = post(client, "/v1/governance/bundles", &body).await;
+    if made.is_err()
+        && let Err(complaints) = folder.bench()
+    {
+        complain(global, &complaints);
+    }
+    made
 }
 
 async fn voice(global: &Global, client: &Client, id: &str, what: &str, reason: String) -> anyhow::Result<()> {

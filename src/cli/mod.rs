@@ -3,7 +3,7 @@
 //! **Invariants.** Exit 0 is fine, 1 refused or failed, 2 wrong use. Answers go to stdout, everything else to stderr. `--json`
 //! on each command gives one JSON document, or one a line where there are many.
 //!
-//! **Not here.** What a command means: all but `serve`, `check`, `migrate`, `verify`, `admin` and `audit resume` are calls of the HTTP API.
+//! **Not here.** What a command means: all but `serve`, `check`, `migrate`, `verify`, `admin`, `audit resume` and `policy lint|test|diff` are calls of the HTTP API.
 //!
 //! **Why this way.** An operator's tool that used the database behind the daemon's back would have no place in the record. (What must be
 //! done while no daemon runs goes through the ledger all the same.)
@@ -151,8 +151,13 @@ pub fn run() -> ExitCode {
 #[allow(clippy::print_stderr)]
 fn fail(e: &anyhow::Error) -> ExitCode {
     eprintln!("sop: {e:#}");
-    ExitCode::FAILURE
+    if e.is::<WrongUse>() { ExitCode::from(2) } else { ExitCode::FAILURE }
 }
+
+/// Used in a way that cannot be seen from the arguments alone: exit 2.
+#[derive(Debug, thiserror::Error)]
+#[error("{0}")]
+pub(crate) struct WrongUse(pub String);
 
 /// Prints an answer on stdout. A closed pipe (`sop ... | head`) is no failure.
 pub(crate) fn say(text: impl std::fmt::Display) {

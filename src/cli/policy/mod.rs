@@ -1,4 +1,10 @@
-//! `sop policy`: questions to the policy, and the entities it knows, from the command line.
+//! `sop policy`: questions to the policy, and the entities it knows, from the command line; and what an author does before.
+
+pub(super) mod diff;
+pub(super) mod folder;
+mod junit;
+mod lint;
+mod test;
 
 use anyhow::Context as _;
 use clap::Subcommand;
@@ -6,6 +12,7 @@ use percent_encoding::{NON_ALPHANUMERIC, utf8_percent_encode};
 use reqwest::Method;
 use serde_json::{Value, json};
 
+use self::folder::Complaint;
 use super::client::Client;
 use super::{Global, say};
 
@@ -37,6 +44,12 @@ pub(crate) enum PolicyCommand {
     },
     /// Remove an entity
     Rm { name: String },
+    /// Look a bundle over, on disk: what does not hold, with file, line and column, and what is worth a look
+    Lint(lint::LintArgs),
+    /// Put a bundle on disk to its cases, without a daemon; say which policies they cover
+    Test(test::TestArgs),
+    /// What differs between two bundles, on disk or in a daemon; exit 1 if anything does
+    Diff(diff::DiffArgs),
     /// Bundles, proposals, replay
     #[command(flatten)]
     Bundle(super::bundle::BundleCommand),
@@ -59,8 +72,20 @@ fn split(name: &str) -> anyhow::Result<(&str, &str)> {
 
 fn path(name: &str) -> anyhow::Result<String> {
     let (kind, id) = split(name)?;
-    let encode = |text: &str| utf8_percent_encode(text, NON_ALPHANUMERIC).to_string();
-    Ok(format!("/v1/governance/entities/{}/{}", encode(kind), encode(id)))
+    Ok(format!("/v1/governance/entities/{}/{}", encoded(kind), encoded(id)))
+}
+
+/// A segment of a path.
+pub(super) fn encoded(text: &str) -> String {
+    utf8_percent_encode(text, NON_ALPHANUMERIC).to_string()
+}
+
+/// Prints what is wrong, one a line.
+pub(super) fn complain(global: &Global, complaints: &[Complaint]) {
+    if global.json {
+        return say(json!({"findings": complaints.iter().map(Complaint::json).collect::<Vec<_>>()}));
+    }
+    complaints.iter().for_each(say);
 }
 
 fn named(name: &str) -> anyhow::Result<Value> {
@@ -68,8 +93,16 @@ fn named(name: &str) -> anyhow::Result<Value> {
 }
 
 pub(crate) async fn run(global: &Global, command: PolicyCommand) -> anyhow::Result<()> {
+    // Those that need no daemon.
+    match &command {
+        PolicyCommand::Lint(args) => return lint::run(global, args),
+        PolicyCommand::Test(args) => return test::run(global, args),
+        PolicyCommand::Diff(args) => return diff::run(global, args).await,
+        _ => {}
+    }
     let client = Client::find(global).await?;
     match command {
+        PolicyCommand::Lint(_) | PolicyCommand::Test(_) | PolicyCommand::Diff(_) => {}
         PolicyCommand::Ask { subject, action, resource } => {
             let body = json!({"subject": named(&subject)?, "action": {"name": action}, "resource": named(&resource)?});
             let answer = client.json(client.request(Method::POST, "/access/v1/evaluation").json(&body)).await?;
