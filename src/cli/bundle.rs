@@ -68,7 +68,13 @@ pub(crate) enum BundleCommand {
     /// List proposals, newest first
     Proposals,
     /// Let a bundle decide for a part of the subjects; 0 ends that
-    Canary { id: String, percent: f64 },
+    Canary {
+        id: String,
+        percent: f64,
+        /// It stops by itself when so many of a hundred of its decisions deny what the active bundle permits; 100: never
+        #[arg(long)]
+        stop_at: Option<f64>,
+    },
     /// Bring a bundle into force, once others approved
     Activate {
         id: String,
@@ -181,8 +187,9 @@ pub(crate) async fn run(global: &Global, client: &Client, command: BundleCommand
                 });
             }
         }
-        BundleCommand::Canary { id, percent } => {
-            let answer = post(client, &format!("{bundles}/{id}/canary"), &json!({"percent": percent})).await?;
+        BundleCommand::Canary { id, percent, stop_at } => {
+            let body = json!({"percent": percent, "stop_at": stop_at});
+            let answer = post(client, &format!("{bundles}/{id}/canary"), &body).await?;
             shown(global, &answer, || in_force(&answer));
         }
         BundleCommand::Activate { id, force } => {
@@ -243,6 +250,32 @@ async fn voice(global: &Global, client: &Client, id: &str, what: &str, reason: S
     Ok(())
 }
 
+/// A decision that would be another, on one line.
+pub(super) fn flip(f: &Value) -> String {
+    let verdict = |v: &Value| if v == true { "permit" } else { "deny" };
+    let (subject, resource) = (&f["subject"], &f["resource"]);
+    format!(
+        "{} {}::{} {} {}::{}: {} -> {}",
+        text(f, "decision_id"),
+        text(subject, "type"),
+        text(subject, "id"),
+        text(f, "action"),
+        text(resource, "type"),
+        text(resource, "id"),
+        verdict(&f["before"]),
+        verdict(&f["after"])
+    )
+}
+
+/// Says on a terminal how far something has come.
+fn progress(line: &str) {
+    use std::io::{IsTerminal as _, Write as _};
+    let mut stderr = std::io::stderr();
+    if stderr.is_terminal() {
+        let _ = writeln!(stderr, "{line}");
+    }
+}
+
 async fn replay(global: &Global, client: &Client, id: &str, from: Option<i64>, to: Option<i64>) -> anyhow::Result<()> {
     let (mut after, mut read, mut changed) = (Value::Null, 0, 0);
     loop {
@@ -251,25 +284,15 @@ async fn replay(global: &Global, client: &Client, id: &str, from: Option<i64>, t
         read += piece["read"].as_u64().unwrap_or(0);
         changed += piece["changed"].as_u64().unwrap_or(0);
         for f in piece["flips"].as_array().into_iter().flatten() {
-            shown(global, f, || {
-                let verdict = |v: &Value| if v == true { "permit" } else { "deny" };
-                let (subject, resource) = (&f["subject"], &f["resource"]);
-                format!(
-                    "{} {}::{} {} {}::{}: {} -> {}",
-                    text(f, "decision_id"),
-                    text(subject, "type"),
-                    text(subject, "id"),
-                    text(f, "action"),
-                    text(resource, "type"),
-                    text(resource, "id"),
-                    verdict(&f["before"]),
-                    verdict(&f["after"])
-                )
-            });
+            shown(global, f, || flip(f));
         }
         if piece["next"].is_null() {
             break;
         }
+        progress(&format!(
+            "up to index {} of {}: {read} read, {changed} would be other ones",
+            piece["reached"], piece["to"]
+        ));
         after = piece["next"].clone();
     }
     let whole = json!({"read": read, "changed": changed});

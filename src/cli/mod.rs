@@ -12,6 +12,7 @@ mod admin;
 mod audit;
 mod bench;
 mod bundle;
+mod change;
 mod check;
 mod client;
 mod demo;

@@ -162,3 +162,46 @@ async fn roles_teams_rejections_and_retries_of_proposed_requests() {
     assert_eq!(send(&author, Method::POST, path, &headers[..2], event).await.0, 409, "not a second time");
     record::check(&db).await;
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_command_line_proposes_applies_and_tries() {
+    let (db, daemon, admin, other) = start().await;
+    activate(&admin, &other, EYES, None).await;
+    let file = daemon.launch.dir.join("limit");
+    std::fs::write(&file, [0, 159, 146, 150]).unwrap();
+    let (path, file) = ("/v1/state/kv/config/limit", file.display().to_string());
+    let propose =
+        ["policy", "propose-change", "PUT", path, "--body", &file, "--content-type", "x/y", "--reason", "why"];
+    let (fine, said) = daemon.launch.run(&propose).await;
+    assert!(fine && said.contains("pending: needs 1 to approve it"), "{said}");
+    let id = said.split(' ').next().unwrap();
+    let (fine, said) = daemon.launch.run(&["policy", "apply", id]).await;
+    assert!(!fine && said.contains("409"), "{said}");
+    assert_eq!(voice(&other, "approve", &json!({"id": id})).await.0, 200);
+    let (fine, said) = daemon.launch.run(&["policy", "apply", id]).await;
+    assert!(fine && said.contains("state:put on config/limit is made, at index"), "{said}");
+    let answer = admin.request(Method::GET, path).await.send().await.unwrap();
+    assert_eq!(answer.headers()["content-type"], "x/y");
+    assert_eq!(answer.bytes().await.unwrap()[..], [0, 159, 146, 150]);
+    let (_, page) = admin.get("/v1/governance/bundles?status=active").await;
+    let active = page["items"].as_array().unwrap().iter().find(|b| b["scope"] == "application").unwrap();
+    let (_, whole) = admin.get(&format!("/v1/governance/bundles/{}", active["id"].as_str().unwrap())).await;
+    let looser = whole["policies"].as_str().unwrap().replace("config/*", "settings/*");
+    let (_, draft) = post(&admin, "/v1/governance/bundles", &json!({"policies": looser})).await;
+    let bundle = draft["id"].as_str().unwrap();
+    let (fine, said) = daemon.launch.run(&["policy", "shadow", bundle, "--on"]).await;
+    assert!(fine && said.contains("is tried on every decision after"), "{said}");
+    admin.put("settings/x", "1").await.unwrap();
+    let mark = admin.put("mark", "1").await.unwrap();
+    crate::support::until("it was looked at", std::time::Duration::from_secs(20), || async {
+        let (_, trial) = admin.get(&format!("/v1/governance/bundles/{bundle}/shadow")).await;
+        trial["reached"].as_i64().is_some_and(|reached| reached >= mark)
+    })
+    .await;
+    let (fine, said) = daemon.launch.run(&["policy", "shadow", bundle]).await;
+    assert!(fine && said.contains("state:put Sop::Key::settings/x: permit -> deny"), "{said}");
+    assert!(said.contains("by policy: admin 1, config 1") && said.contains(", 1 would be other ones"), "{said}");
+    let (fine, said) = daemon.launch.run(&["policy", "canary", bundle, "10", "--stop-at", "50"]).await;
+    assert!(fine && said.contains("for 10"), "{said}");
+    record::check(&db).await;
+}

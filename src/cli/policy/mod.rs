@@ -53,6 +53,9 @@ pub(crate) enum PolicyCommand {
     /// Bundles, proposals, replay
     #[command(flatten)]
     Bundle(super::bundle::BundleCommand),
+    /// Changes that wait for others, trials
+    #[command(flatten)]
+    Change(super::change::ChangeCommand),
 }
 
 /// Type and id: the type is a Cedar name, so the id begins after the last `::` that a type can end at.
@@ -133,6 +136,7 @@ pub(crate) async fn run(global: &Global, command: PolicyCommand) -> anyhow::Resu
             say(client.json(request).await?);
         }
         PolicyCommand::Bundle(command) => super::bundle::run(global, &client, command).await?,
+        PolicyCommand::Change(command) => super::change::run(global, &client, command).await?,
         PolicyCommand::Rm { name } => {
             client.send(client.request(Method::DELETE, &path(&name)?)).await?;
             say(if global.json { json!({"removed": name}).to_string() } else { format!("{name} is removed") });
