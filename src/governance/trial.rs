@@ -189,12 +189,13 @@ impl<'a> Trial<'a> {
     }
 }
 
-/// Why it came out so, with all permits that would have done and by which condition they miss.
+/// Why it came out so, with all permits that would have done and the condition each misses by.
 fn reason(why: Explanation) -> String {
     let mut said = why.reason;
     if why.policies.is_empty() {
-        let permits = why.missed.into_iter().filter(|m| m.effect == "permit");
-        said.extend(permits.skip(1).map(|m| format!("; {} would, but for {}", m.id, m.failed)));
+        let permits = why.missed.into_iter().filter(|m| m.effect == "permit").skip(1);
+        let close = permits.filter(|m| !m.failed.starts_with("scope: "));
+        said.extend(close.map(|m| format!("; {} would, but for {}", m.id, m.failed)));
     }
     said
 }

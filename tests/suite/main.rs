@@ -15,6 +15,7 @@ mod support;
 
 mod attacks;
 mod audit;
+mod cases;
 mod cli;
 mod clients;
 mod crash;
@@ -35,6 +36,7 @@ mod ledger;
 mod nexus;
 mod operations;
 mod policy;
+mod policy_files;
 mod proxy;
 mod rollout;
 mod search;
