@@ -37,7 +37,7 @@ lint: ## rustfmt and clippy, warnings denied
 fmt: ## Format the source
 	$(CARGO) fmt
 
-bench: postgres ## Measure beside etcd (Debian: etcd-server) and write docs/benchmarks.md
+bench: postgres ## Measure beside etcd (Debian: etcd-server), and npm's oidc-provider and Cerbos; write docs/benchmarks.md
 	$(CARGO) build --release --locked
 	./tests/bench.sh > docs/benchmarks.md
 	@cat docs/benchmarks.md

@@ -15,7 +15,18 @@ $sop bench state-put --clients 1,8,32,128 "${peer[@]}" --seconds "$seconds"
 $sop bench state-put --clients 1 --peer bare --seconds "$seconds"
 $sop bench state-get --clients 1,8,32,128 "${peer[@]}" --seconds "$seconds"
 $sop bench state-put --daemons 2 --clients 128 --seconds "$seconds"
-$sop bench evaluate --clients 8,32,128 --seconds "$seconds"
+# npm's package of Cerbos, for Linux on x64.
+cerbos=()
+if command -v npm >/dev/null && [ "$(uname -sm)" = "Linux x86_64" ]; then
+    mkdir -p target/peers && cp -r tests/peers/cerbos target/peers/
+    (cd target/peers/cerbos && npm ci --silent --no-audit --no-fund >&2) && cerbos=(--peer cerbos)
+fi
+$sop bench evaluate --clients 8,32,128 "${cerbos[@]}" --seconds "$seconds"
+$sop bench evaluate-sizes --seconds "$seconds"
+$sop bench evaluations --clients 1,8,32 --seconds "$seconds"
+$sop bench search
+$sop bench replay
+$sop bench swap --seconds "$seconds"
 # npm's oidc-provider, where node is installed.
 oidc=()
 if command -v npm >/dev/null; then

@@ -1,6 +1,8 @@
 //! `sop bench`: an honest load generator. Keep-alive connections, a warm-up, interleaved rounds with a peer, medians.
 
+mod decide;
 mod load;
+mod policy;
 mod record;
 mod server;
 mod store;
@@ -25,8 +27,20 @@ enum What {
     StatePut,
     /// Linearizable gets of them
     StateGet,
-    /// AuthZEN evaluations, durable before they are answered
+    /// AuthZEN evaluations, durable before they are answered, by an application's bundle
     Evaluate,
+    /// The same with bundles of 1, 1,000 and 10,000 policies
+    EvaluateSizes,
+    /// The same in batches of 50
+    Evaluations,
+    /// AuthZEN search over 100,000 entities
+    Search,
+    /// A million recorded decisions, decided again by another bundle
+    Replay,
+    /// Evaluations with and without a bundle in shadow
+    Shadow,
+    /// A bundle of 10,000 policies: validated, and swapped while it is asked
+    Swap,
     /// Access tokens by client_credentials
     Token,
     /// Introspection of an access token
@@ -60,6 +74,8 @@ enum Peer {
     Etcd,
     /// A bare INSERT behind axum, on the same PostgreSQL
     Bare,
+    /// Cerbos, which records nothing (tests/peers/cerbos, installed into target/peers/cerbos)
+    Cerbos,
     /// npm's oidc-provider, in memory (tests/peers/oidc-provider, installed into target/peers/oidc-provider)
     Oidc,
 }
@@ -69,6 +85,7 @@ enum Beside {
     Etcd(Box<server::Etcd>),
     Bare(store::Bare),
     Oidc(Box<token::Oidc>),
+    Cerbos(Box<policy::Cerbos>),
 }
 
 impl Beside {
@@ -77,6 +94,7 @@ impl Beside {
             Peer::Etcd => Self::Etcd(Box::new(server::Etcd::start().await?)),
             Peer::Bare => Self::Bare(store::Bare::start(ours.dir()).await?),
             Peer::Oidc => Self::Oidc(Box::new(token::Oidc::start().await?)),
+            Peer::Cerbos => Self::Cerbos(Box::new(policy::Cerbos::start().await?)),
         })
     }
 
@@ -85,6 +103,7 @@ impl Beside {
             Self::Etcd(_) => "etcd",
             Self::Bare(_) => "bare INSERT",
             Self::Oidc(_) => "oidc-provider",
+            Self::Cerbos(_) => "Cerbos",
         }
     }
 
@@ -98,6 +117,8 @@ impl Beside {
             }
             Self::Bare(_) => None,
             Self::Oidc(oidc) => oidc.requests(what).map(|r| (oidc.address(), r)),
+            Self::Cerbos(cerbos) if what == What::Evaluate => Some((cerbos.address(), cerbos.requests())),
+            Self::Cerbos(_) => None,
         }
     }
 }
@@ -129,7 +150,7 @@ pub(crate) async fn run(global: &Global, args: BenchArgs) -> anyhow::Result<()> 
     // Ours is a daemon of its own in a folder that is thrown away, with PostgreSQL waiting for the disk as ever.
     let ours = Sop::start("bench").await?;
     let client = Client::find(&Global { data_dir: Some(ours.dir().to_owned()), ..global.clone() }).await?;
-    let requests = ours_requests(args.what, &client, ours.dir()).await?;
+    let requests = ours_requests(args.what, &client, &ours).await?;
     if !global.json {
         say(format!("\n## {}\n", args.what.to_possible_value().map(|v| v.get_name().to_owned()).unwrap_or_default()));
     }
@@ -139,6 +160,12 @@ pub(crate) async fn run(global: &Global, args: BenchArgs) -> anyhow::Result<()> 
         What::Proofs => record::proofs(global, &ours, client).await?,
         What::Verify => record::whole(global, &ours, client, &requests, args.seconds).await?,
         What::Verification => token::verification(global, &ours, client, args.seconds).await?,
+        What::EvaluateSizes => decide::sizes(global, &args, &policy::Office::open(&ours, &client).await?).await?,
+        What::Evaluations => decide::batches(global, &args, &policy::Office::open(&ours, &client).await?).await?,
+        What::Search => decide::search(global, &policy::Office::open(&ours, &client).await?).await?,
+        What::Replay => decide::replay(global, &policy::Office::open(&ours, &client).await?).await?,
+        What::Shadow => decide::shadow(global, &args, &policy::Office::open(&ours, &client).await?).await?,
+        What::Swap => decide::swap(global, &args, &policy::Office::open(&ours, &client).await?).await?,
         _ => load(global, &args, &ours, &requests).await?,
     }
     ours.stop().await;
@@ -205,7 +232,7 @@ fn show(global: &Global, clients: usize, who: &str, f: &Figures, ratio: Option<f
 }
 
 /// The requests of a measurement: client `c`'s `n`-th is made by the function.
-async fn ours_requests(what: What, client: &Client, dir: &std::path::Path) -> anyhow::Result<Request> {
+async fn ours_requests(what: What, client: &Client, ours: &Sop) -> anyhow::Result<Request> {
     let token = client.token().context("the bench has no token")?.to_owned();
     let bearer = format!("Authorization: Bearer {token}\r\n");
     Ok(match what {
@@ -249,14 +276,17 @@ async fn ours_requests(what: What, client: &Client, dir: &std::path::Path) -> an
             Request::new(move |n| load::http("GET", &format!("/v1/state/kv/bench/{}", n % KEYS.min(1000)), &bearer, ""))
         }
         What::Evaluate => {
-            let headers = format!("{bearer}Content-Type: application/json\r\n");
-            Request::new(move |n| {
-                let body = json!({"subject": {"type": "Sop::Client", "id": "bench"}, "action": {"name": "state:get"}, "resource": {"type": "Sop::Key", "id": format!("bench/{n}")}});
-                load::http("POST", "/access/v1/evaluation", &headers, &body.to_string())
-            })
+            let office = policy::Office::open(ours, client).await?;
+            let bundle = office.of_size(1).await?;
+            office.activate(&bundle).await?;
+            office.evaluation(1)
+        }
+        // These make their own.
+        What::EvaluateSizes | What::Evaluations | What::Search | What::Replay | What::Shadow | What::Swap => {
+            Request::new(|_| Vec::new())
         }
         What::Token | What::Introspect | What::OperationUse | What::OperationHot | What::Verification => {
-            token::requests(what, client, dir).await?
+            token::requests(what, client, ours.dir()).await?
         }
     })
 }

@@ -150,6 +150,14 @@ async fn faults_have_line_and_column_and_types_are_strict() {
     let next = page["next"].as_str().unwrap();
     let (_, page) = admin.get(&format!("/v1/governance/bundles?limit=5&after={next}")).await;
     assert_eq!(page["items"].as_array().unwrap().len(), 2, "the loose one and the shipped one: {page}");
+    let large = format!("// {}\n{VIEW}", "x".repeat(2 << 20));
+    assert_eq!(
+        post(&admin, "/v1/governance/bundles", &json!({"policies": large})).await.0,
+        201,
+        "larger than other bodies"
+    );
+    let large = format!("// {}\n{VIEW}", "x".repeat(16 << 20));
+    assert_eq!(post(&admin, "/v1/governance/bundles", &json!({"policies": large})).await.0, 413, "and not without end");
     record::check(&db).await;
 }
 

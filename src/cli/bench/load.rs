@@ -101,6 +101,93 @@ pub(super) async fn round(
     Ok(Figures { rate: all.len() as f64 / length.as_secs_f64(), p50: at(0.5), p99: at(0.99), failed, share: 1.0 })
 }
 
+/// Sends so many requests, with so many clients, each of which must succeed.
+pub(super) async fn fill(address: &str, request: &Request, clients: usize, count: usize) -> anyhow::Result<()> {
+    let next = Arc::new(AtomicUsize::new(0));
+    let each = (0..clients).map(|_| {
+        let (address, request, next) = (address.to_owned(), request.clone(), next.clone());
+        detach(async move {
+            let (mut stream, mut buffer) = (connect(&address).await?, Vec::new());
+            loop {
+                let n = next.fetch_add(1, Ordering::Relaxed);
+                if n >= count {
+                    return anyhow::Ok(());
+                }
+                stream.write_all(&(request.0)(n)).await?;
+                let status = answer(&mut stream, &mut buffer).await?;
+                if !(200..300).contains(&status) {
+                    bail!("{status} to request {n}: {}", String::from_utf8_lossy(&buffer));
+                }
+            }
+        })
+    });
+    for done in each.collect::<Vec<_>>() {
+        done.await??;
+    }
+    Ok(())
+}
+
+/// A request that was due at a time and took so long.
+pub(super) type Timed = (Duration, Duration);
+
+/// So many requests a second for so long, whether the answers keep up or not. One that had to wait for an answer to another is
+/// counted from when it was due.
+pub(super) async fn paced(
+    address: &str,
+    request: &Request,
+    clients: usize,
+    rate: f64,
+    length: Duration,
+) -> anyhow::Result<Vec<Timed>> {
+    let clock = Clock::system();
+    let (began, next) = (clock.elapsed(), Arc::new(AtomicUsize::new(0)));
+    let each = (0..clients).map(|_| {
+        let (address, request, clock, next) = (address.to_owned(), request.clone(), clock.clone(), next.clone());
+        detach(async move {
+            let (mut stream, mut buffer, mut all) = (connect(&address).await?, Vec::new(), Vec::new());
+            loop {
+                let n = next.fetch_add(1, Ordering::Relaxed);
+                let due = Duration::from_secs_f64(n as f64 / rate);
+                if due >= length {
+                    return anyhow::Ok(all);
+                }
+                let bytes = (request.0)(n);
+                let mut from = began + due;
+                let now = clock.elapsed();
+                if now < from {
+                    tokio::time::sleep(from - now).await;
+                    from = clock.elapsed();
+                }
+                stream.write_all(&bytes).await?;
+                let status = answer(&mut stream, &mut buffer).await?;
+                if !(200..300).contains(&status) {
+                    bail!("{status}: {}", String::from_utf8_lossy(&buffer));
+                }
+                all.push((due, clock.elapsed().saturating_sub(from)));
+            }
+        })
+    });
+    let mut all = Vec::new();
+    for client in each.collect::<Vec<_>>() {
+        all.extend(client.await??);
+    }
+    Ok(all)
+}
+
+/// A quantile of latencies, milliseconds.
+pub(super) fn quantile(latencies: impl IntoIterator<Item = Duration>, q: f64) -> f64 {
+    let mut all: Vec<Duration> = latencies.into_iter().collect();
+    all.sort_unstable();
+    let at = (all.len().saturating_sub(1) as f64 * q) as usize;
+    all.get(at).map_or(f64::NAN, |d| d.as_secs_f64() * 1e3)
+}
+
+async fn connect(address: &str) -> anyhow::Result<TcpStream> {
+    let stream = TcpStream::connect(address).await.with_context(|| format!("{address} does not answer"))?;
+    stream.set_nodelay(true)?;
+    Ok(stream)
+}
+
 async fn client(
     address: &str,
     request: &Request,
@@ -109,8 +196,7 @@ async fn client(
     began: Duration,
     length: Duration,
 ) -> anyhow::Result<(Vec<Duration>, usize)> {
-    let mut stream = TcpStream::connect(address).await.with_context(|| format!("{address} does not answer"))?;
-    stream.set_nodelay(true)?;
+    let mut stream = connect(address).await?;
     let (mut latencies, mut failed, mut buffer) = (Vec::new(), 0, Vec::with_capacity(4096));
     loop {
         let bytes = (request.0)(next.fetch_add(1, Ordering::Relaxed));

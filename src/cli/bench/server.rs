@@ -58,6 +58,7 @@ impl Drop for Etcd {
     }
 }
 
-async fn free_port() -> anyhow::Result<u16> {
+/// A port of loopback that nobody listens on now.
+pub(super) async fn free_port() -> anyhow::Result<u16> {
     Ok(tokio::net::TcpListener::bind("127.0.0.1:0").await?.local_addr()?.port())
 }

@@ -12,7 +12,7 @@ use crate::governance::cases::Case;
 use crate::governance::compiled::Source;
 use crate::governance::proposals::{Shown as Proposal, Wanted};
 use crate::governance::validate::Validation;
-use crate::kernel::web::{Answer, Ask, Caller, Json, JsonOr, Listing, Path, Query, cursor, page_limit};
+use crate::kernel::web::{Answer, Ask, Caller, Json, JsonOr, LargeJson, Listing, Path, Query, cursor, page_limit};
 use crate::kernel::{Refusal, ids};
 
 pub(super) fn routes() -> OpenApiRouter<Governance> {
@@ -59,7 +59,7 @@ fn id_of(id: String) -> Result<String, Refusal> {
 async fn create(
     Room(room): Room<Governance>,
     caller: Caller,
-    Json(body): Json<Create>,
+    LargeJson(body): LargeJson<Create>,
 ) -> Result<Answer<Shown>, Refusal> {
     let readable = |v: &Value| matches!(v, Value::String(_) | Value::Object(_));
     for (at, value) in [("/policies", Some(&body.policies)), ("/schema", body.schema.as_ref())] {

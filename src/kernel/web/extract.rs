@@ -90,6 +90,23 @@ impl<S: Send + Sync, T: DeserializeOwned> FromRequest<S> for Json<T> {
     }
 }
 
+/// A JSON body that may be [`LARGE`] times as large as others: a document that cannot be sent in parts.
+pub struct LargeJson<T>(pub T);
+
+/// How much larger a [`LargeJson`] may be.
+pub const LARGE: usize = 16;
+
+impl<S: Send + Sync, T: DeserializeOwned> FromRequest<S> for LargeJson<T> {
+    type Rejection = Refusal;
+
+    async fn from_request(mut request: Request, state: &S) -> Result<Self, Refusal> {
+        if let Some(limit) = request.extensions_mut().get_mut::<BodyLimit>() {
+            limit.0 = limit.0.saturating_mul(LARGE);
+        }
+        Json::from_request(request, state).await.map(|Json(body)| Self(body))
+    }
+}
+
 /// Whether the body is declared as JSON.
 #[must_use]
 pub fn is_json(headers: &HeaderMap) -> bool {
