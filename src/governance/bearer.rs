@@ -40,12 +40,14 @@ pub(super) fn vouched(mut e: Evaluation, bearers: Option<&Arc<dyn Bearers>>) -> 
     }
     e.context.insert("scopes".into(), json!(who.scopes));
     let tokens = who.credential.as_ref().map(|c| c.tokens.clone()).unwrap_or_default();
-    if let Some(properties) = e.asked.pointer_mut("/subject/properties").and_then(Value::as_object_mut) {
+    let mut asked: Value = serde_json::from_str(&e.asked).map_err(Refusal::internal)?;
+    if let Some(properties) = asked.pointer_mut("/subject/properties").and_then(Value::as_object_mut) {
         properties.remove(TOKEN);
     }
-    if let Some(whole) = e.asked.as_object_mut() {
+    if let Some(whole) = asked.as_object_mut() {
         whole.insert("context".into(), Value::Object(e.context.clone()));
         whole.insert("tokens".into(), json!(tokens));
     }
+    e.asked = asked.to_string();
     Ok(e)
 }

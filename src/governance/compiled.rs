@@ -48,7 +48,7 @@ pub struct Compiled {
     pub validated: bool,
     /// Each action with the groups it is in. A question brings only its own: closing over all of them anew for each question
     /// cost more than deciding it.
-    pub(super) actions: HashMap<EntityUid, Vec<Entity>>,
+    pub(super) actions: HashMap<EntityUid, Entities>,
     /// What an action's name is in: `Action`, or `Todo::Action` where the schema has a namespace.
     pub(super) action_type: String,
     declared: Declared,
@@ -95,7 +95,7 @@ impl Compiled {
         let stale = stale(&rules)?;
         let index = Index::over(rules.iter().map(|r| &r.policy));
         let all = schema.action_entities().map_err(|e| vec![Fault::new("/schema", e.to_string())])?;
-        let actions = all.iter().map(|a| (a.uid(), with_groups(&all, a))).collect();
+        let actions = all.iter().map(|a| Ok((a.uid(), with_groups(&all, a)?))).collect::<Result<_, Vec<Fault>>>()?;
         Ok(Self { id: id.to_owned(), rules, index, schema, validated, actions, action_type, declared, stale, warnings })
     }
 
@@ -133,9 +133,10 @@ impl Compiled {
     }
 }
 
-fn with_groups(all: &Entities, action: &Entity) -> Vec<Entity> {
+fn with_groups(all: &Entities, action: &Entity) -> Result<Entities, Vec<Fault>> {
     let groups = all.ancestors(&action.uid()).into_iter().flatten().filter_map(|group| all.get(group)).cloned();
-    std::iter::once(action.clone()).chain(groups).collect()
+    let whole = Entities::from_entities(std::iter::once(action.clone()).chain(groups), None);
+    whole.map_err(|e| vec![Fault::new("/schema", e.to_string())])
 }
 
 /// The policies under ids that two bundles cannot share.

@@ -2,7 +2,6 @@
 
 use std::sync::Arc;
 
-use serde_json::json;
 use sqlx::PgConnection;
 use tokio::sync::{Mutex, mpsc, oneshot};
 use uuid::Uuid;
@@ -11,7 +10,7 @@ use crate::audit::Records;
 use crate::kernel::supervisor::{Supervisor, Task};
 use crate::kernel::web::Caller;
 use crate::kernel::{BoxFuture, Clock, Refusal, crypto, ids, problem};
-use crate::ledger::entry::canonical;
+use crate::ledger::entry::Object;
 use crate::ledger::hot::{self, At, Column, Decided, Fact, Hot, HotKey, Loaded, Row};
 use crate::ledger::{Command, Entry, Failure, Ledger, Segment, Tx, segment};
 
@@ -46,14 +45,20 @@ impl Record {
     pub fn new(clock: &Clock, caller: &Caller, asked: &Evaluation, evaluated: &Evaluated) -> Result<Self, Refusal> {
         let (now, decision) = (clock.now(), evaluated.answered.allowed);
         let id = ids::new_id(now);
-        let bytes = canonical(&json!({
-            "id": id.to_string(), "time": now.to_string(), "origin": "authzen", "actor": caller.actor(),
-            "request_id": caller.request().id, "decision": decision, "policies": evaluated.answered.policies,
-            "bundle": &evaluated.bundles[..], "at": evaluated.at,
-            // As text: numbers of others need not survive being written again.
-            "request": asked.asked.to_string(), "salt": crypto::base64(crypto::random::<16>()?),
-        }));
-        Ok(Self { id, decision, bytes })
+        let mut record = Object::new();
+        record.member("actor", caller.actor());
+        record.member("at", &evaluated.at);
+        record.member("bundle", &evaluated.bundles[..]);
+        record.member("decision", &decision);
+        record.member("id", &id);
+        record.member("origin", "authzen");
+        record.member("policies", &evaluated.answered.policies);
+        // As text: numbers of others need not survive being written again.
+        record.member("request", &asked.asked);
+        record.member("request_id", &caller.request().id);
+        record.member("salt", &crypto::base64(crypto::random::<16>()?));
+        record.member("time", &now);
+        Ok(Self { id, decision, bytes: record.end() })
     }
 }
 

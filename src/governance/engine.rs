@@ -1,6 +1,6 @@
 //! Cedar: one question, put to the bundles in force.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::str::FromStr as _;
 use std::sync::Arc;
 use std::time::Duration;
@@ -186,17 +186,12 @@ impl Force {
         let principal = uid(question.principal)?;
         let action = uid_of(question.action.0, question.action.1)?;
         let resource = uid(question.resource)?;
-        let wrong = |e: &dyn std::fmt::Display| Refusal::malformed("/context", e.to_string());
-        let mut context = Context::from_pairs(question.plain).map_err(|e| wrong(&e))?;
-        if !question.context.is_empty() {
-            let given = Context::from_json_value(Value::Object(question.context), None).map_err(|e| wrong(&e))?;
-            context = context.merge(given).map_err(|e| wrong(&e))?;
-        }
-        let actions = self.schema().actions.get(&action).cloned().unwrap_or_default();
+        let context = context(question.plain, question.context)?;
         let request = Request::new(principal.clone(), action.clone(), resource.clone(), context, None)
             .map_err(|e| Refusal::malformed("", e.to_string()))?;
-        let all =
-            Entities::from_entities(actions.into_iter().chain(entities.into_iter().map(Arc::unwrap_or_clone)), None);
+        // The action's own hierarchy is closed already; to close over all anew costs more than to decide.
+        let actions = self.schema().actions.get(&action).cloned().unwrap_or_else(Entities::empty);
+        let all = actions.add_entities(entities.into_iter().map(Arc::unwrap_or_clone), None);
         let entities = all.map_err(|e| Refusal::malformed("", format!("the entities do not go together: {e}")))?;
         Ok(Put { principal, action, resource, request, entities })
     }
@@ -227,8 +222,8 @@ pub(super) struct Put {
 
 impl Put {
     pub fn placed(&self) -> [Placed<'_>; 3] {
-        let above = |uid: &EntityUid| self.entities.ancestors(uid).into_iter().flatten().collect();
-        [&self.principal, &self.action, &self.resource].map(|uid| Placed { uid, ancestors: above(uid) })
+        [&self.principal, &self.action, &self.resource]
+            .map(|uid| Placed::new(uid, self.entities.ancestors(uid).into_iter().flatten()))
     }
 }
 
@@ -261,10 +256,56 @@ pub fn entity(
     schema: Option<&Schema>,
 ) -> Result<Entity, Refusal> {
     // The type must be a name before Cedar is asked, so that the pointer is right.
-    uid(name)?;
+    let own = uid(name)?;
+    if schema.is_none()
+        && let Some(attrs) = attrs.as_object().and_then(plain_members)
+        && let Ok(parents) = parents.iter().map(uid).collect::<Result<HashSet<_>, _>>()
+        && let Ok(entity) = Entity::new(own, attrs, parents)
+    {
+        return Ok(entity);
+    }
     let parents: Vec<Value> = parents.iter().map(|p| json!({"type": p.kind, "id": p.id})).collect();
     let whole = json!({"uid": {"type": name.kind, "id": name.id}, "attrs": attrs, "parents": parents});
     Entity::from_json_value(whole, schema).map_err(|e| Refusal::malformed("/attrs", e.to_string()))
+}
+
+/// A context of what is given as Cedar has it and as JSON.
+fn context(plain: Vec<(String, RestrictedExpression)>, json: Map<String, Value>) -> Result<Context, Refusal> {
+    let wrong = |e: &dyn std::fmt::Display| Refusal::malformed("/context", e.to_string());
+    if let Some(members) = plain_members::<Vec<_>>(&json) {
+        return Context::from_pairs(plain.into_iter().chain(members)).map_err(|e| wrong(&e));
+    }
+    let context = Context::from_pairs(plain).map_err(|e| wrong(&e))?;
+    let given = Context::from_json_value(Value::Object(json), None).map_err(|e| wrong(&e))?;
+    context.merge(given).map_err(|e| wrong(&e))
+}
+
+/// The members of an object, where each is plain.
+fn plain_members<T: FromIterator<(String, RestrictedExpression)>>(members: &Map<String, Value>) -> Option<T> {
+    members.iter().map(|(name, value)| Some((name.clone(), plain(value)?))).collect()
+}
+
+/// What Cedar's own reading of JSON makes of it, many times as fast, where that is plain: no escapes but those of entities.
+/// What is not, and what is wrong, is left to Cedar.
+fn plain(value: &Value) -> Option<RestrictedExpression> {
+    match value {
+        Value::Bool(b) => Some(RestrictedExpression::new_bool(*b)),
+        Value::Number(n) => n.as_i64().map(RestrictedExpression::new_long),
+        Value::String(s) => Some(RestrictedExpression::new_string(s.clone())),
+        Value::Array(items) => {
+            let items: Option<Vec<_>> = items.iter().map(plain).collect();
+            Some(RestrictedExpression::new_set(items?))
+        }
+        Value::Object(members) => match members.get("__entity") {
+            Some(Value::Object(name)) if members.len() == 1 && name.len() == 2 => {
+                let uid = uid_of(name.get("type")?.as_str()?, name.get("id")?.as_str()?).ok()?;
+                Some(RestrictedExpression::new_entity_uid(uid))
+            }
+            _ if members.keys().any(|name| name.starts_with("__")) => None,
+            _ => RestrictedExpression::new_record(plain_members::<Vec<_>>(members)?).ok(),
+        },
+        Value::Null => None,
+    }
 }
 
 /// A resource that is known by its name only.
@@ -273,7 +314,7 @@ pub fn entity(
 /// 400 when the type is no Cedar name.
 pub fn named(name: &EntityName) -> Result<Entity, Refusal> {
     let attrs = HashMap::from([("name".to_owned(), RestrictedExpression::new_string(name.id.clone()))]);
-    Entity::new(uid(name)?, attrs, std::collections::HashSet::new()).map_err(Refusal::internal)
+    Entity::new(uid(name)?, attrs, HashSet::new()).map_err(Refusal::internal)
 }
 
 #[cfg(test)]

@@ -5,21 +5,23 @@ mod decisions;
 mod proposals;
 mod shadow;
 
-use axum::extract::State as Room;
+use axum::body::Bytes;
+use axum::extract::{FromRequest, Request, State as Room};
 use axum::http::{HeaderMap, header};
 use axum::response::{IntoResponse, Response};
-use serde::Deserialize;
+use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
 use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
 
-use crate::kernel::web::{Answer, Caller, EntityName, Json, Path, SOP_INDEX, WhileAway};
+use crate::kernel::web::{Answer, Body, Caller, EntityName, Json, Path, SOP_INDEX, WhileAway, is_json};
 use crate::kernel::{Refusal, ids, problem};
 
+use super::Governance;
+use super::answers::Recorded;
 use super::authzen;
 use super::entities::Shown;
 use super::search::{For, Search};
-use super::{Governance, Recorded};
 
 /// The routes of the room.
 pub fn routes(governance: Governance) -> OpenApiRouter {
@@ -38,16 +40,28 @@ pub fn routes(governance: Governance) -> OpenApiRouter {
         .with_state(governance)
 }
 
-fn shown(r: Recorded) -> Value {
-    json!({"decision": r.allowed, "context": r.context})
-}
-
-fn answer(body: &Value, index: Option<i64>) -> Response {
-    let mut response = ([(header::CONTENT_TYPE, "application/json")], body.to_string()).into_response();
+fn answer(body: &impl Serialize, index: Option<i64>) -> Response {
+    // What is answered here has only strings for keys, so it can be written.
+    let body = serde_json::to_vec(body).unwrap_or_default();
+    let mut response = ([(header::CONTENT_TYPE, "application/json")], body).into_response();
     if let Some(index) = index {
         response.headers_mut().insert(SOP_INDEX, index.into());
     }
     response
+}
+
+/// The text of a body that is JSON.
+struct Text(Bytes);
+
+impl<S: Send + Sync> FromRequest<S> for Text {
+    type Rejection = Refusal;
+
+    async fn from_request(request: Request, state: &S) -> Result<Self, Refusal> {
+        if !is_json(request.headers()) {
+            return Err(Refusal::malformed("", "send the body as Content-Type: application/json"));
+        }
+        Body::from_request(request, state).await.map(|Body(bytes)| Self(bytes))
+    }
 }
 
 /// A media type that is not JSON is 400 on this surface.
@@ -66,15 +80,10 @@ async fn evaluation(
     Room(room): Room<Governance>,
     caller: Caller,
     WhileAway(away): WhileAway,
-    body: Result<Json<Value>, Refusal>,
+    Text(body): Text,
 ) -> Result<Response, Refusal> {
-    let Json(body) = body.map_err(as_authzen)?;
-    let asked = room.rules.vouched(authzen::evaluation(&body)?)?;
-    room.rules.evaluate(&asked)?;
-    let mut answers = room.evaluate(&caller, vec![Ok(asked)], authzen::Semantic::ExecuteAll, away).await?;
-    let one = answers.pop().ok_or_else(|| Refusal::internal("an evaluation without an answer"))?;
-    let index = one.context.get("index").and_then(Value::as_i64);
-    Ok(answer(&shown(one), index))
+    let one = room.evaluate_one(&caller, authzen::read(&body)?, away).await?;
+    Ok(answer(&one, one.context.index))
 }
 
 /// Many questions at once (AuthZEN 1.0)
@@ -84,19 +93,20 @@ async fn evaluations(
     Room(room): Room<Governance>,
     caller: Caller,
     WhileAway(away): WhileAway,
-    body: Result<Json<Value>, Refusal>,
+    Text(body): Text,
 ) -> Result<Response, Refusal> {
-    let Json(body) = body.map_err(as_authzen)?;
-    let (items, semantic) = authzen::evaluations(&body)?;
-    let answers = room.evaluate(&caller, items, semantic, away).await?;
-    let index = answers.iter().filter_map(|a| a.context.get("index").and_then(Value::as_i64)).max();
-    let all: Vec<Value> = answers.into_iter().map(shown).collect();
-    let whole = if body.get("evaluations").and_then(Value::as_array).is_some_and(|a| !a.is_empty()) {
-        json!({"evaluations": all})
-    } else {
-        all.into_iter().next().unwrap_or_default()
-    };
-    Ok(answer(&whole, index))
+    #[derive(Serialize)]
+    struct All {
+        evaluations: Vec<Recorded>,
+    }
+    let batch = authzen::read_batch(&body)?;
+    let mut evaluations = room.evaluate(&caller, batch.items, batch.semantic, away).await?;
+    let index = evaluations.iter().filter_map(|a| a.context.index).max();
+    if batch.list {
+        return Ok(answer(&All { evaluations }, index));
+    }
+    let one = evaluations.pop().ok_or_else(|| Refusal::internal("an evaluation without an answer"))?;
+    Ok(answer(&one, index))
 }
 
 async fn search(

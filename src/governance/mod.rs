@@ -9,6 +9,7 @@
 //! **Why this way.** The daemon's own API is ruled by the same engine and the same entities as anyone else's: what an operator
 //! learns about one holds for the other.
 
+mod answers;
 mod authzen;
 mod bearer;
 mod bundles;
@@ -45,9 +46,8 @@ pub mod workbench;
 
 use std::path::Path;
 use std::sync::Arc;
-use std::time::Duration;
 
-use serde_json::{Map, Value, json};
+use serde_json::{Map, Value};
 use sqlx::Postgres;
 use sqlx::pool::PoolConnection;
 
@@ -57,9 +57,8 @@ use crate::kernel::{Fault, Refusal, problem};
 use crate::ledger::{Committed, Ledger};
 use crate::store::Store;
 
-use authzen::{Evaluation, Semantic};
 pub use bearer::Bearers;
-use decisions::{Record, Recorder};
+use decisions::Recorder;
 use entities::Shown;
 pub use library::Library;
 pub use rules::Rules;
@@ -107,12 +106,6 @@ pub struct Governance {
     scheme: &'static str,
 }
 
-/// A decision as it was recorded.
-struct Recorded {
-    allowed: bool,
-    context: Map<String, Value>,
-}
-
 impl Governance {
     /// Opens the room: sees to it that a system bundle is in force, and starts the recorder, the compiler of bundles that
     /// were made on other daemons, and the end of proposals that are past their time.
@@ -141,108 +134,6 @@ impl Governance {
 
     async fn connection(&self) -> Result<PoolConnection<Postgres>, Refusal> {
         self.store.reader().acquire().await.map_err(|e| self.store.refusal(e))
-    }
-
-    /// Evaluates, one after the other, as far as the semantic says; all are recorded before the answer.
-    async fn evaluate(
-        &self,
-        caller: &Caller,
-        items: Vec<Result<Evaluation, Refusal>>,
-        semantic: Semantic,
-        away: Option<Refusal>,
-    ) -> Result<Vec<Recorded>, Refusal> {
-        self.ledger.permit(caller, &[Ask::new("governance:evaluate", "Bundle", "active")]).await?;
-        let at = self.ledger.index();
-        let (mut records, mut answers, mut spare) = (Vec::new(), Vec::new(), Vec::new());
-        for item in items {
-            let answered = item.and_then(|e| self.rules.vouched(e));
-            let answered = answered.and_then(|e| self.rules.evaluate(&e).map(|a| (e, a)));
-            let allowed = answered.as_ref().is_ok_and(|(_, a)| a.answered.allowed);
-            let mut context = Map::new();
-            match answered {
-                Ok((e, mut a)) => {
-                    self.rules.count("authzen", &a.bundles, allowed);
-                    a.at = a.at.max(at);
-                    let record = Record::new(&self.rules.clock, caller, &e, &a)?;
-                    context.insert("decision_id".into(), record.id.to_string().into());
-                    context.insert("policies".into(), a.answered.policies.into());
-                    context.insert("bundle".into(), a.bundles.last().cloned().into());
-                    if !a.answered.errors.is_empty() {
-                        context.insert("errors".into(), a.answered.errors.into());
-                    }
-                    if let Some(why) = a.why {
-                        let why = json!({"reason": why.reason, "policies": why.policies, "missed": why.missed});
-                        context.insert("explanation".into(), why);
-                    }
-                    if !a.ignored.is_empty() {
-                        context.insert("ignored".into(), a.ignored.into());
-                    }
-                    answers.push((Recorded { allowed, context }, Some(records.len())));
-                    spare.push(a.stale_ok.map(|age| (age, record.clone())));
-                    records.push(record);
-                }
-                Err(refusal) => {
-                    context.insert(
-                        "error".into(),
-                        json!({"status": refusal.problem().status, "message": refusal.detail()}),
-                    );
-                    answers.push((Recorded { allowed, context }, None));
-                }
-            }
-            match semantic {
-                Semantic::DenyOnFirstDeny if !allowed => break,
-                Semantic::PermitOnFirstPermit if allowed => break,
-                _ => {}
-            }
-        }
-        let places = match away {
-            None if records.is_empty() => Vec::new(),
-            None => match self.recorder.keep(records).await {
-                Ok(places) => places,
-                Err(away) => return self.while_away(answers, &spare, away),
-            },
-            Some(away) => return self.while_away(answers, &spare, away),
-        };
-        Ok(answers
-            .into_iter()
-            .map(|(mut recorded, place)| {
-                if let Some(place) = place.and_then(|i| places.get(i)) {
-                    recorded.context.insert("index".into(), place.index.into());
-                    recorded.context.insert("position".into(), place.position.into());
-                }
-                recorded
-            })
-            .collect())
-    }
-
-    /// Answers without the store what policies allow to be answered so: kept on this disk first.
-    fn while_away(
-        &self,
-        answers: Vec<(Recorded, Option<usize>)>,
-        spare: &[Option<(Duration, decisions::Record)>],
-        away: Refusal,
-    ) -> Result<Vec<Recorded>, Refusal> {
-        let (age, at) = (self.ledger.age(), self.ledger.index());
-        let fits = |place: Option<usize>| {
-            let spare = place.and_then(|i| spare.get(i)).and_then(Option::as_ref);
-            spare.filter(|(most, _)| away.problem() == &problem::UNAVAILABLE && age <= *most).map(|(_, record)| record)
-        };
-        let kept: Vec<&decisions::Record> = answers.iter().filter_map(|(_, place)| fits(*place)).collect();
-        if kept.is_empty() {
-            return Err(away);
-        }
-        tokio::task::block_in_place(|| self.spool.keep(&kept))?;
-        self.rules.metrics.stale.inc_by(kept.len() as u64);
-        let answered = answers.into_iter().map(|(mut recorded, place)| {
-            if fits(place).is_some() {
-                recorded.context.insert("stale".into(), json!({"index": at, "age": age.as_secs_f64()}));
-            } else if place.is_some() {
-                let error = json!({"status": 503, "message": away.detail()});
-                recorded = Recorded { allowed: false, context: Map::from_iter([("error".to_owned(), error)]) };
-            }
-            recorded
-        });
-        Ok(answered.collect())
     }
 
     /// Puts an entity.

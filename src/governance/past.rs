@@ -14,7 +14,7 @@ use crate::kernel::{Refusal, Timestamp};
 use super::authzen::{self, Evaluation, Thing};
 use super::engine::Force;
 use super::explain::{self, Explanation};
-use super::snapshot::{self, Held, Slice};
+use super::snapshot::{self, Given, Held, Slice};
 use super::store::decisions::{self as rows, Kept};
 use super::{Governance, decisions, rules, store};
 
@@ -185,7 +185,7 @@ pub(super) fn of_entry(kept: &Kept) -> Vec<Past> {
 
 fn of_record(index: i64, position: usize, record: &[u8]) -> Option<Past> {
     let value: Value = serde_json::from_slice(record).ok()?;
-    let asked = authzen::evaluation(&serde_json::from_str(value["request"].as_str()?).ok()?).ok()?;
+    let asked = authzen::read(value["request"].as_str()?.as_bytes()).ok()?;
     Some(Past {
         id: value["id"].as_str()?.to_owned(),
         index,
@@ -219,7 +219,7 @@ fn of_details(index: i64, leaf: &[u8], details: &[u8]) -> Option<Past> {
         resource: thing(&resource),
         context,
         explain: false,
-        asked: Value::Null,
+        asked: String::new(),
     });
     Some(Past {
         id: decision["id"].as_str()?.to_owned(),
@@ -241,17 +241,18 @@ fn of_details(index: i64, leaf: &[u8], details: &[u8]) -> Option<Past> {
 /// The entities of an index, those that were looked for.
 #[derive(Default)]
 pub(super) struct World {
-    pub entities: HashMap<EntityName, Held>,
+    pub entities: HashMap<EntityName, Arc<Held>>,
     pub index: i64,
 }
 
 impl rules::Entities for World {
-    fn held(&self, name: &EntityName) -> Option<Held> {
+    fn held(&self, name: &EntityName) -> Option<Arc<Held>> {
         self.entities.get(name).cloned()
     }
 
-    fn slice(&self, roots: &[&EntityName], given: &HashMap<EntityName, Held>) -> Result<Slice, Refusal> {
-        snapshot::slice(|name| given.get(name).or_else(|| self.entities.get(name)).cloned(), self.index, roots)
+    fn slice(&self, roots: &[&EntityName], given: &Given<'_>) -> Result<Slice, Refusal> {
+        let held = |name: &EntityName| snapshot::given(given, name).or_else(|| self.entities.get(name)).cloned();
+        snapshot::slice(held, self.index, roots)
     }
 }
 
@@ -335,7 +336,7 @@ impl Governance {
         let mut level = vec![asked.subject.name.clone(), asked.resource.name.clone()];
         while !level.is_empty() && world.entities.len() <= snapshot::REACH {
             let rows = store::some_at(&mut conn, &level, past.at).await.map_err(|e| self.store.refusal(e))?;
-            let held: Vec<(EntityName, Held)> = rows.into_iter().filter_map(snapshot::read).collect();
+            let held: Vec<(EntityName, Arc<Held>)> = rows.into_iter().filter_map(snapshot::read).collect();
             level = held.iter().flat_map(|(_, h)| h.parents.iter().chain(&h.refers).cloned()).collect();
             world.entities.extend(held);
             level.sort_unstable();

@@ -7,6 +7,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
+use smallvec::{SmallVec, smallvec};
 use sqlx::PgConnection;
 
 use crate::kernel::web::{Ask, Caller, EntityName};
@@ -15,7 +16,7 @@ use crate::kernel::{Refusal, problem};
 use super::engine::Force;
 use super::past::{self, Past};
 use super::rules::{self, Entities};
-use super::snapshot::{self, Held, Slice};
+use super::snapshot::{self, Given, Held, Slice};
 use super::store::decisions as rows;
 use super::{Governance, snapshot::read};
 
@@ -30,57 +31,66 @@ const LISTED: usize = 1000;
 /// How far before its segment a decision can have been made, in indexes: what was undone of the entities is kept so long.
 const BEHIND: i64 = 20_000;
 
+/// An entity from an index on; `None` where it was removed.
+type Version = (i64, Option<Arc<Held>>);
+
 /// The entities of an index, and how they were a little before.
 #[derive(Default)]
 pub(super) struct History {
-    entities: HashMap<EntityName, Held>,
+    /// The versions of each, the newest last.
+    entities: HashMap<EntityName, SmallVec<[Version; 1]>>,
     index: i64,
-    /// What each change replaced, the newest last.
-    undone: VecDeque<(i64, EntityName, Option<Held>)>,
+    /// What changed, the newest last.
+    changed: VecDeque<(i64, EntityName)>,
 }
 
 impl History {
-    fn apply(&mut self, index: i64, name: EntityName, now: Option<Held>) {
-        let was = match now {
-            Some(held) => self.entities.insert(name.clone(), held),
-            None => self.entities.remove(&name),
-        };
-        self.undone.push_back((index, name, was));
-        while self.undone.front().is_some_and(|(i, _, _)| *i < index - BEHIND) {
-            self.undone.pop_front();
+    /// All entities as they were at an index.
+    fn begin(index: i64, entities: impl Iterator<Item = (EntityName, Arc<Held>)>) -> Self {
+        let first = |(name, held)| (name, smallvec![(i64::MIN, Some(held))]);
+        Self { entities: entities.map(first).collect(), index, changed: VecDeque::new() }
+    }
+
+    fn apply(&mut self, index: i64, name: EntityName, now: Option<Arc<Held>>) {
+        self.entities.entry(name.clone()).or_default().push((index, now));
+        self.changed.push_back((index, name));
+        while let Some((old, name)) = self.changed.pop_front_if(|(i, _)| *i < index - BEHIND) {
+            // Nobody asks any more how it was before that change.
+            let Some(versions) = self.entities.get_mut(&name) else { continue };
+            versions.retain(|(i, _)| *i >= old);
+            if let [(_, None)] = versions[..] {
+                self.entities.remove(&name);
+            }
         }
     }
 
     /// As it was at an index not after this one.
     fn at(&self, index: i64) -> View<'_> {
-        let mut then = HashMap::new();
-        for (changed, name, was) in self.undone.iter().rev() {
-            if *changed <= index {
-                break;
-            }
-            then.insert(name.clone(), was.clone());
-        }
-        View { history: self, then, index }
+        View { history: self, index }
     }
 }
 
 /// The entities of one moment.
 struct View<'a> {
     history: &'a History,
-    then: HashMap<EntityName, Option<Held>>,
     index: i64,
 }
 
+impl View<'_> {
+    fn find(&self, name: &EntityName) -> Option<&Arc<Held>> {
+        let versions = self.history.entities.get(name)?;
+        versions.iter().rev().find(|(from, _)| *from <= self.index)?.1.as_ref()
+    }
+}
+
 impl Entities for View<'_> {
-    fn held(&self, name: &EntityName) -> Option<Held> {
-        match self.then.get(name) {
-            Some(then) => then.clone(),
-            None => self.history.entities.get(name).cloned(),
-        }
+    fn held(&self, name: &EntityName) -> Option<Arc<Held>> {
+        self.find(name).cloned()
     }
 
-    fn slice(&self, roots: &[&EntityName], given: &HashMap<EntityName, Held>) -> Result<Slice, Refusal> {
-        snapshot::slice(|name| given.get(name).cloned().or_else(|| self.held(name)), self.index, roots)
+    fn slice(&self, roots: &[&EntityName], given: &Given<'_>) -> Result<Slice, Refusal> {
+        let held = |name: &EntityName| snapshot::given(given, name).or_else(|| self.find(name)).cloned();
+        snapshot::slice(held, self.index, roots)
     }
 }
 
@@ -225,9 +235,8 @@ impl Governance {
     pub(super) async fn run(&self, conn: &mut PgConnection, id: &str, scope: &str, from: i64) -> Result<Run, Refusal> {
         let mut run = Run::new(id, scope, from);
         let start = (from - BEHIND).max(0);
-        run.history.index = start;
         let all = rows::all_at(conn, start).await.map_err(|e| self.store.refusal(e))?;
-        run.history.entities = all.into_iter().filter_map(read).collect();
+        run.history = History::begin(start, all.into_iter().filter_map(read));
         Ok(run)
     }
 

@@ -1,6 +1,5 @@
 //! What rules: the bundles in force over the entities, read by every decision.
 
-use std::collections::HashMap;
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
@@ -22,7 +21,7 @@ use super::explain::{self, Explanation};
 use super::metrics::Metrics;
 use super::proposals::Requirement;
 use super::remembered::{self, Answer, Remembered};
-use super::snapshot::{Held, Slice, Snapshot};
+use super::snapshot::{Given, Held, Slice, Snapshot};
 use super::{IN_FORCE, entities};
 
 /// What rules: parsed once, and read by every decision.
@@ -137,10 +136,9 @@ impl Rules {
         }
         let force = canary.map_or(&in_force.active, |canary| &canary.force);
         let resource = EntityName { kind: format!("Sop::{}", ask.kind), id: ask.name.clone() };
-        let mut given = HashMap::new();
+        let mut given = SmallVec::<[_; 1]>::new();
         if self.snapshot.held(&resource).is_none() {
-            let entity = Arc::new(stand_in(&resource)?);
-            given.insert(resource.clone(), Held { entity, parents: Vec::new(), refers: Vec::new() });
+            given.push((&resource, Held::alone(stand_in(&resource)?)));
         }
         let slice = self.snapshot.slice(&[caller.principal(), &resource], &given)?;
         let depends = slice.names.iter().map(|n| authz_fact(entities::fact(n).as_bytes())).collect();
@@ -195,10 +193,7 @@ impl Rules {
     /// Whether these bundles would let somebody with these scopes do something to any bundle.
     pub(super) fn may(&self, force: &Force, who: &EntityName, scopes: &[String], action: &str) -> bool {
         let resource = EntityName { kind: "Sop::Bundle".to_owned(), id: "previous".to_owned() };
-        let given = stand_in(&resource).map(|entity| {
-            let held = Held { entity: Arc::new(entity), parents: Vec::new(), refers: Vec::new() };
-            HashMap::from([(resource.clone(), held)])
-        });
+        let given = stand_in(&resource).map(|entity| [(&resource, Held::alone(entity))]);
         let slice = given.and_then(|given| self.snapshot.slice(&[who, &resource], &given));
         let text = |s: &String| RestrictedExpression::new_string(s.clone());
         let plain = vec![("scopes".to_owned(), RestrictedExpression::new_set(scopes.iter().map(text)))];
@@ -216,8 +211,9 @@ impl Rules {
 
     /// The roles somebody is in.
     pub(super) fn roles(&self, who: &EntityName) -> Vec<String> {
-        let parents = self.snapshot.held(who).map(|h| h.parents).unwrap_or_default();
-        parents.into_iter().filter(|p| p.kind == "Sop::Role").map(|p| p.id).collect()
+        let held = self.snapshot.held(who);
+        let parents = held.iter().flat_map(|held| &held.parents);
+        parents.filter(|p| p.kind == "Sop::Role").map(|p| p.id.clone()).collect()
     }
 
     /// The team somebody is in: their role `team:NAME`.
@@ -248,20 +244,20 @@ impl Rules {
 /// Where entities are looked up: what this daemon holds, or what was once.
 pub(super) trait Entities {
     /// What is known of an entity.
-    fn held(&self, name: &EntityName) -> Option<Held>;
+    fn held(&self, name: &EntityName) -> Option<Arc<Held>>;
     /// What can be reached.
     ///
     /// # Errors
     /// 422 when it is too much.
-    fn slice(&self, roots: &[&EntityName], given: &HashMap<EntityName, Held>) -> Result<Slice, Refusal>;
+    fn slice(&self, roots: &[&EntityName], given: &Given<'_>) -> Result<Slice, Refusal>;
 }
 
 impl Entities for Snapshot {
-    fn held(&self, name: &EntityName) -> Option<Held> {
+    fn held(&self, name: &EntityName) -> Option<Arc<Held>> {
         self.held(name)
     }
 
-    fn slice(&self, roots: &[&EntityName], given: &HashMap<EntityName, Held>) -> Result<Slice, Refusal> {
+    fn slice(&self, roots: &[&EntityName], given: &Given<'_>) -> Result<Slice, Refusal> {
         self.slice(roots, given)
     }
 }
@@ -296,18 +292,18 @@ pub(super) fn put(
     e: &Evaluation,
 ) -> Result<(engine::Put, Vec<String>, i64), Refusal> {
     let mut ignored = Vec::new();
-    let mut given = HashMap::new();
+    let mut given = SmallVec::<[_; 2]>::new();
     for (part, thing) in [("subject", &e.subject), ("resource", &e.resource)] {
         let held = entities.held(&thing.name);
         if thing.properties.is_empty() && held.is_some() {
             continue;
         }
-        let mut properties = thing.properties.clone();
-        for name in force.schema().undeclared(&thing.name.kind, thing.properties.keys()) {
-            properties.remove(&name);
-            ignored.push(format!("/{part}/properties/{name}"));
-        }
-        given.insert(thing.name.clone(), with_properties(&thing.name, held, properties)?);
+        let undeclared = force.schema().undeclared(&thing.name.kind, thing.properties.keys());
+        let known = thing.properties.iter().filter(|(name, _)| !undeclared.contains(name));
+        let held = with_properties(&thing.name, held.as_deref(), known)?;
+        ignored.extend(undeclared.iter().map(|name| format!("/{part}/properties/{name}")));
+        // Of one entity that is subject and resource, what is said of the resource counts.
+        given.insert(0, (&thing.name, held));
     }
     let slice = entities.slice(&[&e.subject.name, &e.resource.name], &given)?;
     let action = (force.action_type(&e.subject.name.kind, &e.action.0), e.action.0.as_str());
@@ -315,9 +311,11 @@ pub(super) fn put(
     if !e.action.1.is_empty() {
         context.insert("action".into(), Value::Object(e.action.1.clone()));
     }
-    for name in force.schema().undeclared_context(&engine::uid_of(action.0, action.1)?, context.clone().keys()) {
-        context.remove(&name);
-        ignored.push(format!("/context/{name}"));
+    if !context.is_empty() {
+        for name in force.schema().undeclared_context(&engine::uid_of(action.0, action.1)?, context.keys()) {
+            context.remove(&name);
+            ignored.push(format!("/context/{name}"));
+        }
     }
     if e.subject.name.kind.starts_with("Sop::") && !context.contains_key("scopes") {
         // Asked about without a token, a client has the scopes it is registered with.
@@ -330,9 +328,16 @@ pub(super) fn put(
 }
 
 /// A request's properties stand in for what is stored, attribute by attribute.
-fn with_properties(name: &EntityName, held: Option<Held>, properties: Map<String, Value>) -> Result<Held, Refusal> {
-    let stored = held.as_ref().and_then(|h| h.entity.to_json_value().ok());
-    let mut attrs = stored.map_or_else(Map::new, |v| v["attrs"].as_object().cloned().unwrap_or_default());
+fn with_properties<'p>(
+    name: &EntityName,
+    held: Option<&Held>,
+    properties: impl Iterator<Item = (&'p String, &'p Value)>,
+) -> Result<Arc<Held>, Refusal> {
+    let mut stored = held.and_then(|h| h.entity.to_json_value().ok());
+    let mut attrs = match stored.as_mut().and_then(|entity| entity.get_mut("attrs")).map(Value::take) {
+        Some(Value::Object(attrs)) => attrs,
+        _ => Map::new(),
+    };
     if held.is_none() && name.kind.starts_with("Sop::") {
         attrs.insert("name".into(), name.id.clone().into());
         if name.kind == "Sop::Client" {
@@ -340,8 +345,8 @@ fn with_properties(name: &EntityName, held: Option<Held>, properties: Map<String
             attrs.insert("agent_type".into(), "external".into());
         }
     }
-    attrs.extend(properties);
-    let parents = held.map(|h| h.parents).unwrap_or_default();
+    attrs.extend(properties.map(|(name, value)| (name.clone(), value.clone())));
+    let parents = held.map(|h| h.parents.clone()).unwrap_or_default();
     let unfit = || Refusal::malformed("", format!("the properties of {} cannot be Cedar attributes", name.kind));
     Held::new(name, &Value::Object(attrs), parents).ok_or_else(unfit)
 }

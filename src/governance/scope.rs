@@ -5,7 +5,7 @@
 //! hierarchy is and not on how many policies there are. What is found is checked against the whole scope, so it is exactly
 //! the policies whose conditions Cedar would look at; a property holds the answers equal to plain Cedar's.
 
-use std::collections::{HashMap, HashSet};
+use std::collections::HashMap;
 
 use cedar_policy::{ActionConstraint, EntityTypeName, EntityUid, Policy, PrincipalConstraint, ResourceConstraint};
 
@@ -21,13 +21,24 @@ enum Part {
 
 /// An entity of a question, with its ancestors.
 pub(super) struct Placed<'a> {
-    pub uid: &'a EntityUid,
-    pub ancestors: HashSet<&'a EntityUid>,
+    uid: &'a EntityUid,
+    /// In order.
+    ancestors: Vec<&'a EntityUid>,
 }
 
-impl Placed<'_> {
+impl<'a> Placed<'a> {
+    pub fn new(uid: &'a EntityUid, ancestors: impl Iterator<Item = &'a EntityUid>) -> Self {
+        let mut ancestors: Vec<&EntityUid> = ancestors.collect();
+        ancestors.sort_unstable();
+        Self { uid, ancestors }
+    }
+
+    fn is_below(&self, uid: &EntityUid) -> bool {
+        self.ancestors.binary_search(&uid).is_ok()
+    }
+
     fn is_in(&self, uid: &EntityUid) -> bool {
-        self.uid == uid || self.ancestors.contains(uid)
+        self.uid == uid || self.is_below(uid)
     }
 }
 
@@ -74,7 +85,7 @@ impl<T: Default> Level<T> {
         if placed.ancestors.len() <= self.uids.len() {
             up = Some(placed.ancestors.iter().filter_map(|uid| self.uids.get(*uid)));
         } else {
-            let above = |(uid, t): (&EntityUid, &'s T)| placed.ancestors.contains(uid).then_some(t);
+            let above = |(uid, t): (&EntityUid, &'s T)| placed.is_below(uid).then_some(t);
             down = Some(self.uids.iter().filter_map(above));
         }
         let above = up.into_iter().flatten().chain(down.into_iter().flatten());

@@ -22,8 +22,10 @@ use super::{engine, store};
 /// How many entities one question may reach; more is a web of references nobody can have meant.
 pub(super) const REACH: usize = 1000;
 
+/// How many names are looked through one by one; a set of more pays.
+const FEW: usize = 16;
+
 /// An entity as it is held.
-#[derive(Clone)]
 pub(super) struct Held {
     pub entity: Arc<Entity>,
     pub parents: Vec<EntityName>,
@@ -32,11 +34,16 @@ pub(super) struct Held {
 }
 
 impl Held {
-    pub fn new(name: &EntityName, attrs: &Value, parents: Vec<EntityName>) -> Option<Self> {
+    pub fn new(name: &EntityName, attrs: &Value, parents: Vec<EntityName>) -> Option<Arc<Self>> {
         let entity = Arc::new(engine::entity(name, attrs, &parents, None).ok()?);
         let mut refers = Vec::new();
         references(attrs, &mut refers);
-        Some(Self { entity, parents, refers })
+        Some(Arc::new(Self { entity, parents, refers }))
+    }
+
+    /// One that is in nothing and refers to nothing.
+    pub fn alone(entity: Entity) -> Arc<Self> {
+        Arc::new(Self { entity: Arc::new(entity), parents: Vec::new(), refers: Vec::new() })
     }
 }
 
@@ -58,14 +65,14 @@ fn references(value: &Value, out: &mut Vec<EntityName>) {
 /// All entities, and the index of the newest change among them.
 #[derive(Default)]
 struct World {
-    entities: HashMap<EntityName, Held>,
+    entities: HashMap<EntityName, Arc<Held>>,
     /// The ids of each type, in order.
     ids: HashMap<String, BTreeSet<String>>,
     index: i64,
 }
 
 impl World {
-    fn put(&mut self, name: EntityName, held: Held) {
+    fn put(&mut self, name: EntityName, held: Arc<Held>) {
         self.ids.entry(name.kind.clone()).or_default().insert(name.id.clone());
         self.entities.insert(name, held);
     }
@@ -107,6 +114,14 @@ impl InForce {
     pub fn canary_of(&self, subject: &EntityName) -> Option<&Canary> {
         self.canary.as_ref().filter(|canary| canary.takes(subject))
     }
+}
+
+/// Entities that stand in for what is stored: one or two.
+pub(super) type Given<'a> = [(&'a EntityName, Arc<Held>)];
+
+/// What stands in for an entity.
+pub(super) fn given<'g>(given: &'g Given<'_>, name: &EntityName) -> Option<&'g Arc<Held>> {
+    given.iter().find(|(n, _)| *n == name).map(|(_, held)| held)
 }
 
 /// The entities a question can reach, and every name that was looked for: a change of any of them may change the answer.
@@ -173,13 +188,13 @@ impl Snapshot {
     ///
     /// # Errors
     /// 422 when it is more than anybody can have meant: to decide on a part of it would be to guess.
-    pub(super) fn slice(&self, roots: &[&EntityName], given: &HashMap<EntityName, Held>) -> Result<Slice, Refusal> {
+    pub(super) fn slice(&self, roots: &[&EntityName], given: &Given<'_>) -> Result<Slice, Refusal> {
         let world = self.world.read().unwrap_or_else(PoisonError::into_inner);
-        slice(|name| given.get(name).or_else(|| world.entities.get(name)).cloned(), world.index, roots)
+        slice(|name| self::given(given, name).or_else(|| world.entities.get(name)).cloned(), world.index, roots)
     }
 
     /// What is held of an entity.
-    pub(super) fn held(&self, name: &EntityName) -> Option<Held> {
+    pub(super) fn held(&self, name: &EntityName) -> Option<Arc<Held>> {
         self.world.read().unwrap_or_else(PoisonError::into_inner).entities.get(name).cloned()
     }
 
@@ -217,7 +232,7 @@ impl Snapshot {
 }
 
 /// An entity as it is held.
-pub(super) fn read(row: store::Row) -> Option<(EntityName, Held)> {
+pub(super) fn read(row: store::Row) -> Option<(EntityName, Arc<Held>)> {
     let held = Held::new(&row.name, &row.attrs, row.parents);
     if held.is_none() {
         tracing::error!(kind = row.name.kind, id = row.name.id, "a stored entity cannot be read and counts as absent");
@@ -225,30 +240,52 @@ pub(super) fn read(row: store::Row) -> Option<(EntityName, Held)> {
     held.map(|held| (row.name, held))
 }
 
+/// Names, each once, in the order they were come to.
+struct Names {
+    all: Vec<EntityName>,
+    /// The same, once they are many.
+    set: HashSet<EntityName>,
+}
+
+impl Names {
+    fn add(&mut self, name: &EntityName) {
+        if self.all.len() < FEW {
+            if self.all.contains(name) {
+                return;
+            }
+        } else {
+            if self.set.is_empty() {
+                self.set.extend(self.all.iter().cloned());
+            }
+            if !self.set.insert(name.clone()) {
+                return;
+            }
+        }
+        self.all.push(name.clone());
+    }
+}
+
 /// What can be reached from `roots`, as `held` knows it.
 pub(super) fn slice(
-    held: impl Fn(&EntityName) -> Option<Held>,
+    held: impl Fn(&EntityName) -> Option<Arc<Held>>,
     index: i64,
     roots: &[&EntityName],
 ) -> Result<Slice, Refusal> {
-    let (mut entities, mut names) = (Vec::new(), Vec::new());
-    let mut seen: HashSet<EntityName> = HashSet::new();
-    let mut waiting: Vec<EntityName> = roots.iter().map(|r| (*r).clone()).collect();
-    while let Some(name) = waiting.pop() {
-        if !seen.insert(name.clone()) {
-            continue;
-        }
-        if names.len() >= REACH {
+    let mut names = Names { all: Vec::with_capacity(FEW), set: HashSet::new() };
+    roots.iter().for_each(|root| names.add(root));
+    let (mut entities, mut at) = (Vec::with_capacity(4), 0);
+    while let Some(name) = names.all.get(at) {
+        if at >= REACH {
             let detail = format!("the question reaches more than {REACH} entities by parents and references");
             return Err(Refusal::new(&problem::UNPROCESSABLE, detail));
         }
-        if let Some(held) = held(&name) {
+        if let Some(held) = held(name) {
             entities.push(held.entity.clone());
-            waiting.extend(held.parents.into_iter().chain(held.refers));
+            held.parents.iter().chain(&held.refers).for_each(|name| names.add(name));
         }
-        names.push(name);
+        at += 1;
     }
-    Ok(Slice { entities, names, index })
+    Ok(Slice { entities, names: names.all, index })
 }
 
 impl Projection for Snapshot {

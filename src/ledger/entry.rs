@@ -182,16 +182,25 @@ fn context(d: &Decision) -> Vec<u8> {
 }
 
 /// An object of canonical JSON whose members are given in the order of their names.
-struct Object(Vec<u8>);
+pub struct Object(Vec<u8>);
+
+impl Default for Object {
+    fn default() -> Self {
+        Self::new()
+    }
+}
 
 impl Object {
-    fn new() -> Self {
+    /// Without members.
+    #[must_use]
+    pub fn new() -> Self {
         let mut out = Vec::with_capacity(512);
         out.push(b'{');
         Self(out)
     }
 
-    fn raw(&mut self, name: &str, value: &[u8]) {
+    /// A member that is canonical JSON already.
+    pub fn raw(&mut self, name: &str, value: &[u8]) {
         if self.0.len() > 1 {
             self.0.push(b',');
         }
@@ -201,12 +210,14 @@ impl Object {
     }
 
     /// A scalar, or a list of scalars.
-    fn member(&mut self, name: &str, value: &(impl Serialize + ?Sized)) {
+    pub fn member(&mut self, name: &str, value: &(impl Serialize + ?Sized)) {
         self.raw(name, b"");
         write_scalar(value, &mut self.0);
     }
 
-    fn end(mut self) -> Vec<u8> {
+    /// Its bytes.
+    #[must_use]
+    pub fn end(mut self) -> Vec<u8> {
         self.0.push(b'}');
         self.0
     }

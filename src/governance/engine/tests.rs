@@ -100,6 +100,53 @@ fn what_a_schema_declares_is_known() {
     assert_eq!(bundle.undeclared_context(&read, ["mfa".to_owned(), "ip".to_owned()].iter()), ["ip"]);
 }
 
+fn attribute() -> impl Strategy<Value = Value> {
+    let leaf = prop_oneof![
+        any::<bool>().prop_map(Value::from),
+        any::<i64>().prop_map(Value::from),
+        "[a-z_]{0,3}".prop_map(Value::from),
+        Just(json!(null)),
+        Just(json!(1.5)),
+        Just(json!(u64::MAX)),
+        Just(json!({"__entity": {"type": "N::user", "id": "x"}})),
+        Just(json!({"__entity": {"type": "no type", "id": "x"}})),
+        Just(json!({"__entity": {"type": "user", "id": "x", "more": 1}})),
+        Just(json!({"type": "user", "id": "x"})),
+        Just(json!({"__extn": {"fn": "ip", "arg": "10.0.0.1"}})),
+        Just(json!({"__extn": {"fn": "ip", "arg": "nowhere"}})),
+        Just(json!({"__expr": "1 + 1"})),
+    ];
+    leaf.prop_recursive(3, 12, 3, |inner| {
+        prop_oneof![
+            prop::collection::vec(inner.clone(), 0..3).prop_map(Value::from),
+            prop::collection::btree_map("[a-z_]{0,3}", inner, 0..3).prop_map(|m| json!(m)),
+        ]
+    })
+}
+
+proptest! {
+    /// What is read without Cedar's JSON is what Cedar reads.
+    #[test]
+    fn plain_attributes_are_cedar_s(attrs in prop::collection::btree_map("[a-z_]{0,3}", attribute(), 0..4), parents in 0..3usize) {
+        let parents: Vec<EntityName> = (0..parents).map(name).collect();
+        let own = name(5);
+        let attrs = json!(attrs);
+        let above: Vec<Value> = parents.iter().map(|p| json!({"type": p.kind, "id": p.id})).collect();
+        let cedar = Entity::from_json_value(json!({"uid": {"type": own.kind, "id": own.id}, "attrs": attrs, "parents": above}), None);
+        match (entity(&own, &attrs, &parents, None), cedar) {
+            (Ok(ours), Ok(theirs)) => {
+                prop_assert!(ours.deep_eq(&theirs), "{attrs}");
+                prop_assert_eq!(&ours.to_json_value().unwrap()["attrs"], &theirs.to_json_value().unwrap()["attrs"]);
+            }
+            (ours, theirs) => prop_assert_eq!(ours.is_err(), theirs.is_err(), "{}", attrs),
+        }
+        let members = attrs.as_object().unwrap();
+        let ours = context(Vec::new(), members.clone()).map(|c| c.to_json_value().unwrap());
+        let theirs = Context::from_json_value(attrs.clone(), None).map(|c| c.to_json_value().unwrap());
+        prop_assert_eq!(ours.ok(), theirs.ok());
+    }
+}
+
 /// Entities a0..a5 of two types, each in some of those before it.
 fn world() -> impl Strategy<Value = Vec<Vec<usize>>> {
     prop::collection::vec(prop::collection::vec(0..6usize, 0..3), 6)
@@ -170,7 +217,12 @@ proptest! {
             context: json!({"n": n}).as_object().unwrap().clone(),
             plain: Vec::new(),
         };
+        let anew = Entities::from_entities(entities.iter().map(|e| e.as_ref().clone()), None).unwrap();
         let put = force.put(question, entities).unwrap();
+        for e in anew.iter() {
+            let above = |all: &Entities| all.ancestors(&e.uid()).unwrap().cloned().collect::<std::collections::BTreeSet<_>>();
+            prop_assert_eq!(above(&anew), above(&put.entities));
+        }
         let answered = force.answer(&put).unwrap();
         let mut all = PolicySet::new();
         for rule in force.system.rules.iter().chain(&force.application.as_ref().unwrap().rules) {
