@@ -108,7 +108,8 @@ mod tests {
         for (i, p) in ALL.iter().enumerate() {
             assert!(ALL[i + 1..].iter().all(|q| q.slug != p.slug), "{} twice", p.slug);
             assert!(p.explain.len() > 40, "{} explains nothing", p.slug);
-            assert!((400..600).contains(&p.status));
+            // A change that was proposed instead of made is no fault of anybody's.
+            assert!((400..600).contains(&p.status) || p.slug == "proposed");
         }
     }
 
