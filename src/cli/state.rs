@@ -47,6 +47,11 @@ pub(crate) enum StateCommand {
         #[arg(long)]
         at: Option<i64>,
     },
+    /// Compare keys, then do one of two lists of operations, all at one index: `{"if": [...], "then": [...], "else": [...]}`
+    Txn {
+        /// File with the transaction; `-` reads it from stdin
+        file: String,
+    },
 }
 
 pub(crate) async fn run(global: &Global, command: StateCommand) -> anyhow::Result<()> {
@@ -55,11 +60,7 @@ pub(crate) async fn run(global: &Global, command: StateCommand) -> anyhow::Resul
         StateCommand::Get { key, at } => get(&client, &key, at).await,
         StateCommand::Put { key, value, content_type, if_index } => {
             let bytes = match value.as_deref() {
-                None | Some("-") => {
-                    let mut bytes = Vec::new();
-                    std::io::stdin().read_to_end(&mut bytes).context("stdin cannot be read")?;
-                    bytes
-                }
+                None | Some("-") => stdin()?,
                 Some(text) => text.as_bytes().to_vec(),
             };
             let request = conditional(client.request(Method::PUT, &path(&key)), if_index);
@@ -73,7 +74,19 @@ pub(crate) async fn run(global: &Global, command: StateCommand) -> anyhow::Resul
             Ok(())
         }
         StateCommand::Ls { prefix, at } => list(global, &client, &prefix, at).await,
+        StateCommand::Txn { file } => {
+            let body = if file == "-" { stdin()? } else { std::fs::read(&file).with_context(|| file.clone())? };
+            let request = client.request(Method::POST, "/v1/state/txn").header("content-type", "application/json");
+            say(client.json(request.body(body)).await?);
+            Ok(())
+        }
     }
+}
+
+fn stdin() -> anyhow::Result<Vec<u8>> {
+    let mut bytes = Vec::new();
+    std::io::stdin().read_to_end(&mut bytes).context("stdin cannot be read")?;
+    Ok(bytes)
 }
 
 async fn get(client: &Client, key: &str, at: Option<i64>) -> anyhow::Result<()> {

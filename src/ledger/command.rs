@@ -20,7 +20,7 @@ pub trait Command: Send + 'static {
     /// What the caller is told. It is stored, sealed, if the request has an `Idempotency-Key`.
     type Out: Serialize + DeserializeOwned + Send + 'static;
 
-    /// Makes the change.
+    /// Makes the change; one that comes to an answer and has changed nothing yields [`Entry::nothing`].
     fn apply<'a>(
         &'a mut self,
         tx: &'a mut Tx<'_>,

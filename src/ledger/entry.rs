@@ -65,6 +65,8 @@ pub struct Entry {
     pub(super) touched: Vec<Touch>,
     /// The decision it rests on, canonical JSON.
     pub(super) decision: Option<Vec<u8>>,
+    /// There is none: the command changed nothing.
+    pub(super) nothing: bool,
 }
 
 /// The records that an entry stands for: their root (of [`super::segment`]) and number.
@@ -89,7 +91,21 @@ impl Entry {
             segment: None,
             touched: Vec::new(),
             decision: None,
+            nothing: false,
         }
+    }
+
+    /// No entry, and no index: the command came to an answer and changed nothing. Such an answer rests on what was read under
+    /// the lock of the head, and leaves after its turn as every other.
+    #[must_use]
+    pub fn nothing() -> Self {
+        Self { nothing: true, ..Self::ok("", "") }
+    }
+
+    /// Whether there is none.
+    #[must_use]
+    pub fn is_nothing(&self) -> bool {
+        self.nothing
     }
 
     /// Another outcome.

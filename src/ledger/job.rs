@@ -120,7 +120,8 @@ impl<C: Command> Ticket<C> {
         }
         match self.apply(tx).await {
             Ok((value, entry)) => {
-                let (index, time) = (tx.index(), tx.now());
+                let nothing = entry.is_nothing();
+                let (index, time) = (tx.index() - i64::from(nothing), tx.now());
                 let sealed = entry.with_decision(self.decision.clone()).seal(&self.caller, time)?;
                 if let Some(key) = &key {
                     let raw = serde_json::value::to_raw_value(&value).map_err(Refusal::internal)?;
@@ -128,7 +129,7 @@ impl<C: Command> Ticket<C> {
                     store::keep_outcome(tx.write(), key, Some(index), &outcome, time).await?;
                 }
                 self.state = State::Done(Committed { index, time, value, replayed: false });
-                Ok(Some(sealed))
+                Ok((!nothing).then_some(sealed))
             }
             Err(Failure::Refused(refusal)) if !tx.wrote() => {
                 if let Some(key) = &key

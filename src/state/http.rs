@@ -1,5 +1,7 @@
 //! The room's routes.
 
+mod txn;
+
 use std::convert::Infallible;
 use std::time::Duration;
 
@@ -16,11 +18,11 @@ use utoipa_axum::routes;
 use crate::kernel::web::{
     Answer, Body, Caller, Listing, Name, Preconditions, Query, SOP_INDEX, Tags, page_limit, problem_document,
 };
-use crate::kernel::{Refusal, ids, problem};
+use crate::kernel::{Refusal, problem};
 
-use super::model::{Change, Condition, Deleted, Item, Written, put_key};
+use super::model::{Change, Condition, Deleted, Item, Written, prefix_fault, put_key};
 use super::watch::{Event, Watch};
-use super::{Moment, State, kv};
+use super::{List, Moment, State, kv};
 
 /// The routes of the room.
 pub fn routes(state: State) -> OpenApiRouter {
@@ -28,6 +30,7 @@ pub fn routes(state: State) -> OpenApiRouter {
         .routes(routes!(list))
         .routes(routes!(get, head, put, delete))
         .routes(routes!(watch))
+        .merge(txn::routes())
         .with_state(state)
 }
 
@@ -154,7 +157,9 @@ async fn list(
     Query(q): Query<ListQuery>,
 ) -> Result<Answer<Listing<Map<String, Value>>>, Refusal> {
     let prefix = valid_prefix(q.prefix)?;
-    let page = state.list(&caller, &prefix, Moment { at: q.at }, page_limit(q.limit)?, q.after.as_deref()).await?;
+    let (limit, after) = (page_limit(q.limit)?, q.after.as_deref());
+    let asked = List { prefix: &prefix, at: q.at, limit, after, values: !q.keys_only };
+    let page = state.list(&caller, asked).await?;
     let items = page.items.iter().map(|i| i.to_json(!q.keys_only)).collect();
     Ok(Answer::ok(Listing { items, next: page.next }).at(page.index))
 }
@@ -247,16 +252,11 @@ fn content_type(headers: &HeaderMap) -> Result<String, Refusal> {
     }
 }
 
-/// A prefix is the beginning of a name: it may end anywhere.
 fn valid_prefix(prefix: String) -> Result<String, Refusal> {
-    let padded = format!("{prefix}x");
-    if prefix.is_empty()
-        || ids::name_fault(&padded).is_none()
-        || ids::name_fault(prefix.trim_end_matches('/')).is_none()
-    {
-        return Ok(prefix);
+    match prefix_fault(&prefix) {
+        None => Ok(prefix),
+        Some(fault) => Err(Refusal::malformed("?prefix", fault)),
     }
-    Err(Refusal::malformed("?prefix", ids::name_fault(&padded).unwrap_or("a prefix is the beginning of a name")))
 }
 
 fn condition(p: Preconditions) -> Result<Condition, Refusal> {

@@ -59,6 +59,7 @@ impl Command for Put {
             version,
             content_type: self.content_type.clone(),
             value: self.value.clone(),
+            lease: None,
         };
         let entry = Entry::ok("state:put", format!("key/{}", self.key))
             .change("size", self.value.len())
@@ -97,16 +98,8 @@ impl Command for Delete {
         let Some(was) = was else { return Err(Refusal::not_found(format!("key {}", self.key))) };
         let key = self.key.clone().into_bytes();
         let entry = Entry::ok("state:delete", format!("key/{}", self.key)).touch(Touch::key(KEY, key.clone()));
-        let item = Item {
-            key,
-            index: at.index,
-            created_index: was.created_index,
-            version: 0,
-            content_type: String::new(),
-            value: Vec::new(),
-        };
         let value = Deleted { key: self.key.clone(), index: at.index, previous_index: was.index };
-        let row = Change { item, deleted: true, previous: was.index };
+        let row = Change::deletion(key, at.index, was.created_index, was.index);
         Ok(Decided { value, entry, after: None, row: Some(Box::new(row)) })
     }
 }

@@ -25,7 +25,7 @@ impl Metrics {
         registry.register(Box::new(operations.clone()))?;
         registry.register(Box::new(watchers.clone()))?;
         // A metric exists from the first start, before anything was counted.
-        for verb in ["get", "put", "delete", "list", "watch"] {
+        for verb in ["get", "put", "delete", "list", "watch", "txn"] {
             operations.with_label_values(&[verb]).inc_by(0);
         }
         Ok(Self { operations, watchers })

@@ -15,20 +15,23 @@ mod metrics;
 pub mod model;
 mod recent;
 mod store;
+mod txn;
 mod watch;
 
 use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
-use sqlx::PgConnection;
+use sqlx::Connection as _;
 
 use crate::kernel::web::{Ask, Caller, cursor};
-use crate::kernel::{Refusal, problem};
-use crate::ledger::{Committed, Ledger};
+use crate::kernel::{Refusal, crypto, problem};
+use crate::ledger::{Committed, Failure, Ledger};
 use crate::store::Store;
 
 pub use metrics::Metrics;
 use model::{Condition, Deleted, Item, Written};
+use store::{Wanted, history};
+use txn::{Answered, Txn};
 pub use watch::Hub;
 
 /// How a read chooses its moment.
@@ -45,6 +48,20 @@ pub struct State {
     store: Store,
     hub: Arc<Hub>,
     metrics: Metrics,
+}
+
+/// What a list asks for.
+pub struct List<'a> {
+    /// Keys that begin so.
+    pub prefix: &'a str,
+    /// As of this index; otherwise the present.
+    pub at: Option<i64>,
+    /// Keys on the page at most.
+    pub limit: usize,
+    /// `next` of the page before.
+    pub after: Option<&'a str>,
+    /// With their values.
+    pub values: bool,
 }
 
 /// A page of keys.
@@ -110,8 +127,9 @@ impl State {
             Some(at) => {
                 self.in_history(at, head)?;
                 let mut conn = self.connection().await?;
-                let item = store::as_of(&mut conn, key.as_bytes(), at).await.map_err(|e| self.store.refusal(e))?;
-                self.not_compacted(&mut conn, at).await?;
+                let read = history::as_of(&mut conn, key.as_bytes(), at).await;
+                let (mark, item) = read.map_err(|e| self.store.refusal(e))?;
+                not_compacted(at, mark)?;
                 (at, item.map(Arc::new))
             }
         };
@@ -126,41 +144,68 @@ impl State {
     ///
     /// # Errors
     /// 400 on a cursor that is not ours, 410 when that moment was compacted meanwhile.
-    pub async fn list(
-        &self,
-        caller: &Caller,
-        prefix: &str,
-        moment: Moment,
-        limit: usize,
-        after: Option<&str>,
-    ) -> Result<Page, Refusal> {
-        self.ledger.permit(caller, &[Ask::new("state:list", "Key", prefix)]).await?;
+    pub async fn list(&self, caller: &Caller, asked: List<'_>) -> Result<Page, Refusal> {
+        self.ledger.permit(caller, &[Ask::new("state:list", "Key", asked.prefix)]).await?;
         self.metrics.count("list");
         let head = self.ledger.index();
-        let from: Option<Cursor> = after.map(cursor::decode).transpose()?;
-        let at = from.as_ref().map(|c| c.at).or(moment.at);
-        let take = i64::try_from(limit).unwrap_or(1000) + 1;
+        let from: Option<Cursor> = asked.after.map(cursor::decode).transpose()?;
+        let at = from.as_ref().map(|c| c.at).or(asked.at);
+        let after = from.as_ref().and_then(|c| crypto::from_base64(&c.key));
+        let wanted = Wanted {
+            prefix: asked.prefix.as_bytes(),
+            after: after.as_deref(),
+            limit: i64::try_from(asked.limit).unwrap_or(1000),
+            values: asked.values,
+            bytes: store::PAGE_BYTES,
+        };
         let mut conn = self.connection().await?;
-        let refusal = |e| self.store.refusal(e);
-        let (index, mut items) = match at {
-            None => store::list_current(&mut conn, prefix.as_bytes(), take).await.map_err(refusal)?,
+        let found = match at {
+            None => store::list(&mut conn, &wanted).await.map_err(|e| self.store.refusal(e))?,
             Some(at) => {
                 self.in_history(at, head)?;
-                let after = from.as_ref().and_then(|c| crate::kernel::crypto::from_base64(&c.key));
-                let items = store::list_as_of(&mut conn, prefix.as_bytes(), after.as_deref(), at, take)
-                    .await
-                    .map_err(refusal)?;
-                self.not_compacted(&mut conn, at).await?;
-                (at, items)
+                let found = history::list_as_of(&mut conn, &wanted, at).await.map_err(|e| self.store.refusal(e))?;
+                not_compacted(at, found.mark)?;
+                found
             }
         };
-        let more = items.len() > limit;
-        items.truncate(limit);
+        let (index, items) = (found.head, found.items);
         let next = items
             .last()
-            .filter(|_| more)
-            .map(|last| cursor::encode(&Cursor { at: index, key: crate::kernel::crypto::base64(&last.key) }));
+            .filter(|_| found.more)
+            .map(|last| cursor::encode(&Cursor { at: index, key: crypto::base64(&last.key) }));
         Ok(Page { index, items, next })
+    }
+
+    /// Compares, then does one of two lists of operations, all at one index. What only reads takes none.
+    async fn txn(&self, caller: &Caller, mut txn: Txn) -> Result<(i64, Answered), Refusal> {
+        let asks = txn.asks();
+        caller.actor().clone_into(&mut txn.owner);
+        let answered = if txn.reads() {
+            self.ledger.permit(caller, &asks).await?;
+            // A read like any other: what was acknowledged before it arrived is in it.
+            self.ledger.fence().await?;
+            self.snapshot(&txn).await?
+        } else {
+            self.ledger.write(caller, &asks, txn).await?.value
+        };
+        self.metrics.count("txn");
+        Ok((answered.index, answered))
+    }
+
+    /// Reads a transaction that changes nothing, of one moment.
+    async fn snapshot(&self, txn: &Txn) -> Result<Answered, Refusal> {
+        let refusal = |e| self.store.refusal(e);
+        let mut conn = self.connection().await?;
+        let begin = "BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY";
+        let mut tx = conn.begin_with(begin).await.map_err(refusal)?;
+        let index = store::head(&mut tx).await.map_err(refusal)?;
+        let answered = match txn.read(&mut tx, index).await {
+            Ok(answered) => answered,
+            Err(Failure::Refused(r)) => return Err(r),
+            Err(Failure::Database(e)) => return Err(refusal(e)),
+        };
+        tx.commit().await.map_err(refusal)?;
+        Ok(answered)
     }
 
     /// The key as it is, from memory if nothing changed it since it was read.
@@ -188,13 +233,12 @@ impl State {
         }
         Ok(())
     }
+}
 
-    /// Checked after the history was read: compaction commits its mark before it drops a row.
-    async fn not_compacted(&self, conn: &mut PgConnection, at: i64) -> Result<(), Refusal> {
-        let mark = store::mark(conn).await.map_err(|e| self.store.refusal(e))?;
-        if at < mark {
-            return Err(Refusal::new(&problem::COMPACTED, format!("history before index {mark} was compacted")));
-        }
-        Ok(())
+/// What was read of history at `at` is whole unless the mark, seen in the same snapshot, is past it.
+fn not_compacted(at: i64, mark: i64) -> Result<(), Refusal> {
+    if at < mark {
+        return Err(Refusal::new(&problem::COMPACTED, format!("history before index {mark} was compacted")));
     }
+    Ok(())
 }

@@ -2,8 +2,10 @@
 
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
+use uuid::Uuid;
 
 use crate::kernel::crypto::base64;
+use crate::kernel::ids;
 
 /// A key as it is, or was at an index.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -20,6 +22,8 @@ pub struct Item {
     pub content_type: String,
     /// The value's bytes.
     pub value: Vec<u8>,
+    /// The lease it hangs on, if any.
+    pub lease: Option<Uuid>,
 }
 
 impl Item {
@@ -35,16 +39,34 @@ impl Item {
         m.insert("index".into(), self.index.into());
         m.insert("created_index".into(), self.created_index.into());
         m.insert("version".into(), self.version.into());
+        if let Some(lease) = self.lease {
+            m.insert("lease".into(), lease.to_string().into());
+        }
         m
     }
 }
 
 /// A key that is a name shows as `key`, any other as `key_base64`.
 pub fn put_key(m: &mut Map<String, Value>, key: &[u8]) {
-    match std::str::from_utf8(key).ok().filter(|k| crate::kernel::ids::name_fault(k).is_none()) {
+    match std::str::from_utf8(key).ok().filter(|k| ids::name_fault(k).is_none()) {
         Some(name) => m.insert("key".into(), name.into()),
         None => m.insert("key_base64".into(), base64(key).into()),
     };
+}
+
+/// Why this is no key.
+#[must_use]
+pub fn key_fault(key: &str) -> Option<&'static str> {
+    ids::name_fault(key)
+}
+
+/// Why this is no prefix: the beginning of a name, which may end anywhere.
+#[must_use]
+pub fn prefix_fault(prefix: &str) -> Option<&'static str> {
+    let fault = ids::name_fault(&format!("{prefix}x"))?;
+    // One of the greatest length is a name and nothing longer.
+    let whole = prefix.is_empty() || ids::name_fault(prefix.trim_end_matches('/')).is_none();
+    (!whole).then_some(fault)
 }
 
 /// What a put answers.
@@ -114,6 +136,16 @@ pub struct Change {
     pub previous: i64,
 }
 
+impl Change {
+    /// A key's deletion.
+    #[must_use]
+    pub fn deletion(key: Vec<u8>, index: i64, created_index: i64, previous: i64) -> Self {
+        let (content_type, value) = (String::new(), Vec::new());
+        let item = Item { key, index, created_index, version: 0, content_type, value, lease: None };
+        Self { item, deleted: true, previous }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -137,6 +169,7 @@ mod tests {
             version: 2,
             content_type: "text/plain".into(),
             value: b"v".into(),
+            lease: None,
         };
         assert_eq!(item(b"a/b").to_json(true)["key"], "a/b");
         let odd = item(b"a//\xff").to_json(false);

@@ -90,6 +90,7 @@ mod tests {
             version: 1,
             content_type: String::new(),
             value: b"v".to_vec(),
+            lease: None,
         })
     }
 

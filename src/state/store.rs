@@ -1,4 +1,7 @@
-//! The room's SQL.
+//! The room's SQL: keys as they are, and the statement that changes one.
+
+pub(super) mod history;
+pub(super) mod txn;
 
 use std::collections::HashMap;
 
@@ -9,6 +12,9 @@ use crate::ledger::hot::Column;
 
 use super::model::{Change, Item};
 
+/// Values in a page at most, bytes; the first is there whatever its size.
+pub(super) const PAGE_BYTES: i64 = 16 * 1024 * 1024;
+
 fn item(row: &PgRow) -> Result<Item, sqlx::Error> {
     Ok(Item {
         key: row.try_get("key")?,
@@ -17,10 +23,12 @@ fn item(row: &PgRow) -> Result<Item, sqlx::Error> {
         version: row.try_get("version")?,
         content_type: row.try_get("content_type")?,
         value: row.try_get("value")?,
+        lease: row.try_get("lease")?,
     })
 }
 
 /// Where a key stands: index, created index, version.
+#[derive(Clone, Copy, Debug)]
 pub(super) struct Standing {
     pub index: i64,
     pub created_index: i64,
@@ -48,33 +56,20 @@ pub(super) async fn standings(
         .collect()
 }
 
-/// The key as it is, with the head's index in the same snapshot.
+/// The key as it is.
 pub(super) async fn current(conn: &mut PgConnection, key: &[u8]) -> Result<Option<Item>, sqlx::Error> {
-    let row =
-        sqlx::query("SELECT key, index, created_index, version, content_type, value FROM state.kv WHERE key = $1")
-            .bind(key)
-            .fetch_optional(conn)
-            .await?;
+    let row = sqlx::query(
+        "SELECT key, index, created_index, version, content_type, value, lease FROM state.kv WHERE key = $1",
+    )
+    .bind(key)
+    .fetch_optional(conn)
+    .await?;
     row.as_ref().map(item).transpose()
 }
 
-/// The key as it was at `at`.
-pub(super) async fn as_of(conn: &mut PgConnection, key: &[u8], at: i64) -> Result<Option<Item>, sqlx::Error> {
-    let row = sqlx::query(
-        "SELECT key, index, created_index, version, content_type, value FROM state.history
-         WHERE key = $1 AND index <= $2 ORDER BY index DESC LIMIT 1",
-    )
-    .bind(key)
-    .bind(at)
-    .fetch_optional(conn)
-    .await?;
-    Ok(row.as_ref().map(item).transpose()?.filter(|i| i.version > 0))
-}
-
-/// The compaction mark: what was before it is incomplete. Read after the history it guards, in the same statement's snapshot
-/// or a later one, so that a mark that came in between is seen.
-pub(super) async fn mark(conn: &mut PgConnection) -> Result<i64, sqlx::Error> {
-    sqlx::query_scalar("SELECT mark FROM state.compaction WHERE id = 1").fetch_one(conn).await
+/// The head's index.
+pub(super) async fn head(conn: &mut PgConnection) -> Result<i64, sqlx::Error> {
+    sqlx::query_scalar("SELECT index FROM ledger.head WHERE id = 1").fetch_one(conn).await
 }
 
 /// The first key that is past every key with this prefix; `None` if there is none.
@@ -85,60 +80,68 @@ pub(super) fn prefix_end(prefix: &[u8]) -> Option<Vec<u8>> {
     Some(end)
 }
 
-/// A page of keys as of `at`, in order of the key, after `after`.
-pub(super) async fn list_as_of(
-    conn: &mut PgConnection,
-    prefix: &[u8],
-    after: Option<&[u8]>,
-    at: i64,
-    limit: i64,
-) -> Result<Vec<Item>, sqlx::Error> {
-    let rows = sqlx::query(
-        "SELECT key, index, created_index, version, content_type, value FROM (
-             SELECT DISTINCT ON (key) key, index, created_index, version, content_type, value FROM state.history
-             WHERE key >= $1 AND ($2::bytea IS NULL OR key < $2) AND ($3::bytea IS NULL OR key > $3) AND index <= $4
-             ORDER BY key, index DESC
-         ) AS newest WHERE version > 0 ORDER BY key LIMIT $5",
-    )
-    .bind(prefix)
-    .bind(prefix_end(prefix))
-    .bind(after)
-    .bind(at)
-    .bind(limit)
-    .fetch_all(conn)
-    .await?;
-    rows.iter().map(item).collect()
+/// What a list asks for.
+pub(super) struct Wanted<'a> {
+    pub prefix: &'a [u8],
+    /// Only keys after this one.
+    pub after: Option<&'a [u8]>,
+    /// Keys at most.
+    pub limit: i64,
+    /// With their values; without, these are empty.
+    pub values: bool,
+    /// Values at most, bytes.
+    pub bytes: i64,
 }
 
-/// The first page of keys as they are, and the head's index in the same snapshot.
-pub(super) async fn list_current(
-    conn: &mut PgConnection,
-    prefix: &[u8],
-    limit: i64,
-) -> Result<(i64, Vec<Item>), sqlx::Error> {
-    // One statement, one snapshot: the index and the rows belong together.
+/// Keys of a list.
+pub(super) struct Found {
+    /// The index that they are of.
+    pub head: i64,
+    /// Below this index history is incomplete.
+    pub mark: i64,
+    pub items: Vec<Item>,
+    /// Whether there are more than these: past the limit, or past the bytes.
+    pub more: bool,
+}
+
+fn found(rows: &[PgRow], wanted: &Wanted<'_>) -> Result<Found, sqlx::Error> {
+    let first = rows.first().ok_or(sqlx::Error::RowNotFound)?;
+    let (head, mark) = (first.try_get("head")?, first.try_get("mark")?);
+    let there = |r: &&PgRow| r.try_get::<Option<Vec<u8>>, _>("key").is_ok_and(|k| k.is_some());
+    let total: Option<i64> = first.try_get("total")?;
+    let mut items = rows.iter().filter(there).map(item).collect::<Result<Vec<_>, _>>()?;
+    items.truncate(usize::try_from(wanted.limit).unwrap_or(0));
+    let more = total.unwrap_or(0) > items.len() as i64;
+    Ok(Found { head, mark, items, more })
+}
+
+/// Keys as they are, in order, with the head's index in the same snapshot.
+pub(super) async fn list(conn: &mut PgConnection, wanted: &Wanted<'_>) -> Result<Found, sqlx::Error> {
+    // One statement, one snapshot: the index and the rows belong together. Sizes are known without the values being read.
     let rows = sqlx::query(
-        "SELECT h.index AS head, k.key, k.index, k.created_index, k.version, k.content_type, k.value
-         FROM ledger.head AS h LEFT JOIN LATERAL (
-             SELECT * FROM state.kv WHERE key >= $1 AND ($2::bytea IS NULL OR key < $2) ORDER BY key LIMIT $3
+        "SELECT h.index AS head, 0::int8 AS mark, k.* FROM ledger.head AS h LEFT JOIN LATERAL (
+             SELECT key, index, created_index, version, content_type, CASE WHEN $5 THEN value ELSE '' END AS value, lease, total
+             FROM (SELECT page.*, count(*) OVER () AS total,
+                          (sum(octet_length(value)) OVER (ORDER BY key))::int8 - octet_length(value) AS before
+                   FROM (SELECT * FROM state.kv WHERE key >= $1 AND ($2::bytea IS NULL OR key < $2)
+                             AND ($3::bytea IS NULL OR key > $3) ORDER BY key LIMIT $4 + 1) AS page) AS sized
+             WHERE NOT $5 OR before < $6
          ) AS k ON true WHERE h.id = 1 ORDER BY k.key",
     )
-    .bind(prefix)
-    .bind(prefix_end(prefix))
-    .bind(limit)
+    .bind(wanted.prefix)
+    .bind(prefix_end(wanted.prefix))
+    .bind(wanted.after)
+    .bind(wanted.limit)
+    .bind(wanted.values)
+    .bind(wanted.bytes)
     .fetch_all(conn)
     .await?;
-    let head = rows.first().map(|r| r.try_get("head")).transpose()?.unwrap_or(-1);
-    let items = rows
-        .iter()
-        .filter(|r| r.try_get::<Option<Vec<u8>>, _>("key").is_ok_and(|k| k.is_some()))
-        .map(item)
-        .collect::<Result<_, _>>()?;
-    Ok((head, items))
+    found(&rows, wanted)
 }
 
 /// The room's parts of the ledger's statement: of each key the last of a batch's changes becomes its state, each becomes a row
-/// of history. A key is either put or deleted, never both: one statement that did both would leave the row.
+/// of history. A key is either put or deleted, never both: one statement that did both would leave the row. What is put so hangs
+/// on no lease.
 pub(super) const CHANGES: &str = ", kv AS MATERIALIZED (
         SELECT c.* FROM head, unnest({0}::bytea[], {1}::int8[], {2}::int8[], {3}::int8[], {4}::int8[], {5}::text[],
                                      {6}::bytea[], {7}::bool[])
@@ -147,7 +150,7 @@ pub(super) const CHANGES: &str = ", kv AS MATERIALIZED (
         INSERT INTO state.kv (key, index, created_index, version, content_type, value)
         SELECT key, index, created_index, version, content_type, value FROM kv WHERE last AND version > 0
         ON CONFLICT (key) DO UPDATE SET index = excluded.index, created_index = excluded.created_index,
-            version = excluded.version, content_type = excluded.content_type, value = excluded.value
+            version = excluded.version, content_type = excluded.content_type, value = excluded.value, lease = NULL
     ), gone AS (
         DELETE FROM state.kv USING head WHERE key = ANY ({8}::bytea[])
     ), history AS (
@@ -182,30 +185,6 @@ pub(super) fn columns(changes: Vec<Change>) -> Vec<Column> {
         Column::Flags(is_last),
         Column::Bytes(gone),
     ]
-}
-
-/// Changes after `after` up to `to`, in order, at most `limit`.
-pub(super) async fn changes(
-    conn: &mut PgConnection,
-    after: i64,
-    to: i64,
-    limit: i64,
-) -> Result<Vec<Change>, sqlx::Error> {
-    let rows = sqlx::query(
-        "SELECT key, index, created_index, version, content_type, value, previous FROM state.history
-         WHERE index > $1 AND index <= $2 ORDER BY index, key LIMIT $3",
-    )
-    .bind(after)
-    .bind(to)
-    .bind(limit)
-    .fetch_all(conn)
-    .await?;
-    rows.iter()
-        .map(|r| {
-            let item = item(r)?;
-            Ok(Change { deleted: item.version == 0, previous: r.try_get("previous")?, item })
-        })
-        .collect()
 }
 
 #[cfg(test)]

@@ -119,7 +119,7 @@ impl Projection for Hub {
             };
             if watched {
                 let from = self.lock().at.max(after);
-                self.tell(store::changes(conn, from, to, i64::MAX).await?, to);
+                self.tell(store::history::changes(conn, from, to, i64::MAX).await?, to);
             }
             Ok(())
         })
@@ -173,7 +173,7 @@ impl State {
         let (joined, hear) = self.hub.join(prefix.as_bytes());
         let sent = after.unwrap_or(joined);
         let mut conn = self.connection().await?;
-        let mark = store::mark(&mut conn).await.map_err(|e| self.store.refusal(e))?;
+        let mark = store::history::mark(&mut conn).await.map_err(|e| self.store.refusal(e))?;
         if after.is_some_and(|a| a < mark) {
             return Err(Refusal::new(&problem::COMPACTED, format!("changes before index {mark} were compacted")));
         }
@@ -257,18 +257,18 @@ impl Watch {
     async fn read_history(&mut self) -> Result<(), Refusal> {
         let refusal = |e| self.state.store.refusal(e);
         let mut conn = self.state.connection().await?;
-        let mut changes = store::changes(&mut conn, self.sent, self.joined, PAGE).await.map_err(refusal)?;
+        let mut changes = store::history::changes(&mut conn, self.sent, self.joined, PAGE).await.map_err(refusal)?;
         let full = changes.len() as i64 == PAGE;
         if full && let (Some(first), Some(last)) = (changes.first(), changes.last()) {
             let (first, last) = (first.item.index, last.item.index);
             if first == last {
-                changes = store::changes(&mut conn, self.sent, first, i64::MAX).await.map_err(refusal)?;
+                changes = store::history::changes(&mut conn, self.sent, first, i64::MAX).await.map_err(refusal)?;
             } else {
                 changes.retain(|c| c.item.index < last);
             }
         }
         let read = if full { changes.last().map_or(self.joined, |c| c.item.index) } else { self.joined };
-        let mark = store::mark(&mut conn).await.map_err(refusal)?;
+        let mark = store::history::mark(&mut conn).await.map_err(refusal)?;
         if self.sent < mark {
             return Err(Refusal::new(&problem::COMPACTED, format!("changes before index {mark} were compacted")));
         }

@@ -3,8 +3,8 @@
 use std::collections::BTreeMap;
 
 use sop::kernel::crypto::{self, Domain};
-use sop::ledger::entry;
 use sop::ledger::merkle::Frontier;
+use sop::ledger::{Touched, entry};
 use sqlx::{PgConnection, Row};
 
 use super::postgres::Database;
@@ -30,13 +30,13 @@ async fn check_at(conn: &mut PgConnection) -> i64 {
     let head = sqlx::query("SELECT index, root FROM ledger.head").fetch_one(&mut *conn).await.unwrap();
     let (index, root): (i64, Vec<u8>) = (head.get("index"), head.get("root"));
     let rows = sqlx::query(
-        "SELECT e.index, e.leaf, e.hash, d.salt, d.details, d.segment FROM ledger.entries e JOIN ledger.details d USING (index) ORDER BY index",
+        "SELECT e.index, e.leaf, e.hash, e.touched, d.salt, d.details, d.segment FROM ledger.entries e JOIN ledger.details d USING (index) ORDER BY index",
     )
     .fetch_all(&mut *conn)
     .await
     .unwrap();
     let mut frontier = Frontier::default();
-    let mut puts = Vec::new();
+    let mut changed = Vec::new();
     for (at, row) in rows.iter().enumerate() {
         assert_eq!(row.get::<i64, _>("index"), i64::try_from(at).unwrap(), "an index is missing or doubled");
         let (leaf, hash): (Vec<u8>, Vec<u8>) = (row.get("leaf"), row.get("hash"));
@@ -47,24 +47,42 @@ async fn check_at(conn: &mut PgConnection) -> i64 {
         let body = entry::body(&entry::commitment(&salt, &details), segment.as_ref());
         let json: serde_json::Value = serde_json::from_slice(&leaf).unwrap();
         assert_eq!(json["body"], crypto::base64(body), "the details of {at} are not what it commits to");
-        if json["outcome"] == "ok" && (json["action"] == "state:put" || json["action"] == "state:delete") {
-            puts.push(i64::try_from(at).unwrap());
+        let touched = Touched::decode(row.get("touched")).unwrap();
+        if touched.iter().any(|t| t.kind == "kv") {
+            changed.push(i64::try_from(at).unwrap());
         }
         frontier.push(crypto::hash(Domain::Leaf, &[&leaf]));
     }
     assert_eq!(i64::try_from(rows.len()).unwrap(), index + 1, "the head does not stand on the last entry");
     assert_eq!(frontier.root()[..], root[..], "the entries do not give the head's root");
+    // Before the compaction mark history is not whole.
+    let mark: i64 = sqlx::query_scalar("SELECT mark FROM state.compaction").fetch_one(&mut *conn).await.unwrap();
     let history: Vec<i64> =
-        sqlx::query_scalar("SELECT index FROM state.history ORDER BY index").fetch_all(&mut *conn).await.unwrap();
-    assert_eq!(history, puts, "changes and entries of keys are not one to one");
+        sqlx::query_scalar("SELECT DISTINCT index FROM state.history WHERE index > $1 ORDER BY index")
+            .bind(mark)
+            .fetch_all(&mut *conn)
+            .await
+            .unwrap();
+    changed.retain(|index| *index > mark);
+    assert_eq!(history, changed, "changes and entries of keys are not one to one");
     let astray: i64 = sqlx::query_scalar(
         "SELECT count(*) FROM state.kv k WHERE index <> (SELECT max(index) FROM state.history h WHERE h.key = k.key)
-            OR version <> (SELECT count(*) FROM state.history h WHERE h.key = k.key AND h.created_index = k.created_index AND h.version > 0)",
+            OR created_index > $1 AND version <> (SELECT count(*) FROM state.history h
+                WHERE h.key = k.key AND h.created_index = k.created_index AND h.version > 0)",
+    )
+    .bind(mark)
+    .fetch_one(&mut *conn)
+    .await
+    .unwrap();
+    assert_eq!(astray, 0, "keys that are not their newest history row");
+    let left: i64 = sqlx::query_scalar(
+        "SELECT count(*) FROM (SELECT DISTINCT ON (key) key, version FROM state.history ORDER BY key, index DESC) AS newest
+         WHERE version > 0 AND key NOT IN (SELECT key FROM state.kv)",
     )
     .fetch_one(conn)
     .await
     .unwrap();
-    assert_eq!(astray, 0, "keys that are not their newest history row");
+    assert_eq!(left, 0, "keys that history knows and nobody else");
     index + 1
 }
 

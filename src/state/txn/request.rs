@@ -1,0 +1,298 @@
+//! A transaction as it is sent, and what is wrong with it.
+
+use serde::Deserialize;
+use serde_json::Value;
+use serde_json::value::RawValue;
+use uuid::Uuid;
+
+use crate::kernel::crypto::from_base64;
+use crate::kernel::web::faulty;
+use crate::kernel::{Fault, Refusal};
+
+use super::super::model::{key_fault, prefix_fault};
+use super::{Compare, Get, Op, Operand, Put, Relation, Target, Txn};
+
+/// Conditions, and operations of a branch, at most.
+pub(super) const MOST: usize = 128;
+/// Keys that one get gives at most.
+const GET_MOST: i64 = 1000;
+
+/// If all conditions hold, the operations of `then` are done, else those of `else`: all at one index, or none
+#[derive(Debug, Deserialize, utoipa::ToSchema)]
+#[serde(deny_unknown_fields)]
+#[schema(as = Txn)]
+pub(in crate::state) struct Request {
+    /// What must hold, all of it; at most 128
+    #[serde(default, rename = "if")]
+    conditions: Vec<Condition>,
+    /// Done if it holds, in order; at most 128
+    #[serde(default)]
+    then: Vec<Operation>,
+    /// Done if it does not
+    #[serde(default, rename = "else")]
+    otherwise: Vec<Operation>,
+}
+
+/// What must hold of a key
+#[derive(Debug, Deserialize, utoipa::ToSchema)]
+#[serde(deny_unknown_fields)]
+#[schema(as = TxnCondition)]
+struct Condition {
+    key: String,
+    target: Target,
+    op: Relation,
+    /// Base64 for `value`, `true` or `false` for `exists`, a number for the others
+    #[serde(default)]
+    #[schema(value_type = Object)]
+    operand: Value,
+}
+
+/// One of `put`, `delete`, `get`
+#[derive(Debug, Deserialize, utoipa::ToSchema)]
+#[serde(rename_all = "lowercase")]
+#[schema(as = TxnOperation)]
+enum Operation {
+    Put(PutOperation),
+    Delete(DeleteOperation),
+    Get(GetOperation),
+}
+
+/// `value` (base64) or `json`
+#[derive(Debug, Deserialize, utoipa::ToSchema)]
+#[serde(deny_unknown_fields)]
+#[schema(as = TxnPut)]
+struct PutOperation {
+    key: String,
+    /// Base64
+    #[serde(default)]
+    value: Option<String>,
+    /// Any JSON, kept as it is written, as `application/json`
+    #[serde(default)]
+    #[schema(value_type = Object)]
+    json: Option<Box<RawValue>>,
+    #[serde(default)]
+    content_type: Option<String>,
+    /// The key goes when this lease ends
+    #[serde(default)]
+    lease: Option<Uuid>,
+}
+
+/// A key, or all under a prefix
+#[derive(Debug, Deserialize, utoipa::ToSchema)]
+#[serde(deny_unknown_fields)]
+#[schema(as = TxnDelete)]
+struct DeleteOperation {
+    #[serde(default)]
+    key: Option<String>,
+    #[serde(default)]
+    prefix: Option<String>,
+}
+
+/// A key, or those under a prefix
+#[derive(Debug, Deserialize, utoipa::ToSchema)]
+#[serde(deny_unknown_fields)]
+#[schema(as = TxnGet)]
+struct GetOperation {
+    #[serde(default)]
+    key: Option<String>,
+    #[serde(default)]
+    prefix: Option<String>,
+    #[serde(default)]
+    keys_only: bool,
+    /// Keys under the prefix at most, 1-1000
+    #[serde(default)]
+    limit: Option<i64>,
+}
+
+impl Request {
+    /// The transaction, or all that is wrong with it.
+    pub fn check(self) -> Result<Txn, Refusal> {
+        let mut faults = Vec::new();
+        for (name, n) in [("if", self.conditions.len()), ("then", self.then.len()), ("else", self.otherwise.len())] {
+            if n > MOST {
+                faults.push(Fault::new(format!("/{name}"), format!("at most {MOST}, these are {n}")));
+            }
+        }
+        let compares = self.conditions.into_iter().enumerate().filter_map(|(i, c)| c.check(i, &mut faults)).collect();
+        let txn = Txn {
+            compares,
+            then: branch("then", self.then, &mut faults),
+            otherwise: branch("else", self.otherwise, &mut faults),
+            owner: String::new(),
+        };
+        faulty(faults).map_or(Ok(txn), Err)
+    }
+}
+
+impl Condition {
+    fn check(self, i: usize, faults: &mut Vec<Fault>) -> Option<Compare> {
+        if let Some(fault) = key_fault(&self.key) {
+            faults.push(Fault::new(format!("/if/{i}/key"), fault));
+        }
+        let ordered = matches!(self.op, Relation::Lt | Relation::Gt);
+        let operand = match self.target {
+            Target::Exists if ordered => {
+                faults.push(Fault::new(format!("/if/{i}/op"), "whether a key exists is eq or ne"));
+                return None;
+            }
+            Target::Exists => self.operand.as_bool().map(|b| Operand::Number(i64::from(b))),
+            Target::Value => self.operand.as_str().and_then(from_base64).map(Operand::Bytes),
+            Target::Index | Target::CreatedIndex | Target::Version => self.operand.as_i64().map(Operand::Number),
+        };
+        if operand.is_none() {
+            let wanted = match self.target {
+                Target::Exists => "true or false is wanted",
+                Target::Value => "base64 is wanted",
+                _ => "a whole number is wanted",
+            };
+            faults.push(Fault::new(format!("/if/{i}/operand"), wanted));
+        }
+        Some(Compare { key: self.key.into_bytes(), target: self.target, relation: self.op, operand: operand? })
+    }
+}
+
+/// The operations of a branch. No key is changed twice: what would stand at its end, and what history would say of the index,
+/// would not be one thing.
+fn branch(name: &str, operations: Vec<Operation>, faults: &mut Vec<Fault>) -> Vec<Op> {
+    let mut ops: Vec<Op> = Vec::new();
+    for (i, operation) in operations.into_iter().enumerate() {
+        let at = format!("/{name}/{i}");
+        let Some(op) = operation.check(&at, faults) else { continue };
+        if ops.iter().any(|before| clash(before, &op)) {
+            faults.push(Fault::new(at, "a key is changed at most once in a transaction"));
+        }
+        ops.push(op);
+    }
+    ops
+}
+
+fn clash(a: &Op, b: &Op) -> bool {
+    match (a, b) {
+        (Op::Get(_), _) | (_, Op::Get(_)) => false,
+        (Op::DeletePrefix(p), Op::DeletePrefix(q)) => p.starts_with(q) || q.starts_with(p),
+        (Op::DeletePrefix(p), Op::Put(Put { key, .. }) | Op::Delete(key))
+        | (Op::Put(Put { key, .. }) | Op::Delete(key), Op::DeletePrefix(p)) => key.starts_with(p),
+        (Op::Put(Put { key, .. }) | Op::Delete(key), Op::Put(Put { key: other, .. }) | Op::Delete(other)) => {
+            key == other
+        }
+    }
+}
+
+/// A key or a prefix: exactly one of them.
+enum Which {
+    Key(Vec<u8>),
+    Prefix(Vec<u8>),
+}
+
+fn which(key: Option<String>, prefix: Option<String>, at: &str, faults: &mut Vec<Fault>) -> Option<Which> {
+    let fault = match (&key, &prefix) {
+        (Some(key), None) => key_fault(key).map(|f| (format!("{at}/key"), f)),
+        (None, Some(prefix)) => prefix_fault(prefix).map(|f| (format!("{at}/prefix"), f)),
+        _ => Some((at.to_owned(), "`key` or `prefix` is wanted, one of them")),
+    };
+    if let Some((pointer, fault)) = fault {
+        faults.push(Fault::new(pointer, fault));
+        return None;
+    }
+    key.map(|k| Which::Key(k.into_bytes())).or(prefix.map(|p| Which::Prefix(p.into_bytes())))
+}
+
+impl Operation {
+    fn check(self, at: &str, faults: &mut Vec<Fault>) -> Option<Op> {
+        match self {
+            Self::Put(put) => put.check(&format!("{at}/put"), faults).map(Op::Put),
+            Self::Delete(delete) => match which(delete.key, delete.prefix, &format!("{at}/delete"), faults)? {
+                Which::Key(key) => Some(Op::Delete(key)),
+                Which::Prefix(prefix) => Some(Op::DeletePrefix(prefix)),
+            },
+            Self::Get(get) => {
+                let limit = get.limit.unwrap_or(GET_MOST);
+                if !(1..=GET_MOST).contains(&limit) {
+                    faults.push(Fault::new(format!("{at}/get/limit"), "limit is from 1 to 1000"));
+                }
+                let (name, prefix) = match which(get.key, get.prefix, &format!("{at}/get"), faults)? {
+                    Which::Key(key) => (key, false),
+                    Which::Prefix(prefix) => (prefix, true),
+                };
+                Some(Op::Get(Get { name, prefix, values: !get.keys_only, limit }))
+            }
+        }
+    }
+}
+
+impl PutOperation {
+    fn check(self, at: &str, faults: &mut Vec<Fault>) -> Option<Put> {
+        if let Some(fault) = key_fault(&self.key) {
+            faults.push(Fault::new(format!("{at}/key"), fault));
+        }
+        let fits = |t: &String| t.len() <= 256 && t.bytes().all(|b| (0x20..0x7f).contains(&b));
+        if self.content_type.as_ref().is_some_and(|t| !fits(t)) {
+            faults.push(Fault::new(format!("{at}/content_type"), "at most 256 visible ASCII characters"));
+        }
+        let (value, default) = match (self.value, self.json) {
+            (Some(text), None) => {
+                let value = from_base64(&text);
+                if value.is_none() {
+                    faults.push(Fault::new(format!("{at}/value"), "base64 is wanted"));
+                }
+                (value?, "application/octet-stream")
+            }
+            (None, Some(json)) => (json.get().as_bytes().to_vec(), "application/json"),
+            _ => {
+                faults.push(Fault::new(at, "`value` or `json` is wanted, one of them"));
+                return None;
+            }
+        };
+        let content_type = self.content_type.unwrap_or_else(|| default.to_owned());
+        Some(Put { key: self.key.into_bytes(), value, content_type, lease: self.lease })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    fn check(body: Value) -> Result<Txn, Vec<String>> {
+        let request: Request = crate::kernel::web::parse_json(&serde_json::to_vec(&body).unwrap())
+            .map_err(|r| r.errors().iter().map(|e| e.pointer.clone()).collect::<Vec<_>>())?;
+        request.check().map_err(|r| r.errors().iter().map(|e| e.pointer.clone()).collect())
+    }
+
+    #[test]
+    fn what_is_wrong_is_pointed_at() {
+        for (body, at) in [
+            (json!({"if": [{"key": "a//b", "target": "index", "op": "eq", "operand": 1}]}), "/if/0/key"),
+            (json!({"if": [{"key": "a", "target": "index", "op": "eq", "operand": "1"}]}), "/if/0/operand"),
+            (json!({"if": [{"key": "a", "target": "value", "op": "eq", "operand": "%"}]}), "/if/0/operand"),
+            (json!({"if": [{"key": "a", "target": "value", "op": "eq"}]}), "/if/0/operand"),
+            (json!({"if": [{"key": "a", "target": "exists", "op": "lt", "operand": true}]}), "/if/0/op"),
+            (json!({"if": [{"key": "a", "target": "size", "op": "lt", "operand": 1}]}), "/if/0/target"),
+            (json!({"then": [{"put": {"key": "a"}}]}), "/then/0/put"),
+            (json!({"then": [{"put": {"key": "a", "value": "", "json": 1}}]}), "/then/0/put"),
+            (json!({"then": [{"put": {"key": "a", "json": 1, "content_type": "\n"}}]}), "/then/0/put/content_type"),
+            (json!({"else": [{"delete": {}}]}), "/else/0/delete"),
+            (json!({"else": [{"delete": {"key": "a", "prefix": "a"}}]}), "/else/0/delete"),
+            (json!({"else": [{"get": {"prefix": "a b", "limit": 1}}]}), "/else/0/get/prefix"),
+            (json!({"else": [{"get": {"prefix": "a", "limit": 0}}]}), "/else/0/get/limit"),
+            (json!({"then": vec![json!({"get": {"key": "a"}}); 129]}), "/then"),
+            (json!({"then": [{"put": {"key": "a", "json": 1}}, {"delete": {"key": "a"}}]}), "/then/1"),
+            (json!({"then": [{"delete": {"prefix": "a"}}, {"put": {"key": "a/b", "json": 1}}]}), "/then/1"),
+            (json!({"then": [{"delete": {"prefix": "a/b"}}, {"delete": {"prefix": "a"}}]}), "/then/1"),
+        ] {
+            assert_eq!(check(body.clone()).err().unwrap_or_default().first().map(String::as_str), Some(at), "{body}");
+        }
+        assert!(check(json!({"then": [{"nope": {}}]})).is_err());
+        assert!(check(json!({"then": [{"put": {"key": "a", "json": 1}, "delete": {"key": "b"}}]})).is_err());
+    }
+
+    #[test]
+    fn json_is_kept_as_it_was_written() {
+        let body = br#"{"then": [{"put": {"key": "a", "json": {"b": 1.50, "a":  null}}}, {"get": {"key": "a"}}]}"#;
+        let txn = crate::kernel::web::parse_json::<Request>(body).unwrap().check().unwrap();
+        let Op::Put(put) = &txn.then[0] else { panic!("a put") };
+        assert_eq!(put.value, br#"{"b": 1.50, "a":  null}"#);
+        assert_eq!(put.content_type, "application/json");
+    }
+}
