@@ -196,8 +196,7 @@ impl<'a> Ground<'a> {
         let governance = Governance::start(parts, &self.tasks).await;
         let token = self.token(ledger, views.clients, url).await?;
         files::admin(&self.config.data.dir, url, &token).await?;
-        let counted = state::Metrics::new(&self.registry).map_err(|e| e.to_string())?;
-        let state = State::new(ledger.clone(), self.store.clone(), views.keys, counted);
+        let state = self.state(ledger, views.keys)?;
         let parts = nexus::Parts {
             ledger: ledger.clone(),
             store: self.store.clone(),
@@ -235,6 +234,18 @@ impl<'a> Ground<'a> {
             .merge(nexus::http::routes(nexus))
             .merge(health::http::routes(health));
         Ok((gate, routes))
+    }
+
+    fn state(&self, ledger: &Ledger, hub: Arc<Hub>) -> Result<State, String> {
+        let parts = state::Parts {
+            ledger: ledger.clone(),
+            store: self.store.clone(),
+            clock: self.clock.clone(),
+            hub,
+            metrics: state::Metrics::new(&self.registry).map_err(|e| e.to_string())?,
+            history: self.config.state.history,
+        };
+        Ok(State::start(parts, &self.tasks))
     }
 
     async fn token(&self, ledger: &Ledger, clients: Arc<token::Snapshot>, url: &str) -> Result<Token, String> {

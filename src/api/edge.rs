@@ -31,6 +31,8 @@ use super::{Authenticator, Limits, Parts};
 const COMPRESS_ABOVE: u64 = 1024;
 
 const REQUEST_ID: &str = "x-request-id";
+/// On a stale read: seconds since this daemon last knew what is newest.
+const SOP_STALENESS: HeaderName = HeaderName::from_static("sop-staleness");
 
 pub(super) struct Shared {
     ledger: Ledger,
@@ -228,7 +230,11 @@ async fn inside(
     let fields = shared.admit(Who::Client(caller.identity().actor.clone()), &asked)?;
     let (mut request, caller) = whole.read(request, caller, &info, shared.limits.body).await?;
     request.extensions_mut().insert(caller);
-    Ok(fields.on(next.run(request).await))
+    let mut response = fields.on(next.run(request).await);
+    if stale && let Ok(seconds) = HeaderValue::try_from(format!("{:.3}", shared.ledger.staleness().as_secs_f64())) {
+        response.headers_mut().insert(SOP_STALENESS, seconds);
+    }
+    Ok(response)
 }
 
 /// How long the store may take to say what is newest before a question to the policy counts it as away.

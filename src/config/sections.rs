@@ -191,7 +191,18 @@ pub struct Governance {
 
 #[derive(Clone, Debug, Deserialize)]
 #[serde(deny_unknown_fields)]
-pub struct State {}
+pub struct State {
+    pub history: History,
+}
+
+/// How much of the past of keys is kept.
+#[derive(Clone, Copy, Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct History {
+    pub keep: Span,
+    pub keep_versions: i64,
+    pub grace: Span,
+}
 
 #[derive(Clone, Debug, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -259,6 +270,12 @@ impl Config {
         }
         if self.token.ttl.get() < Duration::from_secs(1) {
             return Err("token.ttl is a second at least".to_owned());
+        }
+        if self.state.history.keep_versions < 0 {
+            return Err("state.history.keep_versions is a number of changes; 0 keeps them all".to_owned());
+        }
+        if self.state.history.grace.get() < self.database.statement_timeout.get() {
+            return Err("state.history.grace may not be shorter than database.statement_timeout: a read that began before the mark was set would miss rows".to_owned());
         }
         if self.disk.guard_percent > 100 {
             return Err("disk.guard_percent is a percentage, at most 100".to_owned());

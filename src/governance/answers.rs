@@ -173,7 +173,7 @@ impl Governance {
         spare: &[Option<(Duration, Record)>],
         away: Refusal,
     ) -> Result<Vec<Recorded>, Refusal> {
-        let (age, at) = (self.ledger.age(), self.ledger.index());
+        let (age, at) = (self.ledger.staleness(), self.ledger.index());
         let fits = |place: Option<usize>| {
             let spare = place.and_then(|i| spare.get(i)).and_then(Option::as_ref);
             spare.filter(|(most, _)| away.problem() == &problem::UNAVAILABLE && age <= *most).map(|(_, record)| record)

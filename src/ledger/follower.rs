@@ -40,6 +40,8 @@ pub(super) struct News {
     pub after: i64,
     pub to: i64,
     pub touched: Vec<(i64, Touched)>,
+    /// Nothing was newer than `to` at this time of the clock.
+    pub began: Duration,
 }
 
 /// Entries read at a time.
@@ -67,6 +69,7 @@ impl Follower {
 
     /// Reads every projection from nothing, all at one index.
     pub async fn load(&mut self) -> Result<(), sqlx::Error> {
+        let began = self.shared.clock.elapsed();
         let mut conn = self.shared.store.dedicated("follower").await?;
         let mut tx = conn.begin_with("BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY").await?;
         let at = store::head_index(&mut tx).await?;
@@ -77,6 +80,7 @@ impl Follower {
         self.projections.iter().for_each(|p| p.loaded());
         self.conn = Some(conn);
         self.at.send_replace(at);
+        self.shared.confirm(began);
         Ok(())
     }
 
@@ -124,7 +128,10 @@ impl Follower {
         if news.after != at {
             return self.read_on().await;
         }
-        self.advance(news.after, news.to, news.touched).await
+        // Our own writer found the head where it knew it.
+        self.advance(news.after, news.to, news.touched).await?;
+        self.shared.confirm(news.began);
+        Ok(())
     }
 
     /// Reads from the ledger what is newer than what is known.
@@ -135,7 +142,7 @@ impl Follower {
             let entries = store::entries_after(conn, after, i64::MAX, PAGE).await;
             let entries = self.kept(entries)?;
             let Some(last) = entries.last() else {
-                self.shared.is_current(began);
+                self.shared.confirm(began);
                 return Ok(());
             };
             let to = last.index;
@@ -143,6 +150,7 @@ impl Follower {
             let touched = entries.into_iter().flat_map(|e| e.touched.into_iter().map(move |t| (e.index, t))).collect();
             self.advance(after, to, touched).await?;
             if !more {
+                self.shared.confirm(began);
                 return Ok(());
             }
         }

@@ -21,6 +21,7 @@ mod job;
 mod known;
 pub mod merkle;
 mod metrics;
+mod moments;
 pub mod segment;
 mod signals;
 mod store;
@@ -47,6 +48,7 @@ pub use command::{Approvals, Command, Committed, Failure, Record, Tx};
 pub use entry::{Entry, Outcome, Sealed, Segment, Signal};
 pub use facts::{AUTHZ, authz_fact};
 pub use follower::Projection;
+pub use moments::newest_at;
 pub use signals::Signalled;
 pub use store::attached;
 pub use touch::{Touch, Touched, What};
@@ -109,9 +111,9 @@ struct Shared {
     news: mpsc::Sender<News>,
     /// The newest index this daemon knows to be committed.
     head: AtomicI64,
+    /// When the follower last had everything there was, milliseconds of the clock's elapsed time.
+    confirmed: AtomicU64,
     behind: AtomicBool,
-    /// When this daemon last knew that it reflects what is newest, milliseconds of its clock.
-    current: AtomicU64,
     /// Why nothing may be written, if somebody above found a reason.
     halted: std::sync::OnceLock<Refusal>,
     /// Who uses up the proposals that changes rest on.
@@ -122,11 +124,6 @@ impl Shared {
     /// Tells the follower. If it is too far behind to listen it reads for itself.
     fn news(&self, news: News) {
         let _ = self.news.try_send(news);
-    }
-
-    /// What was newest at this time of the clock is reflected.
-    fn is_current(&self, at: Duration) {
-        self.current.fetch_max(u64::try_from(at.as_millis()).unwrap_or(u64::MAX), Ordering::AcqRel);
     }
 
     fn set_behind(&self) {
@@ -176,8 +173,8 @@ impl Ledger {
             queue,
             news,
             head: AtomicI64::new(-1),
+            confirmed: AtomicU64::new(0),
             behind: AtomicBool::new(false),
-            current: AtomicU64::new(0),
             halted: std::sync::OnceLock::new(),
             approvals: std::sync::OnceLock::new(),
         });
@@ -338,7 +335,7 @@ impl Ledger {
         let gone = |_| Refusal::unavailable("the daemon is stopping");
         let index = rx.await.map_err(gone)??;
         self.reach(index, self.0.shared.write_timeout).await?;
-        self.0.shared.is_current(began);
+        self.0.shared.confirm(began);
         Ok(index)
     }
 
@@ -365,13 +362,6 @@ impl Ledger {
     #[must_use]
     pub fn index(&self) -> i64 {
         *self.0.at.borrow()
-    }
-
-    /// How long ago this daemon last knew that its projections reflect what is newest.
-    #[must_use]
-    pub fn age(&self) -> Duration {
-        let current = Duration::from_millis(self.0.shared.current.load(Ordering::Acquire));
-        self.0.shared.clock.elapsed().saturating_sub(current)
     }
 
     /// Tells of each new index, once the projections reflect it.

@@ -57,6 +57,11 @@ pub(super) async fn head_index(conn: &mut PgConnection) -> Result<i64, sqlx::Err
     sqlx::query_scalar("SELECT index FROM ledger.head WHERE id = 1").fetch_one(conn).await
 }
 
+/// The leaf of an entry that is there.
+pub(super) async fn leaf(conn: &mut PgConnection, index: i64) -> Result<Vec<u8>, sqlx::Error> {
+    sqlx::query_scalar("SELECT leaf FROM ledger.entries WHERE index = $1").bind(index).fetch_one(conn).await
+}
+
 /// Makes the head of an empty log; a head that is there stays as it is.
 pub(super) async fn make_head(conn: &mut PgConnection, root: &Hash) -> Result<(), sqlx::Error> {
     sqlx::query(

@@ -61,6 +61,8 @@ pub(super) struct Writer {
     place: Option<Place>,
     unknown: Option<Unknown>,
     gather: Gather,
+    /// When this turn began.
+    began: Duration,
 }
 
 /// A connection of the writer, with the process id of its backend, by which who blocks it can be found.
@@ -78,7 +80,8 @@ enum Turn {
 
 impl Writer {
     pub fn new(shared: Arc<Shared>, queue: mpsc::Receiver<Box<dyn Job>>) -> Self {
-        Self { shared, queue, foreign: None, place: None, unknown: None, gather: Gather::default() }
+        let (gather, began) = (Gather::default(), Duration::ZERO);
+        Self { shared, queue, foreign: None, place: None, unknown: None, gather, began }
     }
 
     /// Runs until told to stop, and then until what queued before is written.
@@ -143,6 +146,7 @@ impl Writer {
 
     /// One turn. `jobs` were taken before it: the one that woke us, or those of a turn that was broken off.
     async fn turn(&mut self, s: &mut Session, jobs: Vec<Box<dyn Job>>) -> Turn {
+        self.began = self.shared.clock.elapsed();
         if self.alone() {
             match self.optimistic(s, jobs).await {
                 optimistic::Tried::Ended(turn) => return turn,
@@ -281,7 +285,7 @@ impl Writer {
         if place.index > after {
             self.shared.head.store(place.index, Ordering::Release);
             self.shared.metrics.entries.inc_by(done.touched.len() as u64);
-            self.shared.news(News { after, to: place.index, touched: news });
+            self.shared.news(News { after, to: place.index, touched: news, began: self.began });
         }
     }
 

@@ -1,6 +1,6 @@
 //! What the room counts.
 
-use prometheus::{IntCounterVec, IntGauge, Opts, Registry};
+use prometheus::{IntCounter, IntCounterVec, IntGauge, Opts, Registry};
 
 /// The room's metrics, `sop_state_*`.
 #[derive(Clone)]
@@ -9,6 +9,10 @@ pub struct Metrics {
     pub operations: IntCounterVec,
     /// Open watches.
     pub watchers: IntGauge,
+    /// History can be read from here on.
+    pub mark: IntGauge,
+    /// Rows of history that were dropped.
+    pub compacted: IntCounter,
 }
 
 impl Metrics {
@@ -23,12 +27,16 @@ impl Metrics {
         )?;
         let watchers = IntGauge::new("sop_state_watchers_count", "Open watches")?;
         registry.register(Box::new(operations.clone()))?;
+        let mark = IntGauge::new("sop_state_history_first_index", "History of keys can be read from this index on")?;
+        let compacted = IntCounter::new("sop_state_compacted_rows_total", "Rows of history that were dropped")?;
         registry.register(Box::new(watchers.clone()))?;
+        registry.register(Box::new(mark.clone()))?;
+        registry.register(Box::new(compacted.clone()))?;
         // A metric exists from the first start, before anything was counted.
-        for verb in ["get", "put", "delete", "list", "watch", "txn"] {
+        for verb in ["get", "put", "delete", "list", "watch", "txn", "compact"] {
             operations.with_label_values(&[verb]).inc_by(0);
         }
-        Ok(Self { operations, watchers })
+        Ok(Self { operations, watchers, mark, compacted })
     }
 
     pub(super) fn count(&self, verb: &str) {

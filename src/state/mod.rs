@@ -9,6 +9,7 @@
 //! **Why this way.** Values stand twice, in `kv` and in `history`: a read of the present is one look-up in a small hot table,
 //! and a read of the past needs no undo.
 
+mod compaction;
 pub mod http;
 pub mod kv;
 mod metrics;
@@ -23,8 +24,10 @@ use std::sync::Arc;
 use serde::{Deserialize, Serialize};
 use sqlx::Connection as _;
 
+use crate::config::History;
+use crate::kernel::supervisor::Supervisor;
 use crate::kernel::web::{Ask, Caller, cursor};
-use crate::kernel::{Refusal, crypto, problem};
+use crate::kernel::{Clock, Refusal, crypto, problem};
 use crate::ledger::{Committed, Failure, Ledger};
 use crate::store::Store;
 
@@ -33,6 +36,22 @@ use model::{Condition, Deleted, Item, Written};
 use store::{Wanted, history};
 use txn::{Answered, Txn};
 pub use watch::Hub;
+
+/// What the room is made from.
+pub struct Parts {
+    /// Where it writes.
+    pub ledger: Ledger,
+    /// Where it reads.
+    pub store: Store,
+    /// Durations.
+    pub clock: Clock,
+    /// The projection that feeds watches.
+    pub hub: Arc<Hub>,
+    /// Where it counts.
+    pub metrics: Metrics,
+    /// How much of the past is kept.
+    pub history: History,
+}
 
 /// How a read chooses its moment.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -81,9 +100,11 @@ struct Cursor {
 }
 
 impl State {
-    /// On the ledger; `hub` is the projection that feeds watches.
+    /// Opens the room and starts its tasks.
     #[must_use]
-    pub fn new(ledger: Ledger, store: Store, hub: Arc<Hub>, metrics: Metrics) -> Self {
+    pub fn start(parts: Parts, tasks: &Supervisor) -> Self {
+        let Parts { ledger, store, clock, hub, metrics, history } = parts;
+        compaction::start(store.clone(), ledger.clone(), clock, metrics.clone(), history, tasks);
         Self { ledger, store, hub, metrics }
     }
 

@@ -119,7 +119,7 @@ impl Projection for Hub {
             };
             if watched {
                 let from = self.lock().at.max(after);
-                self.tell(store::history::changes(conn, from, to, i64::MAX).await?, to);
+                self.tell(store::history::changes(conn, from, to, i64::MAX).await?.1, to);
             }
             Ok(())
         })
@@ -257,18 +257,19 @@ impl Watch {
     async fn read_history(&mut self) -> Result<(), Refusal> {
         let refusal = |e| self.state.store.refusal(e);
         let mut conn = self.state.connection().await?;
-        let mut changes = store::history::changes(&mut conn, self.sent, self.joined, PAGE).await.map_err(refusal)?;
+        let (mut mark, mut changes) =
+            store::history::changes(&mut conn, self.sent, self.joined, PAGE).await.map_err(refusal)?;
         let full = changes.len() as i64 == PAGE;
         if full && let (Some(first), Some(last)) = (changes.first(), changes.last()) {
             let (first, last) = (first.item.index, last.item.index);
             if first == last {
-                changes = store::history::changes(&mut conn, self.sent, first, i64::MAX).await.map_err(refusal)?;
+                (mark, changes) =
+                    store::history::changes(&mut conn, self.sent, first, i64::MAX).await.map_err(refusal)?;
             } else {
                 changes.retain(|c| c.item.index < last);
             }
         }
         let read = if full { changes.last().map_or(self.joined, |c| c.item.index) } else { self.joined };
-        let mark = store::history::mark(&mut conn).await.map_err(refusal)?;
         if self.sent < mark {
             return Err(Refusal::new(&problem::COMPACTED, format!("changes before index {mark} were compacted")));
         }

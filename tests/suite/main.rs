@@ -42,6 +42,7 @@ mod rollout;
 mod search;
 mod secrets;
 mod state;
+mod state_history;
 mod state_txn;
 mod token;
 mod verify;

@@ -22,7 +22,7 @@ fn header<'a>(answer: &'a Response, name: &str) -> &'a str {
     answer.headers().get(name).unwrap_or_else(|| panic!("no {name}")).to_str().unwrap()
 }
 
-async fn problem(answer: Response) -> (u16, String, Value) {
+pub async fn problem(answer: Response) -> (u16, String, Value) {
     let status = answer.status().as_u16();
     assert_eq!(header(&answer, "content-type"), "application/problem+json");
     assert!(answer.headers().contains_key("x-request-id") && answer.headers().contains_key("sop-index"));
@@ -228,10 +228,10 @@ async fn requests_are_named_and_indexes_waited_for() {
     assert_eq!(waiting.await.unwrap().unwrap().text().await.unwrap(), "later");
 }
 
-type Heard = (String, Option<i64>, Value);
+pub type Heard = (String, Option<i64>, Value);
 
 /// Events of a watch (name, id, data), until there are enough.
-async fn events(answer: Response, enough: impl Fn(&[Heard]) -> bool) -> Vec<Heard> {
+pub async fn events(answer: Response, enough: impl Fn(&[Heard]) -> bool) -> Vec<Heard> {
     let (mut stream, mut text, mut out) = (answer.bytes_stream(), String::new(), Vec::new());
     loop {
         let chunk = tokio::time::timeout(Duration::from_secs(10), stream.next())

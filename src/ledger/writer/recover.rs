@@ -103,7 +103,7 @@ impl Writer {
         self.foreign = Some(self.shared.clock.elapsed());
         self.shared.head.store(head.index, std::sync::atomic::Ordering::Release);
         self.shared.metrics.caught_up.inc_by(u64::try_from(head.index - start).unwrap_or(0));
-        self.shared.news(News { after: start, to: head.index, touched: news });
+        self.shared.news(News { after: start, to: head.index, touched: news, began: self.began });
         Ok(true)
     }
 

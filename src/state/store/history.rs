@@ -1,6 +1,7 @@
 //! Keys as they were, and what changed when. Every statement looks at the compaction mark in its own snapshot (rule 16): rows
 //! that a mark gives up are there for a minute after it, so whoever sees the older mark sees them too.
 
+use sqlx::postgres::PgRow;
 use sqlx::{PgConnection, Row as _};
 
 use crate::state::model::{Change, Item};
@@ -63,26 +64,71 @@ pub(in crate::state) async fn mark(conn: &mut PgConnection) -> Result<i64, sqlx:
     sqlx::query_scalar("SELECT mark FROM state.compaction WHERE id = 1").fetch_one(conn).await
 }
 
-/// Changes after `after` up to `to`, in order, at most `limit`.
+/// Changes after `after` up to `to`, in order, at most `limit`; and the mark.
 pub(in crate::state) async fn changes(
     conn: &mut PgConnection,
     after: i64,
     to: i64,
     limit: i64,
-) -> Result<Vec<Change>, sqlx::Error> {
+) -> Result<(i64, Vec<Change>), sqlx::Error> {
     let rows = sqlx::query(
-        "SELECT key, index, created_index, version, content_type, value, lease, previous FROM state.history
-         WHERE index > $1 AND index <= $2 ORDER BY index, key LIMIT $3",
+        "SELECT c.mark, h.* FROM state.compaction AS c LEFT JOIN LATERAL (
+             SELECT key, index, created_index, version, content_type, value, lease, previous FROM state.history
+             WHERE index > $1 AND index <= $2 ORDER BY index, key LIMIT $3
+         ) AS h ON true WHERE c.id = 1 ORDER BY h.index, h.key",
     )
     .bind(after)
     .bind(to)
     .bind(limit)
     .fetch_all(conn)
     .await?;
-    rows.iter()
-        .map(|r| {
-            let item = item(r)?;
-            Ok(Change { deleted: item.version == 0, previous: r.try_get("previous")?, item })
-        })
-        .collect()
+    let mark = rows.first().ok_or(sqlx::Error::RowNotFound)?.try_get("mark")?;
+    let there = |r: &&PgRow| r.try_get::<Option<i64>, _>("index").is_ok_and(|i| i.is_some());
+    let change = |r: &PgRow| {
+        let item = item(r)?;
+        Ok(Change { deleted: item.version == 0, previous: r.try_get("previous")?, item })
+    };
+    Ok((mark, rows.iter().filter(there).map(change).collect::<Result<_, sqlx::Error>>()?))
+}
+
+/// Sets the mark.
+pub(in crate::state) async fn set_mark(conn: &mut PgConnection, mark: i64) -> Result<(), sqlx::Error> {
+    sqlx::query("UPDATE state.compaction SET mark = $1 WHERE id = 1").bind(mark).execute(conn).await.map(|_| ())
+}
+
+/// The index of the change before which there are `keep` newer ones; `None` if there are not so many.
+pub(in crate::state) async fn beyond(conn: &mut PgConnection, keep: i64) -> Result<Option<i64>, sqlx::Error> {
+    sqlx::query_scalar("SELECT index FROM state.history ORDER BY index DESC OFFSET $1 LIMIT 1")
+        .bind(keep)
+        .fetch_optional(conn)
+        .await
+}
+
+/// Whether a key changed after `after`, up to `to`.
+pub(in crate::state) async fn changed(conn: &mut PgConnection, after: i64, to: i64) -> Result<bool, sqlx::Error> {
+    sqlx::query_scalar("SELECT EXISTS (SELECT FROM state.history WHERE index > $1 AND index <= $2)")
+        .bind(after)
+        .bind(to)
+        .fetch_one(conn)
+        .await
+}
+
+/// Drops what changes up to `mark` made the past, some hundred at a time: a change gives up the state it replaced, a deletion
+/// itself as well. `None` once there is nothing left; else how many rows went.
+pub(in crate::state) async fn drop_rows(conn: &mut PgConnection, mark: i64) -> Result<Option<i64>, sqlx::Error> {
+    sqlx::query_scalar(
+        "WITH from_here AS (SELECT done_index, done_key FROM state.compaction WHERE id = 1),
+         step AS (
+             SELECT h.index, h.key, h.previous, h.version FROM state.history AS h, from_here AS f
+             WHERE h.index <= $1 AND (h.index, h.key) > (f.done_index, f.done_key) ORDER BY h.index, h.key LIMIT 500
+         ), gone AS (
+             DELETE FROM state.history AS h USING step AS s
+             WHERE h.key = s.key AND (h.index = s.previous OR (h.index = s.index AND s.version = 0)) RETURNING 1
+         ), last AS (SELECT index, key FROM step ORDER BY index DESC, key DESC LIMIT 1)
+         UPDATE state.compaction AS c SET done_index = last.index, done_key = last.key FROM last
+         WHERE c.id = 1 RETURNING (SELECT count(*) FROM gone)",
+    )
+    .bind(mark)
+    .fetch_optional(conn)
+    .await
 }
