@@ -190,6 +190,9 @@ impl Command for Ship {
             rows::put(tx.write(), &row, &create.text).await?;
         }
         now.index = index;
+        if let Some(was) = rows::in_force_at(tx.read(), i64::MAX).await? {
+            rows::set_status(tx.write(), &was.system, "retired", index).await?;
+        }
         rows::set_status(tx.write(), &self.0.id, "active", index).await?;
         rows::enforce(tx.write(), &now, "governance:activate", "daemon:governance", time).await?;
         let entry = Entry::ok("governance:activate", format!("bundle/{}", self.0.id))

@@ -20,9 +20,9 @@ use super::store::bundles::{self as rows, Bundle, Text};
 use super::trial::{Report, Trial};
 
 /// How long the cases of a bundle may take.
-const PATIENCE: Duration = Duration::from_secs(10);
-/// Cases after which others have their turn.
-const STEP: usize = 32;
+const PATIENCE: Duration = Duration::from_secs(5);
+/// How long they are put before others have their turn.
+const TURN: Duration = Duration::from_millis(50);
 /// Failures told in one answer.
 const TOLD: usize = 100;
 
@@ -121,18 +121,27 @@ impl Governance {
 
     /// Puts the cases, some at a time, so that others have their turn.
     async fn put_to(&self, force: &Force, bundle: &Arc<Compiled>, cases: &[Case]) -> Result<Report, Refusal> {
-        let began = self.rules.clock.elapsed();
+        let clock = &self.rules.clock;
+        let began = clock.elapsed();
         let mut trial = Trial::new(force, bundle);
-        for (n, some) in cases.chunks(STEP).enumerate() {
-            if self.rules.clock.elapsed().saturating_sub(began) > PATIENCE {
-                let (done, seconds) = (n * STEP, PATIENCE.as_secs());
+        let mut waiting = cases.iter();
+        while waiting.len() > 0 {
+            let now = clock.elapsed();
+            if now.saturating_sub(began) > PATIENCE {
+                let (done, all, seconds) = (cases.len() - waiting.len(), cases.len(), PATIENCE.as_secs());
                 let detail = format!(
-                    "after {seconds} s, {done} of {} cases are run: split them over bundles, or `sop policy test`",
-                    cases.len()
+                    "after {seconds} s, {done} of {all} cases were run; have fewer, or smaller ones, in a bundle"
                 );
                 return Err(Refusal::new(&problem::UNPROCESSABLE, detail.clone()).at("/tests", detail));
             }
-            tokio::task::block_in_place(|| some.iter().for_each(|case| trial.put(case)));
+            tokio::task::block_in_place(|| {
+                for case in waiting.by_ref() {
+                    trial.put(case);
+                    if clock.elapsed().saturating_sub(now) > TURN {
+                        break;
+                    }
+                }
+            });
             tokio::task::yield_now().await;
         }
         Ok(trial.end())

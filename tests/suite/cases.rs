@@ -259,3 +259,56 @@ async fn validations_race_on_two_daemons_and_against_an_activation() {
     assert!(page["items"].as_array().unwrap().len() >= 8, "{page}");
     record::check(&db).await;
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_takes_too_long_is_given_up_and_nobody_else_waits() {
+    let db = database().await;
+    let daemon = Launch::on(db.url()).env("SOP__SERVER__BODY_LIMIT", "16777216").start().await;
+    let admin = Client::of(&daemon);
+    // Each the deepest hierarchy there may be: to close over it is what costs.
+    let chain: Vec<Value> = (0..990)
+        .map(|i| json!({"type": "group", "id": i.to_string(), "parents": [{"type": "group", "id": (i + 1).to_string()}]}))
+        .collect();
+    let mut deep = case("deep", &["0"], "view", 1, false);
+    deep["entities"].as_array_mut().unwrap().extend(chain);
+    let id = draft(&admin, VIEW, Some(SCHEMA), &json!(vec![deep; 60])).await;
+    let began = std::time::Instant::now();
+    let work = validate(&admin, &id);
+    let beside = async {
+        let mut worst = std::time::Duration::ZERO;
+        for i in 0..20 {
+            let began = std::time::Instant::now();
+            admin.put("beside", &i.to_string()).await.unwrap();
+            worst = worst.max(began.elapsed());
+        }
+        worst
+    };
+    let ((status, said), worst) = tokio::join!(work, beside);
+    assert_eq!(status, 422, "{said}");
+    assert!(said["detail"].as_str().unwrap().starts_with("after 5 s, "), "{said}");
+    assert!(
+        began.elapsed() < std::time::Duration::from_secs(9) && worst < std::time::Duration::from_secs(1),
+        "{worst:?}"
+    );
+    assert_eq!(shown(&admin, &id).await["status"], "draft");
+    record::check(&db).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_newer_shipped_bundle_takes_the_place_of_an_older_one() {
+    let (db, mut daemon, _, _) = start().await;
+    daemon.kill().await;
+    let mut conn = db.connect().await;
+    let sql = "UPDATE governance.bundles SET id = 'system-older', shipped = 1 WHERE shipped IS NOT NULL;
+        UPDATE governance.in_force SET system = 'system-older'";
+    sqlx::raw_sql(sql).execute(&mut conn).await.unwrap();
+    let daemon = daemon.restart().await;
+    let admin = Client::of(&daemon);
+    let (_, now) = admin.get("/v1/governance/active").await;
+    assert_ne!(now["system"], "system-older", "{now}");
+    assert_eq!(shown(&admin, "system-older").await["status"], "retired");
+    assert_eq!(shown(&admin, now["system"].as_str().unwrap()).await["status"], "active");
+    let id = draft(&admin, VIEW, Some(SCHEMA), &json!([case("staff view", &["g"], "view", 3, true)])).await;
+    assert_eq!(validate(&admin, &id).await.0, 200, "what only the newer one knows");
+    record::check(&db).await;
+}
