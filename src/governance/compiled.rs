@@ -84,12 +84,17 @@ impl Compiled {
         let mut warnings = Vec::new();
         if validated {
             let checked = Validator::new(schema.clone()).validate(&set, ValidationMode::Strict);
-            let faults: Vec<Fault> =
-                checked.validation_errors().flat_map(|e| located("/policies", &source.policies, e)).collect();
+            let faults: Vec<Fault> = checked
+                .validation_errors()
+                .flat_map(|e| called(&set, e.policy_id(), located("/policies", &source.policies, e)))
+                .collect();
             if !faults.is_empty() {
                 return Err(faults);
             }
-            warnings = checked.validation_warnings().flat_map(|w| located("/policies", &source.policies, w)).collect();
+            warnings = checked
+                .validation_warnings()
+                .flat_map(|w| called(&set, w.policy_id(), located("/policies", &source.policies, w)))
+                .collect();
         }
         let rules = rules(&set, &source.policies, if system { 's' } else { 'a' })?;
         let stale = stale(&rules)?;
@@ -224,6 +229,15 @@ fn located(pointer: &str, text: &str, error: &(impl Diagnostic + ?Sized)) -> Vec
     }
     let mut faults = vec![fault];
     faults.extend(error.related().into_iter().flatten().flat_map(|e| located(pointer, text, e)));
+    faults
+}
+
+/// What Cedar says of a policy by its number, by its name.
+fn called(set: &PolicySet, id: &PolicyId, mut faults: Vec<Fault>) -> Vec<Fault> {
+    if let Some(name) = set.policy(id).and_then(|policy| policy.annotation("id")) {
+        let (number, name) = (format!("for policy `{id}`"), format!("for policy `{name}`"));
+        faults.iter_mut().for_each(|f| f.detail = f.detail.replacen(&number, &name, 1));
+    }
     faults
 }
 

@@ -157,7 +157,7 @@ async fn faults_are_told_by_file_line_and_column() {
         let args: &[&str] =
             if command == "lint" { &["policy", "lint", at(&dir)] } else { &["policy", "test", at(&dir)] };
         let (code, said, _) = sop(args).await;
-        assert!(code == 1 && said.starts_with(&format!("{b}:4:9: error: ")), "{command}: {said}");
+        assert!(code == 1 && said.starts_with(&format!("{b}:4:9: error: for policy `b`, ")), "{command}: {said}");
     }
     // One that is not finished is told where it is, and not in the file that comes after it.
     let dir = folder(&[("a.cedar", "permit (principal, action, resource)"), ("b.cedar", "when { true };")]);
