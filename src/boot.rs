@@ -191,7 +191,6 @@ impl<'a> Ground<'a> {
             store: self.store.clone(),
             url,
             data: &self.config.data.dir,
-            checks: governance::Checks::new(self.config.governance.cases, &self.registry)?,
         };
         let governance = Governance::start(parts, &self.tasks).await;
         let token = self.token(ledger, views.clients, url).await?;

@@ -187,6 +187,7 @@ pub struct Governance {
     pub shadow_share: u32,
     pub spool_mb: u64,
     pub cases: usize,
+    pub cases_timeout: Span,
 }
 
 #[derive(Clone, Debug, Deserialize)]

@@ -157,7 +157,7 @@ impl Governance {
         note: String,
         tests: Vec<Case>,
     ) -> Result<Committed<Shown>, Refusal> {
-        tokio::task::block_in_place(|| cases::check(&tests, "/tests", self.checks.most))?;
+        tokio::task::block_in_place(|| cases::check(&tests, "/tests", self.rules.settings.cases))?;
         let tests = if tests.is_empty() { None } else { Some(serde_json::to_vec(&tests).map_err(Refusal::internal)?) };
         let ask = Ask::new("governance:bundle-create", "Bundle", scope.as_str());
         self.ledger.permit(caller, std::slice::from_ref(&ask)).await?;

@@ -2,6 +2,8 @@
 
 use prometheus::{Gauge, IntCounter, IntCounterVec, IntGauge, IntGaugeVec, Opts, Registry};
 
+use super::trial::Report;
+
 /// The room's metrics, `sop_governance_*`.
 #[derive(Clone)]
 pub struct Metrics {
@@ -25,6 +27,8 @@ pub struct Metrics {
     pub stale: IntCounter,
     /// Those of them that wait to be put into the record.
     pub spooled: IntGauge,
+    /// Cases of bundles that were run.
+    cases: IntCounterVec,
 }
 
 const OUTCOMES: [&str; 2] = ["allowed", "denied"];
@@ -65,6 +69,8 @@ impl Metrics {
         registry.register(Box::new(spooled.clone()))?;
         let stale = "Decisions answered while the store was away";
         let new_denials = "Denials of a canary that the active bundle would have permitted";
+        let cases = counters("sop_governance_cases_total", "Cases of bundles that were run", &["outcome"])?;
+        ["passed", "failed"].iter().for_each(|o| cases.with_label_values(&[o]).inc_by(0));
         // With nothing in shadow there is no label to show, and a metric that is not there cannot be watched.
         let tried = "Recorded decisions that a bundle in shadow decided again: same, other, skipped";
         let shadowed = counters("sop_governance_shadow_decisions_total", tried, &["bundle", "outcome"])?;
@@ -80,12 +86,19 @@ impl Metrics {
             shadow_lag: lag,
             stale: counter("sop_governance_stale_decisions_total", stale)?,
             spooled,
+            cases,
         })
     }
 
     pub(super) fn decided(&self, origin: &str, bundle: &str, allowed: bool) {
         self.decisions.with_label_values(&[origin, outcome(allowed)]).inc();
         self.by_bundle.with_label_values(&[bundle, outcome(allowed)]).inc();
+    }
+
+    /// A bundle was put to its cases.
+    pub(super) fn ran(&self, report: &Report) {
+        self.cases.with_label_values(&["passed"]).inc_by(report.passed as u64);
+        self.cases.with_label_values(&["failed"]).inc_by(report.failed.len() as u64);
     }
 
     /// A bundle is at no stage any more: what was counted of it is not told for ever.

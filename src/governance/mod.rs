@@ -64,7 +64,6 @@ pub use library::Library;
 pub use rules::Rules;
 pub use snapshot::Snapshot;
 use spool::Spool;
-pub use validate::Checks;
 
 /// What an entry touches that changes which bundles are in force.
 const IN_FORCE: &str = "bundle";
@@ -89,8 +88,6 @@ pub struct Parts<'a> {
     pub url: &'a str,
     /// Its data folder: what is decided while the store is away is kept there.
     pub data: &'a Path,
-    /// What puts bundles to their cases.
-    pub checks: Checks,
 }
 
 /// The room. Cheap to clone.
@@ -101,7 +98,6 @@ pub struct Governance {
     store: Store,
     recorder: Recorder,
     spool: Arc<Spool>,
-    checks: Checks,
     /// `http` or `https`, as this daemon is spoken to.
     scheme: &'static str,
 }
@@ -110,11 +106,11 @@ impl Governance {
     /// Opens the room: sees to it that a system bundle is in force, and starts the recorder, the compiler of bundles that
     /// were made on other daemons, and the end of proposals that are past their time.
     pub async fn start(parts: Parts<'_>, tasks: &Supervisor) -> Self {
-        let Parts { rules, ledger, store, url, data, checks } = parts;
+        let Parts { rules, ledger, store, url, data } = parts;
         let recorder = Recorder::start(ledger.clone(), tasks);
         let scheme = if url.starts_with("https:") { "https" } else { "http" };
         let spool = Arc::new(Spool::new(data, rules.settings.spool_mb * 1024 * 1024));
-        let room = Self { rules, ledger, store, recorder, spool, checks, scheme };
+        let room = Self { rules, ledger, store, recorder, spool, scheme };
         room.ledger.approved_by(Arc::new(requests::Spend));
         room.ship().await;
         room.start_tasks(tasks);

@@ -3,7 +3,6 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use prometheus::{IntCounterVec, Opts, Registry};
 use serde::{Deserialize, Serialize};
 
 use crate::kernel::web::{Ask, Caller};
@@ -19,41 +18,10 @@ use super::library;
 use super::store::bundles::{self as rows, Bundle, Text};
 use super::trial::{Report, Trial};
 
-/// How long the cases of a bundle may take.
-const PATIENCE: Duration = Duration::from_secs(5);
 /// How long they are put before others have their turn.
 const TURN: Duration = Duration::from_millis(50);
 /// Failures told in one answer.
 const TOLD: usize = 100;
-
-/// Policy tests in the daemon: how many cases a bundle may have, and what is counted.
-#[derive(Clone)]
-pub struct Checks {
-    pub(super) most: usize,
-    cases: IntCounterVec,
-}
-
-impl Checks {
-    /// With at most so many cases a bundle.
-    ///
-    /// # Errors
-    /// When the metric is registered twice.
-    pub fn new(most: usize, registry: &Registry) -> Result<Self, String> {
-        let opts = Opts::new("sop_governance_cases_total", "Cases of bundles that were run");
-        let cases = IntCounterVec::new(opts, &["outcome"]).map_err(|e| e.to_string())?;
-        registry.register(Box::new(cases.clone())).map_err(|e| e.to_string())?;
-        for outcome in ["passed", "failed"] {
-            cases.with_label_values(&[outcome]).inc_by(0);
-        }
-        Ok(Self { most, cases })
-    }
-
-    fn count(&self, report: &Report) {
-        let count = |outcome: &str, n: usize| self.cases.with_label_values(&[outcome]).inc_by(n as u64);
-        count("passed", report.passed);
-        count("failed", report.failed.len());
-    }
-}
 
 /// A bundle that holds, and what its cases say.
 #[derive(Clone, Debug, Serialize, Deserialize, utoipa::ToSchema)]
@@ -111,7 +79,7 @@ impl Governance {
         let bundle = Arc::new(made.map_err(unfit)?);
         let force = beside(self.rules.snapshot.force().active.system(), &bundle, is_system);
         let report = self.put_to(&force, &bundle, &cases).await?;
-        self.checks.count(&report);
+        self.rules.metrics.ran(&report);
         failures(&report)?;
         let system = force.system().id.clone();
         let validated = bundle.validated;
@@ -122,13 +90,13 @@ impl Governance {
     /// Puts the cases, some at a time, so that others have their turn.
     async fn put_to(&self, force: &Force, bundle: &Arc<Compiled>, cases: &[Case]) -> Result<Report, Refusal> {
         let clock = &self.rules.clock;
-        let began = clock.elapsed();
+        let (began, patience) = (clock.elapsed(), self.rules.settings.cases_timeout.get());
         let mut trial = Trial::new(force, bundle);
         let mut waiting = cases.iter();
         while waiting.len() > 0 {
             let now = clock.elapsed();
-            if now.saturating_sub(began) > PATIENCE {
-                let (done, all, seconds) = (cases.len() - waiting.len(), cases.len(), PATIENCE.as_secs());
+            if now.saturating_sub(began) > patience {
+                let (done, all, seconds) = (cases.len() - waiting.len(), cases.len(), patience.as_secs_f64());
                 let detail = format!(
                     "after {seconds} s, {done} of {all} cases were run; have fewer, or smaller ones, in a bundle"
                 );
