@@ -192,7 +192,9 @@ where
         }
     });
     let mut http = hyper::server::conn::http1::Builder::new();
-    http.timer(TokioTimer::new()).header_read_timeout(arrival).max_buf_size(64 * 1024).pipeline_flush(true);
+    // Answers are gathered into one write. `pipeline_flush` would do so too, and take the limit off what waits to be written:
+    // an answer without end, to a client that does not read, would be held in memory.
+    http.timer(TokioTimer::new()).header_read_timeout(arrival).max_buf_size(64 * 1024).writev(false);
     let connection = http.serve_connection(TokioIo::new(stream), service);
     tokio::pin!(connection);
     tokio::select! {

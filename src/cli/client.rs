@@ -148,6 +148,37 @@ impl Client {
     }
 }
 
+/// Server-sent events of an answer: name, id and data of each.
+pub(crate) struct Events {
+    answer: Response,
+    text: Vec<u8>,
+}
+
+impl Events {
+    pub fn of(answer: Response) -> Self {
+        Self { answer, text: Vec::new() }
+    }
+
+    /// The next; `None` when the stream has ended.
+    pub async fn next(&mut self) -> Option<(String, Option<i64>, Value)> {
+        loop {
+            while let Some(end) = self.text.windows(2).position(|w| w == b"\n\n") {
+                let event: Vec<u8> = self.text.drain(..end + 2).collect();
+                let event = String::from_utf8_lossy(&event).into_owned();
+                let field = |name: &str| event.lines().find_map(|l| l.strip_prefix(name)).map(str::trim);
+                if let Some(name) = field("event:") {
+                    let data = field("data:").and_then(|d| serde_json::from_str(d).ok()).unwrap_or_default();
+                    return Some((name.to_owned(), field("id:").and_then(|id| id.parse().ok()), data));
+                }
+            }
+            match self.answer.chunk().await {
+                Ok(Some(part)) => self.text.extend_from_slice(&part),
+                Ok(None) | Err(_) => return None,
+            }
+        }
+    }
+}
+
 /// Trusts the machine's authorities, and those in the file that `SOP_CA_FILE` names.
 fn http() -> anyhow::Result<reqwest::Client> {
     let mut builder = reqwest::Client::builder();

@@ -2,13 +2,13 @@
 
 use std::io::{Read as _, Write as _};
 
-use anyhow::Context as _;
+use anyhow::{Context as _, bail};
 use clap::Subcommand;
 use percent_encoding::{AsciiSet, CONTROLS, utf8_percent_encode};
 use reqwest::Method;
 use serde_json::Value;
 
-use super::client::Client;
+use super::client::{Client, Events};
 use super::{Global, say};
 
 #[derive(Subcommand)]
@@ -47,6 +47,17 @@ pub(crate) enum StateCommand {
         #[arg(long)]
         at: Option<i64>,
     },
+    /// Watch keys, until it is stopped
+    Watch {
+        /// Keys that begin so; none, and no --key: all
+        prefixes: Vec<String>,
+        /// This key; may be repeated
+        #[arg(long)]
+        key: Vec<String>,
+        /// Changes after this index; without it, from now on
+        #[arg(long)]
+        after: Option<i64>,
+    },
     /// Compare keys, then do one of two lists of operations, all at one index: `{"if": [...], "then": [...], "else": [...]}`
     Txn {
         /// File with the transaction; `-` reads it from stdin
@@ -74,6 +85,7 @@ pub(crate) async fn run(global: &Global, command: StateCommand) -> anyhow::Resul
             Ok(())
         }
         StateCommand::Ls { prefix, at } => list(global, &client, &prefix, at).await,
+        StateCommand::Watch { prefixes, key, after } => watch(global, &client, &prefixes, &key, after).await,
         StateCommand::Txn { file } => {
             let body = if file == "-" { stdin()? } else { std::fs::read(&file).with_context(|| file.clone())? };
             let request = client.request(Method::POST, "/v1/state/txn").header("content-type", "application/json");
@@ -116,6 +128,44 @@ async fn list(global: &Global, client: &Client, prefix: &str, at: Option<i64>) -
         match page["next"].as_str() {
             Some(next) => after = Some(next.to_owned()),
             None => return Ok(()),
+        }
+    }
+}
+
+/// Changes as they come; goes on where it was when the connection is lost.
+async fn watch(
+    global: &Global,
+    client: &Client,
+    prefixes: &[String],
+    keys: &[String],
+    after: Option<i64>,
+) -> anyhow::Result<()> {
+    let named = prefixes.iter().map(|p| ("prefix", p)).chain(keys.iter().map(|k| ("key", k)));
+    let named: Vec<_> = named.collect();
+    let mut last = after;
+    loop {
+        let mut request = client.request(Method::GET, "/v1/state/watch").query(&named);
+        if let Some(last) = last {
+            request = request.query(&[("after", last)]);
+        }
+        let mut events = Events::of(client.send(request).await?);
+        while let Some((event, id, data)) = events.next().await {
+            last = id.or(last);
+            let Value::Object(mut change) = data else { continue };
+            match event.as_str() {
+                "put" | "delete" => {
+                    change.insert("event".to_owned(), event.clone().into());
+                    tell(global, &Value::Object(change), |c| {
+                        let name = c["key"].as_str().or(c["key_base64"].as_str()).unwrap_or_default();
+                        format!("{event}\t{name}\tindex {}", c["index"])
+                    });
+                }
+                // It goes on from where it was; a watch that cannot is refused, and says why.
+                _ => {}
+            }
+        }
+        if last.is_none() {
+            bail!("the daemon ended the watch");
         }
     }
 }

@@ -1,27 +1,20 @@
 //! The room's routes.
 
 mod txn;
-
-use std::convert::Infallible;
-use std::time::Duration;
+mod watch;
 
 use axum::extract::State as Room;
 use axum::http::{HeaderMap, HeaderValue, StatusCode, header};
-use axum::response::sse::{Event as Sse, Sse as SseResponse};
 use axum::response::{IntoResponse, Response};
-use futures_util::stream;
 use serde::Deserialize;
-use serde_json::{Map, Value, json};
+use serde_json::{Map, Value};
 use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
 
-use crate::kernel::web::{
-    Answer, Body, Caller, Listing, Name, Preconditions, Query, SOP_INDEX, Tags, page_limit, problem_document,
-};
+use crate::kernel::web::{Answer, Body, Caller, Listing, Name, Preconditions, Query, SOP_INDEX, Tags, page_limit};
 use crate::kernel::{Refusal, problem};
 
-use super::model::{Change, Condition, Deleted, Item, Written, prefix_fault, put_key};
-use super::watch::{Event, Watch};
+use super::model::{Condition, Deleted, Item, Written, prefix_fault};
 use super::{List, Moment, State, kv};
 
 /// The routes of the room.
@@ -29,8 +22,8 @@ pub fn routes(state: State) -> OpenApiRouter {
     OpenApiRouter::new()
         .routes(routes!(list))
         .routes(routes!(get, head, put, delete))
-        .routes(routes!(watch))
         .merge(txn::routes())
+        .merge(watch::routes())
         .with_state(state)
 }
 
@@ -162,84 +155,6 @@ async fn list(
     let page = state.list(&caller, asked).await?;
     let items = page.items.iter().map(|i| i.to_json(!q.keys_only)).collect();
     Ok(Answer::ok(Listing { items, next: page.next }).at(page.index))
-}
-
-#[derive(Deserialize, utoipa::IntoParams)]
-#[serde(deny_unknown_fields)]
-#[into_params(parameter_in = Query)]
-struct WatchQuery {
-    /// Keys that begin so; all without it
-    #[serde(default)]
-    prefix: String,
-    /// Changes after this index; without it, from now on
-    #[serde(default)]
-    after: Option<i64>,
-}
-
-/// Watch keys as server-sent events; `Last-Event-ID` counts as `after`
-#[utoipa::path(get, path = "/v1/state/watch", tag = "state", params(WatchQuery),
-    responses((status = 200, description = "`put`, `delete` and `bookmark` events", content_type = "text/event-stream", body = String),
-              (status = 410, description = "What comes after that index was compacted")))]
-async fn watch(
-    Room(state): Room<State>,
-    caller: Caller,
-    Query(q): Query<WatchQuery>,
-    headers: HeaderMap,
-) -> Result<Response, Refusal> {
-    let prefix = valid_prefix(q.prefix)?;
-    let last = headers.get("last-event-id").and_then(|v| v.to_str().ok()?.parse().ok());
-    let watch = state.watch(&caller, prefix, last.or(q.after), wait(&headers)).await?;
-    let events = stream::unfold(
-        (watch, Vec::new().into_iter()),
-        |(mut watch, mut queued): (Watch, std::vec::IntoIter<Sse>)| async move {
-            loop {
-                if let Some(event) = queued.next() {
-                    return Some((Ok::<_, Infallible>(event), (watch, queued)));
-                }
-                queued = sse(watch.next().await?).into_iter();
-            }
-        },
-    );
-    Ok(SseResponse::new(events).into_response())
-}
-
-/// The events of one index; only the last carries the id, so that nobody resumes between them.
-fn sse(event: Event) -> Vec<Sse> {
-    match event {
-        Event::Changes(changes) => {
-            let last = changes.len().saturating_sub(1);
-            changes
-                .iter()
-                .enumerate()
-                .map(|(i, change)| {
-                    let event = Sse::default()
-                        .event(if change.deleted { "delete" } else { "put" })
-                        .data(shown(change).to_string());
-                    if i == last { event.id(change.item.index.to_string()) } else { event }
-                })
-                .collect()
-        }
-        Event::Bookmark(index) => {
-            vec![Sse::default().event("bookmark").id(index.to_string()).data(json!({"index": index}).to_string())]
-        }
-        Event::End(refusal) => vec![Sse::default().event("error").data(problem_document(&refusal, None).to_string())],
-    }
-}
-
-fn shown(change: &Change) -> Value {
-    if !change.deleted {
-        return Value::Object(change.item.to_json(true));
-    }
-    let mut m = Map::new();
-    put_key(&mut m, &change.item.key);
-    m.insert("index".into(), change.item.index.into());
-    m.insert("previous_index".into(), change.previous.into());
-    Value::Object(m)
-}
-
-fn wait(headers: &HeaderMap) -> Duration {
-    let seconds = headers.get("sop-timeout").and_then(|v| v.to_str().ok()?.parse::<f64>().ok());
-    Duration::try_from_secs_f64(seconds.unwrap_or(5.0).clamp(0.0, 60.0)).unwrap_or(Duration::from_secs(5))
 }
 
 fn content_type(headers: &HeaderMap) -> Result<String, Refusal> {

@@ -9,6 +9,8 @@ pub struct Metrics {
     pub operations: IntCounterVec,
     /// Open watches.
     pub watchers: IntGauge,
+    /// Watches that were cut off because they did not keep up.
+    pub cut: IntCounter,
     /// History can be read from here on.
     pub mark: IntGauge,
     /// Rows of history that were dropped.
@@ -29,6 +31,8 @@ impl Metrics {
         registry.register(Box::new(operations.clone()))?;
         let mark = IntGauge::new("sop_state_history_first_index", "History of keys can be read from this index on")?;
         let compacted = IntCounter::new("sop_state_compacted_rows_total", "Rows of history that were dropped")?;
+        let cut = IntCounter::new("sop_state_watchers_cut_total", "Watches cut off because they did not keep up")?;
+        registry.register(Box::new(cut.clone()))?;
         registry.register(Box::new(watchers.clone()))?;
         registry.register(Box::new(mark.clone()))?;
         registry.register(Box::new(compacted.clone()))?;
@@ -36,7 +40,7 @@ impl Metrics {
         for verb in ["get", "put", "delete", "list", "watch", "txn", "compact"] {
             operations.with_label_values(&[verb]).inc_by(0);
         }
-        Ok(Self { operations, watchers, mark, compacted })
+        Ok(Self { operations, watchers, cut, mark, compacted })
     }
 
     pub(super) fn count(&self, verb: &str) {

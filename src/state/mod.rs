@@ -11,6 +11,7 @@
 
 mod compaction;
 pub mod http;
+mod hub;
 pub mod kv;
 mod metrics;
 pub mod model;
@@ -31,11 +32,11 @@ use crate::kernel::{Clock, Refusal, crypto, problem};
 use crate::ledger::{Committed, Failure, Ledger};
 use crate::store::Store;
 
+pub use hub::Hub;
 pub use metrics::Metrics;
 use model::{Condition, Deleted, Item, Written};
 use store::{Wanted, history};
 use txn::{Answered, Txn};
-pub use watch::Hub;
 
 /// What the room is made from.
 pub struct Parts {
@@ -258,8 +259,9 @@ impl State {
 
 /// What was read of history at `at` is whole unless the mark, seen in the same snapshot, is past it.
 fn not_compacted(at: i64, mark: i64) -> Result<(), Refusal> {
-    if at < mark {
-        return Err(Refusal::new(&problem::COMPACTED, format!("history before index {mark} was compacted")));
-    }
-    Ok(())
+    if at < mark { Err(compacted(mark)) } else { Ok(()) }
+}
+
+fn compacted(mark: i64) -> Refusal {
+    Refusal::new(&problem::COMPACTED, format!("history before index {mark} was compacted"))
 }

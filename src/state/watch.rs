@@ -1,136 +1,32 @@
-//! Watches: the hub that the follower feeds, and one watcher's way from history into the present without loss or repeats.
+//! Watches: one watcher's way from history into the present, without loss or repeats.
 
 use std::collections::VecDeque;
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::Arc;
 use std::time::Duration;
 
-use sqlx::PgConnection;
-use tokio::sync::mpsc;
 use tokio::time::{Interval, MissedTickBehavior, interval};
 
+use crate::kernel::Refusal;
 use crate::kernel::supervisor::Stop;
 use crate::kernel::web::{Ask, Caller};
-use crate::kernel::{BoxFuture, Refusal, problem};
-use crate::ledger::{Projection, Touched};
 
-use super::model::Change;
-use super::recent::Recent;
-use super::{State, kv, store};
+use super::hub::{Group, Seat, Selection};
+use super::store::history;
+use super::{State, compacted};
 
-/// Groups of changes a watcher may be behind before it is cut off. It resumes where it was.
-const BEHIND_MOST: usize = 4096;
 /// Changes read from history at a time.
 const PAGE: i64 = 1000;
+/// Indexes looked through at a time: no statement takes long, however little of what it passes fits.
+const WINDOW: i64 = 50_000;
 /// How often a watcher hears that all up to an index was sent, and its permission is looked at again.
 const BOOKMARK: Duration = Duration::from_secs(5);
-
-/// Where the follower tells of changes, and watchers join.
-#[derive(Default)]
-pub struct Hub {
-    inner: Mutex<Inner>,
-    /// What was read lately, kept true by the same news.
-    pub(super) recent: Recent,
-}
-
-#[derive(Default)]
-struct Inner {
-    /// All changes up to here were told.
-    at: i64,
-    watchers: Vec<Watcher>,
-}
-
-struct Watcher {
-    prefix: Vec<u8>,
-    tell: mpsc::Sender<Vec<Change>>,
-}
-
-impl Hub {
-    /// With no watchers.
-    #[must_use]
-    pub fn new() -> Self {
-        Self::default()
-    }
-
-    fn lock(&self) -> MutexGuard<'_, Inner> {
-        self.inner.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    /// Joins: every change after the returned index comes through the channel, in order, those of one index together.
-    fn join(&self, prefix: &[u8]) -> (i64, mpsc::Receiver<Vec<Change>>) {
-        let (tell, hear) = mpsc::channel(BEHIND_MOST);
-        let mut inner = self.lock();
-        inner.watchers.push(Watcher { prefix: prefix.to_vec(), tell });
-        (inner.at, hear)
-    }
-
-    /// How many watch.
-    #[must_use]
-    pub fn watchers(&self) -> usize {
-        self.lock().watchers.iter().filter(|w| !w.tell.is_closed()).count()
-    }
-
-    fn tell(&self, changes: Vec<Change>, to: i64) {
-        let mut inner = self.lock();
-        for group in changes.chunk_by(|a, b| a.item.index == b.item.index) {
-            // A watcher whose channel is full or closed is dropped; a live one sees its channel end and says so.
-            inner.watchers.retain(|w| {
-                let mine: Vec<Change> = group.iter().filter(|c| c.item.key.starts_with(&w.prefix)).cloned().collect();
-                mine.is_empty() || w.tell.try_send(mine).is_ok()
-            });
-        }
-        inner.at = inner.at.max(to);
-    }
-}
-
-impl Projection for Hub {
-    fn name(&self) -> &'static str {
-        "state/watch"
-    }
-
-    fn kinds(&self) -> &'static [&'static str] {
-        &[kv::KEY]
-    }
-
-    fn load<'a>(&'a self, _: &'a mut PgConnection, at: i64) -> BoxFuture<'a, Result<(), sqlx::Error>> {
-        self.lock().at = at;
-        Box::pin(async { Ok(()) })
-    }
-
-    fn advance<'a>(
-        &'a self,
-        conn: &'a mut PgConnection,
-        after: i64,
-        to: i64,
-        touched: &'a [(i64, Touched)],
-    ) -> BoxFuture<'a, Result<(), sqlx::Error>> {
-        self.recent.changed(touched);
-        Box::pin(async move {
-            let watched = {
-                let mut inner = self.lock();
-                inner.watchers.retain(|w| !w.tell.is_closed());
-                if inner.watchers.is_empty() {
-                    // Nobody to tell. Said under the lock: who joins after this reads history up to `to` for itself.
-                    inner.at = inner.at.max(to);
-                    false
-                } else {
-                    // An advance that is repeated after an error tells only what was not told.
-                    inner.at < to
-                }
-            };
-            if watched {
-                let from = self.lock().at.max(after);
-                self.tell(store::history::changes(conn, from, to, i64::MAX).await?.1, to);
-            }
-            Ok(())
-        })
-    }
-}
+/// Changes in an answer to a watcher that polls, at least, if there are so many.
+const POLLED: usize = 1000;
 
 /// What a watcher hears.
-#[derive(Debug)]
-pub enum Event {
+pub(super) enum Event {
     /// Changes of one index.
-    Changes(Vec<Change>),
+    Changes(Group),
     /// All up to this index was sent.
     Bookmark(i64),
     /// The watch ends here, and why.
@@ -138,44 +34,51 @@ pub enum Event {
 }
 
 /// One watcher.
-pub struct Watch {
+pub(super) struct Watch {
     state: State,
     caller: Caller,
-    prefix: String,
+    asks: Vec<Ask>,
+    selection: Selection,
     /// All up to here was sent.
     sent: i64,
-    /// Up to here history is read; from here on the channel tells.
-    joined: i64,
-    hear: mpsc::Receiver<Vec<Change>>,
-    backlog: VecDeque<Vec<Change>>,
+    seat: Seat,
+    backlog: VecDeque<Group>,
     /// Its first tick is at once: a watcher hears where it stands before anything happens.
     bookmark: Interval,
     closing: Stop,
     ended: bool,
 }
 
+fn asks(selection: &Selection) -> Vec<Ask> {
+    let names = selection.keys.iter().chain(&selection.prefixes);
+    names.map(|name| Ask::new("state:watch", "Key", String::from_utf8_lossy(name))).collect()
+}
+
 impl State {
-    /// Watches the keys under a prefix, from the index after `after`, or from now.
+    /// Watches keys, from the index after `after`, or from now.
     ///
     /// # Errors
     /// 410 when what comes after `after` was compacted, 504 when `after` lies ahead and is not reached in time.
-    pub async fn watch(
+    pub(super) async fn watch(
         &self,
         caller: &Caller,
-        prefix: String,
+        selection: Selection,
         after: Option<i64>,
         wait: Duration,
     ) -> Result<Watch, Refusal> {
-        self.ledger.permit(caller, &[Ask::new("state:watch", "Key", prefix.clone())]).await?;
+        let asks = asks(&selection);
+        self.ledger.permit(caller, &asks).await?;
         if let Some(after) = after {
             self.ledger.reach(after, wait).await?;
         }
-        let (joined, hear) = self.hub.join(prefix.as_bytes());
-        let sent = after.unwrap_or(joined);
-        let mut conn = self.connection().await?;
-        let mark = store::history::mark(&mut conn).await.map_err(|e| self.store.refusal(e))?;
-        if after.is_some_and(|a| a < mark) {
-            return Err(Refusal::new(&problem::COMPACTED, format!("changes before index {mark} were compacted")));
+        let seat = self.hub.join(selection.clone());
+        let sent = after.unwrap_or(seat.joined);
+        if after.is_some() {
+            let mut conn = self.connection().await?;
+            let mark = history::mark(&mut conn).await.map_err(|e| self.store.refusal(e))?;
+            if sent < mark {
+                return Err(compacted(mark));
+            }
         }
         let mut bookmark = interval(BOOKMARK);
         bookmark.set_missed_tick_behavior(MissedTickBehavior::Delay);
@@ -184,10 +87,10 @@ impl State {
         Ok(Watch {
             state: self.clone(),
             caller: caller.clone(),
-            prefix,
+            asks,
+            selection,
             sent,
-            joined,
-            hear,
+            seat,
             backlog: VecDeque::new(),
             bookmark,
             closing: self.ledger.closing(),
@@ -217,35 +120,58 @@ impl Watch {
         }
     }
 
+    /// Waits for changes, for so long at most; all up to the index was then given.
+    pub async fn poll(mut self, wait: Duration) -> Result<(i64, Vec<Group>), Refusal> {
+        let until = tokio::time::sleep(wait);
+        tokio::pin!(until);
+        let mut groups: Vec<Group> = Vec::new();
+        loop {
+            let event = tokio::select! {
+                biased;
+                event = self.next() => event,
+                () = &mut until => return Ok((self.sent, groups)),
+            };
+            match event {
+                Some(Event::Changes(group)) => groups.push(group),
+                Some(Event::Bookmark(_)) | None => {}
+                Some(Event::End(refusal)) if groups.is_empty() => return Err(refusal),
+                Some(Event::End(_)) => return Ok((self.sent, groups)),
+            }
+            // What is at hand goes along.
+            let some = groups.iter().map(Vec::len).sum::<usize>();
+            if some >= POLLED || some > 0 && self.backlog.is_empty() && self.sent >= self.seat.joined {
+                return Ok((self.sent, groups));
+            }
+        }
+    }
+
     async fn step(&mut self) -> Result<Event, Refusal> {
         loop {
             if let Some(changes) = self.backlog.pop_front() {
                 self.sent = changes.last().map_or(self.sent, |c| c.item.index);
                 return Ok(Event::Changes(changes));
             }
-            if self.sent < self.joined {
+            if self.sent < self.seat.joined {
                 self.read_history().await?;
                 continue;
             }
-            // Read before the channel is looked into: everything up to it is in the channel already.
+            // Read before the box is looked into: everything up to it is in the box already.
             let reflected = self.state.ledger.index();
             tokio::select! {
                 biased;
                 () = self.closing.cancelled() => {
                     return Err(Refusal::unavailable("the daemon is stopping; resume with `after`"));
                 }
-                heard = self.hear.recv() => match heard {
-                    Some(changes) => {
-                        let index = changes.last().map_or(0, |c| c.item.index);
-                        if index > self.sent {
-                            self.sent = index;
-                            return Ok(Event::Changes(changes));
-                        }
+                heard = self.seat.next() => {
+                    let changes = heard.inspect_err(|_| self.state.metrics.cut.inc())?;
+                    let index = changes.last().map_or(0, |c| c.item.index);
+                    if index > self.sent {
+                        self.sent = index;
+                        return Ok(Event::Changes(changes));
                     }
-                    None => return Err(Refusal::unavailable("the watcher did not keep up and was cut off; resume with `after`")),
-                },
+                }
                 _ = self.bookmark.tick() => {
-                    self.state.ledger.permit(&self.caller, &[Ask::new("state:watch", "Key", self.prefix.clone())]).await?;
+                    self.state.ledger.permit(&self.caller, &self.asks).await?;
                     self.sent = self.sent.max(reflected);
                     return Ok(Event::Bookmark(self.sent));
                 }
@@ -257,29 +183,25 @@ impl Watch {
     async fn read_history(&mut self) -> Result<(), Refusal> {
         let refusal = |e| self.state.store.refusal(e);
         let mut conn = self.state.connection().await?;
-        let (mut mark, mut changes) =
-            store::history::changes(&mut conn, self.sent, self.joined, PAGE).await.map_err(refusal)?;
+        let to = self.seat.joined.min(self.sent + WINDOW);
+        let (selection, sent) = (&self.selection, self.sent);
+        let (mut mark, mut changes) = history::changes(&mut conn, selection, sent, to, PAGE).await.map_err(refusal)?;
         let full = changes.len() as i64 == PAGE;
         if full && let (Some(first), Some(last)) = (changes.first(), changes.last()) {
             let (first, last) = (first.item.index, last.item.index);
             if first == last {
                 (mark, changes) =
-                    store::history::changes(&mut conn, self.sent, first, i64::MAX).await.map_err(refusal)?;
+                    history::changes(&mut conn, selection, sent, first, i64::MAX).await.map_err(refusal)?;
             } else {
                 changes.retain(|c| c.item.index < last);
             }
         }
-        let read = if full { changes.last().map_or(self.joined, |c| c.item.index) } else { self.joined };
-        if self.sent < mark {
-            return Err(Refusal::new(&problem::COMPACTED, format!("changes before index {mark} were compacted")));
+        if sent < mark {
+            return Err(compacted(mark));
         }
-        for group in changes.chunk_by(|a, b| a.item.index == b.item.index) {
-            let mine: Vec<Change> =
-                group.iter().filter(|c| c.item.key.starts_with(self.prefix.as_bytes())).cloned().collect();
-            if !mine.is_empty() {
-                self.backlog.push_back(mine);
-            }
-        }
+        let read = if full { changes.last().map_or(to, |c| c.item.index) } else { to };
+        let changes: Vec<_> = changes.into_iter().map(Arc::new).collect();
+        self.backlog.extend(changes.chunk_by(|a, b| a.item.index == b.item.index).map(<[_]>::to_vec));
         if self.backlog.is_empty() {
             self.sent = read;
         }

@@ -44,6 +44,7 @@ mod secrets;
 mod state;
 mod state_history;
 mod state_txn;
+mod state_watch;
 mod token;
 mod verify;
 mod witness;

@@ -4,6 +4,7 @@
 use sqlx::postgres::PgRow;
 use sqlx::{PgConnection, Row as _};
 
+use crate::state::hub::Selection;
 use crate::state::model::{Change, Item};
 
 use super::{Found, Wanted, found, item, prefix_end};
@@ -64,24 +65,50 @@ pub(in crate::state) async fn mark(conn: &mut PgConnection) -> Result<i64, sqlx:
     sqlx::query_scalar("SELECT mark FROM state.compaction WHERE id = 1").fetch_one(conn).await
 }
 
-/// Changes after `after` up to `to`, in order, at most `limit`; and the mark.
+/// Changes of what is selected after `after` up to `to`, in order, at most `limit`; and the mark.
 pub(in crate::state) async fn changes(
     conn: &mut PgConnection,
+    selection: &Selection,
     after: i64,
     to: i64,
     limit: i64,
 ) -> Result<(i64, Vec<Change>), sqlx::Error> {
+    let all = selection.prefixes.iter().any(Vec::is_empty);
     let rows = sqlx::query(
         "SELECT c.mark, h.* FROM state.compaction AS c LEFT JOIN LATERAL (
              SELECT key, index, created_index, version, content_type, value, lease, previous FROM state.history
-             WHERE index > $1 AND index <= $2 ORDER BY index, key LIMIT $3
+             WHERE index > $1 AND index <= $2 AND ($4 OR key = ANY ($5)
+                 OR EXISTS (SELECT FROM unnest($6::bytea[]) AS p WHERE substring(key FROM 1 FOR octet_length(p)) = p))
+             ORDER BY index, key LIMIT $3
          ) AS h ON true WHERE c.id = 1 ORDER BY h.index, h.key",
     )
     .bind(after)
     .bind(to)
     .bind(limit)
+    .bind(all)
+    .bind(&selection.keys)
+    .bind(&selection.prefixes)
     .fetch_all(conn)
     .await?;
+    told(&rows)
+}
+
+/// All changes of these indexes, in order; and the mark.
+pub(in crate::state) async fn changes_at(
+    conn: &mut PgConnection,
+    indexes: &[i64],
+) -> Result<(i64, Vec<Change>), sqlx::Error> {
+    let rows = sqlx::query(
+        "SELECT c.mark, h.* FROM state.compaction AS c LEFT JOIN state.history AS h ON h.index = ANY ($1)
+         WHERE c.id = 1 ORDER BY h.index, h.key",
+    )
+    .bind(indexes)
+    .fetch_all(conn)
+    .await?;
+    told(&rows)
+}
+
+fn told(rows: &[PgRow]) -> Result<(i64, Vec<Change>), sqlx::Error> {
     let mark = rows.first().ok_or(sqlx::Error::RowNotFound)?.try_get("mark")?;
     let there = |r: &&PgRow| r.try_get::<Option<i64>, _>("index").is_ok_and(|i| i.is_some());
     let change = |r: &PgRow| {
