@@ -26,6 +26,7 @@ $sop bench evaluate-sizes --seconds "$seconds"
 $sop bench evaluations --clients 1,8,32 --seconds "$seconds"
 $sop bench search
 $sop bench replay
+$sop bench shadow --clients 32 --seconds "$seconds"
 $sop bench swap --seconds "$seconds"
 # npm's oidc-provider, where node is installed.
 oidc=()

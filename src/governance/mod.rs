@@ -36,6 +36,7 @@ mod search;
 mod shadow;
 mod snapshot;
 mod spool;
+mod spread;
 mod store;
 mod tasks;
 mod text;

@@ -1,5 +1,6 @@
 //! Decisions that were made: read back, listed, found by id, explained with the bundles and entities of their time.
 
+use std::borrow::Cow;
 use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::Duration;
@@ -41,9 +42,9 @@ pub(super) struct Past {
     pub at: i64,
     /// What was asked; `None` where the record does not have all of it.
     pub asked: Option<Evaluation>,
-    subject: EntityName,
-    action: String,
-    resource: EntityName,
+    pub subject: EntityName,
+    pub action: String,
+    pub resource: EntityName,
 }
 
 /// A decision as the API shows it.
@@ -183,19 +184,43 @@ pub(super) fn of_entry(kept: &Kept) -> Vec<Past> {
     kept.details.as_deref().and_then(|d| of_details(kept.index, &kept.leaf, d)).into_iter().collect()
 }
 
+/// What a record says, as far as it is read back.
+#[derive(Deserialize)]
+struct Record<'a> {
+    id: String,
+    actor: String,
+    decision: bool,
+    policies: Vec<String>,
+    bundle: Texts,
+    at: i64,
+    #[serde(borrow)]
+    request: Cow<'a, str>,
+}
+
+/// One text, as older versions wrote it, or several.
+#[derive(Deserialize)]
+#[serde(untagged)]
+enum Texts {
+    Several(Vec<String>),
+    One(String),
+}
+
 fn of_record(index: i64, position: usize, record: &[u8]) -> Option<Past> {
-    let value: Value = serde_json::from_slice(record).ok()?;
-    let asked = authzen::read(value["request"].as_str()?.as_bytes()).ok()?;
+    let record: Record<'_> = serde_json::from_slice(record).ok()?;
+    let asked = authzen::read(record.request.as_bytes()).ok()?;
     Some(Past {
-        id: value["id"].as_str()?.to_owned(),
+        id: record.id,
         index,
         position: Some(position),
         origin: "authzen",
-        actor: value["actor"].as_str()?.to_owned(),
-        allowed: value["decision"].as_bool()?,
-        policies: texts(&value["policies"]),
-        bundles: texts(&value["bundle"]),
-        at: value["at"].as_i64()?,
+        actor: record.actor,
+        allowed: record.decision,
+        policies: record.policies,
+        bundles: match record.bundle {
+            Texts::Several(all) => all,
+            Texts::One(one) => vec![one],
+        },
+        at: record.at,
         subject: asked.subject.name.clone(),
         action: asked.action.0.clone(),
         resource: asked.resource.name.clone(),

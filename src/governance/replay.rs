@@ -13,10 +13,11 @@ use sqlx::PgConnection;
 use crate::kernel::web::{Ask, Caller, EntityName};
 use crate::kernel::{Refusal, problem};
 
-use super::engine::Force;
+use super::engine::{Answered, Force};
 use super::past::{self, Past};
 use super::rules::{self, Entities};
 use super::snapshot::{self, Given, Held, Slice};
+use super::spread::{CORES, spread};
 use super::store::decisions as rows;
 use super::{Governance, snapshot::read};
 
@@ -24,8 +25,10 @@ use super::{Governance, snapshot::read};
 const READ: usize = 50_000;
 /// How long one answer is worked at; `next` says where to go on.
 const PATIENCE: Duration = Duration::from_secs(4);
-/// Entries read at a time.
-const STEP: i64 = 256;
+/// Entries read at a time, as long as that takes the time that a step should.
+const STEPS: std::ops::Range<i64> = 16..1024;
+/// How long a step should take.
+const STEP: Duration = Duration::from_millis(200);
 /// Flips listed in one answer; all are counted, and grouped.
 const LISTED: usize = 1000;
 /// How far before its segment a decision can have been made, in indexes: what was undone of the entities is kept so long.
@@ -218,12 +221,17 @@ impl Governance {
         let mut conn = self.connection().await?;
         let mut run = self.run(&mut conn, id, &row.scope, from).await?;
         (run.done.from, run.done.to) = (range.from, to);
-        (run.limit, run.after) = (range.limit.unwrap_or(READ), range.after);
+        (run.limit, run.after, run.cores) = (range.limit.unwrap_or(READ), range.after, CORES);
+        let mut step = STEPS.start * 4;
         while from <= to && run.next.is_none() {
-            let until = (from + STEP - 1).min(to);
+            let until = (from + step - 1).min(to);
+            let before = self.rules.clock.elapsed();
             self.go_on(&mut conn, &mut run, from, until).await?;
+            let now = self.rules.clock.elapsed();
+            let fast = now.saturating_sub(before) < STEP;
+            step = (if fast { step * 2 } else { step / 2 }).clamp(STEPS.start, STEPS.end);
             from = until + 1;
-            if self.rules.clock.elapsed().saturating_sub(began) > PATIENCE && from <= to && run.next.is_none() {
+            if now.saturating_sub(began) > PATIENCE && from <= to && run.next.is_none() {
                 run.next = Some((from, 0));
             }
         }
@@ -255,13 +263,18 @@ impl Governance {
         }
         run.history.index = until;
         let entries = rows::between(conn, from, until).await.map_err(refusal)?;
-        for past in entries.iter().flat_map(past::of_entry) {
+        let pasts = tokio::task::block_in_place(|| spread(&entries, run.cores, || false, past::of_entry));
+        let pasts = run.next_of(pasts.into_iter().flatten());
+        for past in &pasts {
             if let Entry::Vacant(slot) = run.forces.entry(past.bundles.clone()) {
                 let others = self.others(&past.bundles, &run.scope).await?;
                 slot.insert(self.force_of(&others, Some(&run.done.bundle)).await?);
             }
         }
-        tokio::task::block_in_place(|| entries.iter().flat_map(past::of_entry).for_each(|p| run.again(p)));
+        tokio::task::block_in_place(|| {
+            let again = spread(&pasts, run.cores, || false, |past| run.again(past));
+            pasts.into_iter().zip(again).for_each(|(past, now)| run.count(past, now));
+        });
         run.done.reached = until;
         Ok(())
     }
@@ -283,6 +296,8 @@ pub(super) struct Run {
     pub done: Replay,
     scope: String,
     limit: usize,
+    /// Cores it may use.
+    cores: usize,
     after: Option<(i64, usize)>,
     next: Option<(i64, usize)>,
     history: History,
@@ -304,7 +319,7 @@ impl Run {
             next: None,
         };
         let (scope, history) = (scope.to_owned(), History::default());
-        Self { done, scope, limit: usize::MAX, after: None, next: None, history, forces: HashMap::new() }
+        Self { done, scope, limit: usize::MAX, cores: 1, after: None, next: None, history, forces: HashMap::new() }
     }
 
     /// What was found since this was last called.
@@ -313,39 +328,43 @@ impl Run {
         std::mem::replace(&mut self.done, anew)
     }
 
-    fn again(&mut self, past: Past) {
-        let place = (past.index, past.position.unwrap_or(0));
-        if self.next.is_some() || self.after.is_some_and(|after| place < after) {
-            return;
-        }
-        if self.done.read as usize >= self.limit {
-            self.next = Some(place);
-            return;
-        }
+    /// Those that are to be decided again.
+    fn next_of(&mut self, pasts: impl Iterator<Item = Past>) -> Vec<Past> {
+        let place = |past: &Past| (past.index, past.position.unwrap_or(0));
+        let mut pasts = pasts.skip_while(|past| self.after.is_some_and(|after| place(past) < after));
+        let room = self.limit - usize::try_from(self.done.read).unwrap_or(usize::MAX).min(self.limit);
+        let taken = pasts.by_ref().take(room).collect();
+        self.next = pasts.next().as_ref().map(place);
+        taken
+    }
+
+    /// What would have been decided; `None` where the record does not have all of what was asked.
+    fn again(&self, past: &Past) -> Option<Answered> {
+        let force = self.forces.get(&past.bundles)?;
+        rules::evaluate(force, &self.history.at(past.at), past.asked.as_ref()?).ok().map(|e| e.answered)
+    }
+
+    fn count(&mut self, past: Past, now: Option<Answered>) {
         self.done.read += 1;
-        let (Some(asked), Some(force)) = (&past.asked, self.forces.get(&past.bundles)) else {
+        let Some(now) = now else {
             self.done.skipped += 1;
             return;
         };
-        let Ok(evaluated) = rules::evaluate(force, &self.history.at(past.at), asked) else {
-            self.done.skipped += 1;
-            return;
-        };
-        if evaluated.answered.allowed == past.allowed {
+        if now.allowed == past.allowed {
             return;
         }
         self.done.changed += 1;
         let flip = Flip {
             decision_id: past.id,
             index: past.index,
-            position: place.1,
+            position: past.position.unwrap_or(0),
             before: past.allowed,
-            after: evaluated.answered.allowed,
-            subject: asked.subject.name.clone(),
-            action: asked.action.0.clone(),
-            resource: asked.resource.name.clone(),
+            after: now.allowed,
+            subject: past.subject,
+            action: past.action,
+            resource: past.resource,
             policies_before: past.policies,
-            policies_after: evaluated.answered.policies,
+            policies_after: now.policies,
         };
         self.done.groups.count(&flip);
         if self.done.flips.len() < LISTED {

@@ -2,6 +2,7 @@
 //! evaluation that a single question goes through, so the two cannot disagree.
 
 use std::collections::BTreeSet;
+use std::ops::Range;
 use std::time::Duration;
 
 use cedar_policy::ActionConstraint;
@@ -14,15 +15,16 @@ use crate::ledger::Entry;
 use super::Governance;
 use super::authzen::{self, Evaluation};
 use super::engine::Force;
+use super::spread::{CORES, spread};
 
 /// Elements of a page at most, where the request does not say.
 const PAGE: usize = 100;
 /// The most it may ask for.
 const MOST: usize = 1000;
-/// Candidates taken from memory at a time.
-const STEP: usize = 256;
+/// Candidates taken from memory at a time: few at first, for often a page is soon full.
+const STEPS: Range<usize> = 128..2048;
 /// How long a page is looked for before what was found is answered, with a token to go on.
-const PATIENCE: Duration = Duration::from_millis(60);
+const PATIENCE: Duration = Duration::from_millis(40);
 
 /// What is looked for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -68,7 +70,8 @@ impl Search {
                 }
             }
         }
-        let asked = authzen::evaluation(&Value::Object(whole))?;
+        let mut asked = authzen::evaluation(&Value::Object(whole))?;
+        (asked.explain, asked.asked) = (false, String::new());
         let page = match body.get("page") {
             None | Some(Value::Null) => Map::new(),
             Some(Value::Object(page)) => page.clone(),
@@ -93,12 +96,14 @@ impl Search {
     }
 
     /// The question about one element.
-    fn about(&mut self, id: &str) {
+    fn about(&self, id: &str) -> Evaluation {
+        let mut asked = self.asked.clone();
         match self.wanted {
-            For::Subject => id.clone_into(&mut self.asked.subject.name.id),
-            For::Resource => id.clone_into(&mut self.asked.resource.name.id),
-            For::Action => id.clone_into(&mut self.asked.action.0),
+            For::Subject => id.clone_into(&mut asked.subject.name.id),
+            For::Resource => id.clone_into(&mut asked.resource.name.id),
+            For::Action => id.clone_into(&mut asked.action.0),
         }
+        asked
     }
 
     fn shown(&self, id: String) -> Value {
@@ -115,8 +120,7 @@ impl Governance {
     pub(super) async fn search(&self, caller: &Caller, mut search: Search) -> Result<(Value, i64), Refusal> {
         search.asked = self.rules.vouched(search.asked)?;
         let permit = self.ledger.permit(caller, &[Ask::new("governance:evaluate", "Bundle", "active")]).await?;
-        let page = tokio::task::block_in_place(|| self.page(&mut search));
-        let (found, looked, next) = page?;
+        let (found, looked, next) = tokio::task::block_in_place(|| self.page(&mut search));
         let entry = Entry::ok("governance:search", "bundle/active")
             .change("for", search.wanted.name())
             .change("looked_at", looked)
@@ -133,35 +137,45 @@ impl Governance {
     }
 
     /// Elements that are permitted, how many were looked at, and the last of them where there may be more.
-    fn page(&self, search: &mut Search) -> Result<(Vec<String>, usize, Option<String>), Refusal> {
+    fn page(&self, search: &mut Search) -> (Vec<String>, usize, Option<String>) {
         let began = self.rules.clock.elapsed();
-        let (mut found, mut looked) = (Vec::new(), 0);
+        let late = || self.rules.clock.elapsed().saturating_sub(began) > PATIENCE;
+        let (mut found, mut looked, mut step) = (Vec::new(), 0, STEPS.start);
         loop {
-            let candidates = self.candidates(search);
-            let whole = candidates.len() == STEP;
-            for id in candidates {
-                search.about(&id);
+            let candidates = self.candidates(search, step);
+            let allowed = spread(&candidates, CORES, late, |id| self.permitted(search, id));
+            let all = allowed.len() == candidates.len();
+            let last = all && candidates.len() < step;
+            for (id, allowed) in candidates.into_iter().zip(allowed) {
                 looked += 1;
-                // What cannot be decided is not permitted: the same question alone is an error or a denial.
-                let allowed = self.rules.evaluate(&search.asked).is_ok_and(|e| e.answered.allowed);
                 search.after = Some(id.clone());
                 if allowed {
                     found.push(id);
                 }
-                let late = looked % 32 == 0 && self.rules.clock.elapsed().saturating_sub(began) > PATIENCE;
-                if found.len() == search.limit || late {
-                    let more = !self.candidates(search).is_empty();
-                    return Ok((found, looked, search.after.clone().filter(|_| more)));
+                if found.len() == search.limit {
+                    let more = !self.candidates(search, 1).is_empty();
+                    return (found, looked, search.after.clone().filter(|_| more));
                 }
             }
-            if !whole {
-                return Ok((found, looked, None));
+            if last {
+                return (found, looked, None);
             }
+            if !all || late() {
+                let more = !self.candidates(search, 1).is_empty();
+                return (found, looked, search.after.clone().filter(|_| more));
+            }
+            step = (step * 2).min(STEPS.end);
         }
     }
 
+    /// Whether the question about this element would be permitted. What cannot be decided is not: the same question alone is an
+    /// error or a denial.
+    fn permitted(&self, search: &Search, id: &str) -> bool {
+        self.rules.evaluate(&search.about(id)).is_ok_and(|e| e.answered.allowed)
+    }
+
     /// The next elements to look at, in order.
-    fn candidates(&self, search: &Search) -> Vec<String> {
+    fn candidates(&self, search: &Search, most: usize) -> Vec<String> {
         let kind = match search.wanted {
             For::Subject => &search.asked.subject.name.kind,
             For::Resource => &search.asked.resource.name.kind,
@@ -169,10 +183,10 @@ impl Governance {
                 let in_force = self.rules.snapshot.force();
                 let names = actions(in_force.of(&search.asked.subject.name), &search.asked.subject.name);
                 let later = |n: &String| search.after.as_ref().is_none_or(|after| n > after);
-                return names.into_iter().filter(later).take(STEP).collect();
+                return names.into_iter().filter(later).take(most).collect();
             }
         };
-        self.rules.snapshot.ids(kind, search.after.as_deref(), STEP)
+        self.rules.snapshot.ids(kind, search.after.as_deref(), most)
     }
 }
 

@@ -206,9 +206,9 @@ pub(super) async fn shadow(global: &Global, args: &BenchArgs, office: &Office<'_
         for _ in 0..args.rounds {
             without.push(load::round(office.ours.address(), &request, *clients, length).await?);
             let path = format!("/v1/governance/bundles/{beside}/shadow");
-            office.post(&path, &json!({})).await?;
+            office.post(&path, &json!({"on": true})).await?;
             with.push(load::round(office.ours.address(), &request, *clients, length).await?);
-            office.client.send(office.client.request(reqwest::Method::DELETE, &path)).await?;
+            office.post(&path, &json!({"on": false})).await?;
         }
         let (a, b) = (Figures::median(without), Figures::median(with));
         let part = b.rate / a.rate;
