@@ -54,6 +54,9 @@ pub struct Force {
     sets: Cache<Box<[u32]>, Arc<PolicySet>>,
 }
 
+/// The action's own hierarchy is closed already, and to close over all anew costs more than to decide; but what it costs to add
+/// entities grows with the cube of their number, so more than so many are closed over together.
+const CLOSED_ANEW: usize = 16;
 /// Marks the number of an application's policy.
 const APPLICATION: u32 = 1 << 31;
 /// Sets held at most.
@@ -189,9 +192,14 @@ impl Force {
         let context = context(question.plain, question.context)?;
         let request = Request::new(principal.clone(), action.clone(), resource.clone(), context, None)
             .map_err(|e| Refusal::malformed("", e.to_string()))?;
-        // The action's own hierarchy is closed already; to close over all anew costs more than to decide.
         let actions = self.schema().actions.get(&action).cloned().unwrap_or_else(Entities::empty);
-        let all = actions.add_entities(entities.into_iter().map(Arc::unwrap_or_clone), None);
+        let anew = entities.len() > CLOSED_ANEW;
+        let entities = entities.into_iter().map(Arc::unwrap_or_clone);
+        let all = if anew {
+            Entities::from_entities(actions.iter().cloned().chain(entities), None)
+        } else {
+            actions.add_entities(entities, None)
+        };
         let entities = all.map_err(|e| Refusal::malformed("", format!("the entities do not go together: {e}")))?;
         Ok(Put { principal, action, resource, request, entities })
     }

@@ -10,6 +10,7 @@ use super::authzen::Evaluation;
 use super::compiled::Rule;
 use super::engine::{Force, Put};
 use super::rules::{self, Entities};
+use super::text;
 
 /// Policies named that nearly matched.
 const NEAR: usize = 10;
@@ -73,35 +74,42 @@ pub(super) fn explain(force: &Force, entities: &dyn Entities, e: &Evaluation) ->
     };
     let policies = determining
         .into_iter()
-        .map(|r| Determining { id: r.name.clone(), effect: effect(r), text: text(&r.policy) })
+        .map(|r| Determining { id: r.name.clone(), effect: effect(r), text: source_of(&r.policy) })
         .collect();
     Ok(Explanation { allowed: answered.allowed, policies, missed, reason })
 }
 
-fn text(policy: &Policy) -> String {
+fn source_of(policy: &Policy) -> String {
     policy.to_cedar().unwrap_or_else(|| policy.to_string())
 }
 
 /// The first condition of a policy that does not hold, as it is written.
 fn failing(rule: &Rule, put: &Put) -> Option<String> {
-    let json = rule.policy.to_json().ok()?;
-    for condition in json["conditions"].as_array()? {
+    let (json, source) = (rule.policy.to_json().ok()?, source_of(&rule.policy));
+    let written = text::conditions(&source);
+    for (n, condition) in json["conditions"].as_array()?.iter().enumerate() {
         let kind = condition["kind"].as_str()?;
         // `when` holds if all of its parts do, `unless` if none of them does.
-        for part in parts(&condition["body"], if kind == "when" { "&&" } else { "||" }) {
+        let operator = if kind == "when" { "&&" } else { "||" };
+        let parts = parts(&condition["body"], operator);
+        let written = written.get(n).map_or_else(Vec::new, |body| text::operands(body, operator));
+        let written = Some(written).filter(|written| written.len() == parts.len());
+        for (n, part) in parts.into_iter().enumerate() {
             let alone = json!({
                 "effect": "permit", "principal": {"op": "All"}, "action": {"op": "All"}, "resource": {"op": "All"},
                 "conditions": [{"kind": kind, "body": part}],
             });
             let policy = Policy::from_json(Some(PolicyId::new("part")), alone).ok()?;
-            let written = text(&policy);
+            let again = source_of(&policy);
             let mut set = PolicySet::new();
             set.add(policy).ok()?;
             let response = Authorizer::new().is_authorized(&put.request, &set, &put.entities);
             if response.decision() == Decision::Allow {
                 continue;
             }
-            let inner = written.split_once('{').and_then(|(_, rest)| rest.rsplit_once('}')).map_or("", |(i, _)| i);
+            // As Cedar would write it, only where it cannot be found in the text.
+            let own = again.split_once('{').and_then(|(_, rest)| rest.rsplit_once('}')).map_or("", |(i, _)| i);
+            let inner = written.as_ref().and_then(|written| written.get(n)).copied().unwrap_or(own);
             let inner = inner.split_whitespace().collect::<Vec<_>>().join(" ");
             let error = response
                 .diagnostics()

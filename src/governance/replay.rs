@@ -340,6 +340,10 @@ impl Run {
 
     /// What would have been decided; `None` where the record does not have all of what was asked.
     fn again(&self, past: &Past) -> Option<Answered> {
+        // One that was answered while the store was away may have been made long before its entry: what is not known is not guessed.
+        if past.at < self.history.index - BEHIND {
+            return None;
+        }
         let force = self.forces.get(&past.bundles)?;
         rules::evaluate(force, &self.history.at(past.at), past.asked.as_ref()?).ok().map(|e| e.answered)
     }

@@ -70,9 +70,78 @@ pub(super) fn statements(text: &str) -> Vec<Statement<'_>> {
     }
 }
 
+/// The bodies of a policy's `when` and `unless`, in order, as they are written.
+pub(super) fn conditions(policy: &str) -> Vec<&str> {
+    let (mut found, mut depth, mut began) = (Vec::new(), 0_usize, 0);
+    walk(policy, |at, c| match c {
+        '(' | '[' => depth += 1,
+        '{' => {
+            depth += 1;
+            if depth == 1 {
+                began = at + 1;
+            }
+        }
+        ')' | ']' => depth = depth.saturating_sub(1),
+        '}' => {
+            depth = depth.saturating_sub(1);
+            if depth == 0 {
+                found.push(policy.get(began..at).unwrap_or_default().trim());
+            }
+        }
+        _ => {}
+    });
+    found
+}
+
+/// What `&&` or `||` joins in an expression, as it is written.
+pub(super) fn operands<'t>(expression: &'t str, operator: &str) -> Vec<&'t str> {
+    let (mut found, mut depth, mut began) = (Vec::new(), 0_usize, 0);
+    walk(expression, |at, c| match c {
+        '(' | '[' | '{' => depth += 1,
+        ')' | ']' | '}' => depth = depth.saturating_sub(1),
+        _ if depth == 0 && at >= began && expression[at..].starts_with(operator) => {
+            found.push(expression[began..at].trim());
+            began = at + operator.len();
+        }
+        _ => {}
+    });
+    found.push(expression[began..].trim());
+    found
+}
+
+/// Each character that is neither in a string nor in a comment, with its place.
+fn walk(text: &str, mut each: impl FnMut(usize, char)) {
+    let mut reader = Reader { text, at: 0, line: 1, column: 1 };
+    loop {
+        let at = reader.at;
+        let Some(c) = reader.next() else { return };
+        if c == '/' && reader.peek() == Some('/') {
+            while reader.peek().is_some_and(|c| c != '\n') {
+                reader.next();
+            }
+        } else if c == '"' {
+            reader.string();
+        } else {
+            each(at, c);
+        }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn conditions_and_their_operands_are_found_as_they_are_written() {
+        let policy = r#"@id("a{b}") permit (principal, action in [A::"x"], resource)
+            when { resource.a > 4 && (x || {"&&": 1} == y) } // { no }
+            unless { principal["}"] == "a && b" };"#;
+        let found = conditions(policy);
+        assert_eq!(found, [r#"resource.a > 4 && (x || {"&&": 1} == y)"#, r#"principal["}"] == "a && b""#]);
+        assert_eq!(operands(found[0], "&&"), ["resource.a > 4", r#"(x || {"&&": 1} == y)"#]);
+        assert_eq!(operands(found[1], "&&"), [found[1]]);
+        assert_eq!(operands("a||b || c", "||"), ["a", "b", "c"]);
+    }
 
     #[test]
     fn a_policy_begins_at_its_first_annotation_and_ends_at_its_semicolon() {

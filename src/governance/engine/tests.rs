@@ -236,3 +236,25 @@ proptest! {
         prop_assert_eq!(answered.errors.len(), plain.diagnostics().errors().count());
     }
 }
+
+#[test]
+fn a_deep_hierarchy_is_closed_over_in_time() {
+    let force = shipped();
+    let group = |n: usize| EntityName { kind: "group".into(), id: n.to_string() };
+    let entities = |n| (0..n).map(|i| Arc::new(entity(&group(i), &json!({}), &[group(i + 1)], None).unwrap())).collect();
+    let (who, what) = (group(0), group(10));
+    let put = |n: usize| {
+        let clock = crate::kernel::Clock::system();
+        let began = clock.elapsed();
+        let (action, context) = (("Action", "view"), Map::new());
+        let question = Question { principal: &who, action, resource: &what, context, plain: Vec::new() };
+        let put = force.put(question, entities(n)).unwrap();
+        assert_eq!(put.entities.ancestors(&put.principal).unwrap().count(), n, "all there are above");
+        clock.elapsed() - began
+    };
+    put(CLOSED_ANEW);
+    put(CLOSED_ANEW + 1);
+    // To add as many to what is there would take minutes.
+    let took = put(900);
+    assert!(took < std::time::Duration::from_secs(10), "{took:?}");
+}
