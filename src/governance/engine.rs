@@ -1,5 +1,6 @@
 //! Cedar: one question, put to the bundles in force.
 
+use std::cell::RefCell;
 use std::collections::{HashMap, HashSet};
 use std::str::FromStr as _;
 use std::sync::Arc;
@@ -201,7 +202,7 @@ impl Force {
             actions.add_entities(entities, None)
         };
         let entities = all.map_err(|e| Refusal::malformed("", format!("the entities do not go together: {e}")))?;
-        Ok(Put { principal, action, resource, request, entities })
+        Ok(Put { principal, action, resource, request, entities, reached: 0 })
     }
 
     pub(super) fn answer(&self, put: &Put) -> Result<Answered, Refusal> {
@@ -226,6 +227,8 @@ pub(super) struct Put {
     pub resource: EntityUid,
     pub request: Request,
     pub entities: Entities,
+    /// How many names it reaches.
+    pub reached: usize,
 }
 
 impl Put {
@@ -244,13 +247,32 @@ pub fn uid(name: &EntityName) -> Result<EntityUid, Refusal> {
 }
 
 pub(super) fn uid_of(kind: &str, id: &str) -> Result<EntityUid, Refusal> {
-    let kind = EntityTypeName::from_str(kind).map_err(|_| {
-        Refusal::malformed(
-            "",
-            format!("{kind:?} is no entity type: write names of letters, digits and _, joined by ::"),
-        )
-    })?;
-    Ok(EntityUid::from_type_name_and_id(kind, EntityId::new(id)))
+    Ok(EntityUid::from_type_name_and_id(type_of(kind)?, EntityId::new(id)))
+}
+
+/// Names of types held at most, by each thread.
+const TYPES: usize = 256;
+
+thread_local! {
+    static HELD: RefCell<HashMap<String, EntityTypeName>> = RefCell::default();
+}
+
+/// Cedar's name of a type. They are few, and to parse one costs more than to clone it.
+fn type_of(kind: &str) -> Result<EntityTypeName, Refusal> {
+    HELD.with_borrow_mut(|held| {
+        if let Some(name) = held.get(kind) {
+            return Ok(name.clone());
+        }
+        let name = EntityTypeName::from_str(kind).map_err(|_| {
+            let wrong = format!("{kind:?} is no entity type: write names of letters, digits and _, joined by ::");
+            Refusal::malformed("", wrong)
+        })?;
+        if held.len() >= TYPES {
+            held.clear();
+        }
+        held.insert(kind.to_owned(), name.clone());
+        Ok(name)
+    })
 }
 
 /// An entity from attributes in Cedar's JSON and parents.

@@ -33,6 +33,7 @@ mod rollout;
 mod rules;
 mod scope;
 mod search;
+mod series;
 mod shadow;
 mod snapshot;
 mod spool;

@@ -324,7 +324,9 @@ pub(super) fn put(
     }
     let (principal, resource) = (&e.subject.name, &e.resource.name);
     let question = Question { principal, action, resource, context, plain: Vec::new() };
-    Ok((force.put(question, slice.entities)?, ignored, slice.index))
+    let mut put = force.put(question, slice.entities)?;
+    put.reached = slice.names.len();
+    Ok((put, ignored, slice.index))
 }
 
 /// A request's properties stand in for what is stored, attribute by attribute.

@@ -352,6 +352,20 @@ fn named(t: &Touched) -> Option<EntityName> {
 }
 
 #[cfg(test)]
+impl Snapshot {
+    /// Of these entities, under this bundle of an application.
+    pub(super) fn of(application: super::compiled::Compiled, entities: Vec<(EntityName, Arc<Held>)>) -> Self {
+        let made = Self::new(Library::new().unwrap());
+        let active = Arc::new(Force::new(made.library.shipped().clone(), Some(Arc::new(application))));
+        made.force.store(Arc::new(InForce { active, canary: None, index: 1 }));
+        let mut world = made.world.write().unwrap();
+        entities.into_iter().for_each(|(name, held)| world.put(name, held));
+        drop(world);
+        made
+    }
+}
+
+#[cfg(test)]
 mod tests {
     use super::*;
     use serde_json::json;
