@@ -28,6 +28,9 @@ use crate::token::{self, Token};
 
 pub use apart::{Recovered, Resumed, diagnose, recover, resume};
 
+/// Tables that are partitioned by index as the entries are.
+const PARTITIONED: &[&str] = &[audit::PARTITIONED, state::PARTITIONED];
+
 /// How long one task may take to stop.
 const STOP_EACH: Duration = Duration::from_secs(5);
 
@@ -163,7 +166,8 @@ impl<'a> Ground<'a> {
             write_timeout: settings.write_timeout.get(),
             // Entities before clients: a client that is known has its entity.
             projections: vec![views.entities.clone(), views.clients.clone(), views.keys.clone(), views.board.clone()],
-            partitioned: audit::PARTITIONED,
+            fencing: state::fenced,
+            partitioned: PARTITIONED,
         };
         let ledger = Ledger::start(parts, &self.tasks).await.map_err(said)?;
         let check = self.master.check_value();
@@ -182,7 +186,7 @@ impl<'a> Ground<'a> {
             master: self.master.clone(),
             config: self.config,
             registry: &self.registry,
-            records: vec![governance::records(self.store), nexus::records(self.store)],
+            records: vec![governance::records(self.store), state::records(self.store), nexus::records(self.store)],
         };
         let audit = Audit::start(parts, &self.tasks).await.map_err(said)?;
         let parts = governance::Parts {

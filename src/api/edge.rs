@@ -228,6 +228,9 @@ async fn inside(
         }
     };
     let fields = shared.admit(Who::Client(caller.identity().actor.clone()), &asked)?;
+    if let Some((lock, token)) = whole.fenced() {
+        shared.ledger.fenced(lock, *token).await?;
+    }
     let (mut request, caller) = whole.read(request, caller, &info, shared.limits.body).await?;
     request.extensions_mut().insert(caller);
     let mut response = fields.on(next.run(request).await);

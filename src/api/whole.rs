@@ -1,5 +1,6 @@
 //! Requests that are looked at whole before their handler sees them: those that are to be good once (`Idempotency-Key`), and those
-//! that are proposed to others (`Sop-Propose: REASON`) or were approved by them (`Sop-Proposal: ID`).
+//! that are proposed to others (`Sop-Propose: REASON`) or were approved by them (`Sop-Proposal: ID`). Beside them, the lock that a
+//! change says to hold (`If-Fencing-Token`).
 
 use std::sync::Arc;
 
@@ -8,12 +9,13 @@ use axum::http::{HeaderMap, Method, header};
 use uuid::Uuid;
 
 use crate::kernel::web::{Caller, Idempotency, Proposing, RequestInfo, Voiced, read_body};
-use crate::kernel::{Refusal, crypto};
+use crate::kernel::{Refusal, crypto, ids};
 
 /// What a request's header fields say of it as a whole.
 pub(super) struct Whole {
     key: Option<String>,
     voiced: Option<Voiced>,
+    fencing: Option<(String, i64)>,
 }
 
 impl Whole {
@@ -26,7 +28,13 @@ impl Whole {
         let mine = request.uri().path().starts_with("/v1/");
         let key = if mine && request.method() == Method::POST { key(request.headers())? } else { None };
         let voiced = if mine && !reads { voiced(request.headers())? } else { None };
-        Ok(Self { key, voiced })
+        let fencing = if reads || *request.method() == Method::OPTIONS { None } else { fencing(request.headers())? };
+        Ok(Self { key, voiced, fencing })
+    }
+
+    /// The lock it says to hold, where no stored outcome has to be looked up first.
+    pub fn fenced(&self) -> Option<&(String, i64)> {
+        self.fencing.as_ref().filter(|_| self.key.is_none())
     }
 
     /// The request with its body read, if it has to be, and its caller, who knows of it.
@@ -41,12 +49,17 @@ impl Whole {
         limit: usize,
     ) -> Result<(Request, Caller), Refusal> {
         if self.key.is_none() && self.voiced.is_none() {
-            return Ok((request, caller));
+            let Some(fencing) = self.fencing else { return Ok((request, caller)) };
+            let known = RequestInfo { fencing: Some(fencing), ..info.clone() };
+            return Ok((request, caller.with_request(Arc::new(known))));
         }
         let (parts, body) = request.into_parts();
         let bytes = read_body(Request::from_parts(parts.clone(), body), limit).await?;
         let mut known = info.clone();
-        known.idempotency = self.key.map(|key| idempotency(caller.actor(), info, &key, &bytes));
+        known.fencing = self.fencing;
+        // What is proposed is not made: it must not stand as the outcome of the change.
+        let proposed = matches!(self.voiced, Some(Voiced::Propose(_)));
+        known.idempotency = self.key.filter(|_| !proposed).map(|key| idempotency(caller.actor(), info, &key, &bytes));
         known.proposing = self.voiced.map(|voiced| {
             let query = parts.uri.query().unwrap_or_default().to_owned();
             let content_type = parts.headers.get(header::CONTENT_TYPE).and_then(|t| t.to_str().ok());
@@ -86,6 +99,18 @@ fn voiced(headers: &HeaderMap) -> Result<Option<Voiced>, Refusal> {
             Ok(Some(Voiced::Approved(id.ok_or_else(unfit)?)))
         }
     }
+}
+
+/// `If-Fencing-Token: LOCK=TOKEN`, of a change.
+fn fencing(headers: &HeaderMap) -> Result<Option<(String, i64)>, Refusal> {
+    let mut all = headers.get_all("if-fencing-token").iter();
+    let Some(value) = all.next() else { return Ok(None) };
+    let parts = value.to_str().ok().and_then(|v| v.trim().split_once('='));
+    let token = parts.and_then(|(lock, token)| Some((lock, token.parse::<i64>().ok()?)));
+    let token = token.filter(|(lock, _)| ids::name_fault(lock).is_none() && all.next().is_none());
+    token.map(|(lock, token)| Some((lock.to_owned(), token))).ok_or_else(|| {
+        Refusal::malformed("", "If-Fencing-Token is one LOCK=TOKEN: the name of a lock and a whole number")
+    })
 }
 
 fn idempotency(actor: &str, info: &RequestInfo, key: &str, body: &[u8]) -> Idempotency {

@@ -53,7 +53,7 @@ use tiles::{Tile, WIDTH};
 use witness::{Sender, Watched, Witness};
 
 /// Tables that are partitioned by index as the entries are.
-pub const PARTITIONED: &[&str] = &["audit.segments"];
+pub const PARTITIONED: &str = "audit.segments";
 
 /// How long a checkpoint that witnesses signed is preferred to a newer one that they did not, milliseconds.
 const COSIGNED_FOR: i64 = 10_000;

@@ -1,5 +1,7 @@
 //! `sop state`: keys from the command line.
 
+mod lock;
+
 use std::io::{Read as _, Write as _};
 
 use anyhow::{Context as _, bail};
@@ -10,6 +12,8 @@ use serde_json::Value;
 
 use super::client::{Client, Events};
 use super::{Global, say};
+
+use lock::Lock;
 
 #[derive(Subcommand)]
 pub(crate) enum StateCommand {
@@ -58,6 +62,8 @@ pub(crate) enum StateCommand {
         #[arg(long)]
         after: Option<i64>,
     },
+    /// Run a command while a lock is held; without a command, show who holds it
+    Lock(Lock),
     /// Compare keys, then do one of two lists of operations, all at one index: `{"if": [...], "then": [...], "else": [...]}`
     Txn {
         /// File with the transaction; `-` reads it from stdin
@@ -86,6 +92,7 @@ pub(crate) async fn run(global: &Global, command: StateCommand) -> anyhow::Resul
         }
         StateCommand::Ls { prefix, at } => list(global, &client, &prefix, at).await,
         StateCommand::Watch { prefixes, key, after } => watch(global, &client, &prefixes, &key, after).await,
+        StateCommand::Lock(lock) => lock::run(global, &client, lock).await,
         StateCommand::Txn { file } => {
             let body = if file == "-" { stdin()? } else { std::fs::read(&file).with_context(|| file.clone())? };
             let request = client.request(Method::POST, "/v1/state/txn").header("content-type", "application/json");

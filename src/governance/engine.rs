@@ -57,7 +57,7 @@ pub struct Force {
 
 /// The action's own hierarchy is closed already, and to close over all anew costs more than to decide; but what it costs to add
 /// entities grows with the cube of their number, so more than so many are closed over together.
-const CLOSED_ANEW: usize = 16;
+pub(super) const CLOSED_ANEW: usize = 16;
 /// Marks the number of an application's policy.
 const APPLICATION: u32 = 1 << 31;
 /// Sets held at most.

@@ -9,7 +9,7 @@ use crate::kernel::Refusal;
 use crate::kernel::web::EntityName;
 
 use super::authzen::Evaluation;
-use super::engine::{self, Put};
+use super::engine::{self, CLOSED_ANEW, Put};
 use super::rules;
 use super::snapshot::{InForce, REACH, Snapshot};
 
@@ -63,7 +63,11 @@ impl<'a> Series<'a> {
             return None;
         }
         let new = slice.entities.iter().filter(|e| self.base.entities.get(&e.uid()).is_none());
-        let entities = self.base.entities.clone().add_entities(new.map(|e| e.as_ref().clone()), None).ok()?;
+        let new: Vec<_> = new.map(|e| e.as_ref().clone()).collect();
+        if new.len() > CLOSED_ANEW {
+            return None;
+        }
+        let entities = self.base.entities.clone().add_entities(new, None).ok()?;
         let put = self.about(engine::uid(&name).ok()?, entities).ok()?;
         Some(self.in_force.of(&self.asked.subject.name).answer(&put).is_ok_and(|a| a.allowed))
     }
@@ -123,8 +127,11 @@ mod tests {
         })
     }
 
+    /// Parents, level and owner.
+    type Made = (Vec<usize>, Option<i64>, Option<usize>);
+
     /// Entities in some of those before them, with an owner that may not be there.
-    fn world() -> impl Strategy<Value = BTreeMap<usize, (Vec<usize>, Option<i64>, Option<usize>)>> {
+    fn world() -> impl Strategy<Value = BTreeMap<usize, Made>> {
         let entity = (prop::collection::vec(0..9usize, 0..3), prop::option::of(0..4i64), prop::option::of(0..9usize));
         prop::collection::btree_map(0..9usize, entity, 2..9)
     }

@@ -2,8 +2,10 @@
 
 use std::sync::Arc;
 
+use prometheus::IntCounter;
 use serde::{Deserialize, Serialize};
 use serde_json::value::RawValue;
+use sqlx::PgConnection;
 use tokio::sync::oneshot;
 use uuid::Uuid;
 
@@ -17,16 +19,25 @@ use super::entry::{self, Entry, Sealed};
 use super::hot::{At, Decided, Fact, HotKey, Made};
 use super::store;
 
+/// Whether a fencing token is good, seen by a connection: why not, if not. Given at boot by the room that has locks.
+pub type Fencing =
+    for<'a> fn(&'a mut PgConnection, &'a str, i64) -> BoxFuture<'a, Result<Option<Refusal>, sqlx::Error>>;
+
+/// What a job needs besides its command.
+pub(super) struct Means {
+    /// Seals stored outcomes.
+    pub master: Arc<MasterKey>,
+    pub fencing: Fencing,
+    /// Changes refused by their fencing token.
+    pub fenced: IntCounter,
+}
+
 /// What the writer does with a job, whatever its command.
 pub(super) trait Job: Send {
     /// What was decided for it, and at which index.
     fn permit(&self) -> &Permit;
     /// Runs it. `Ok(None)` took no index: it was refused, or its outcome was stored before.
-    fn run<'a>(
-        &'a mut self,
-        tx: &'a mut Tx<'_>,
-        master: &'a MasterKey,
-    ) -> BoxFuture<'a, Result<Option<Sealed>, Failure>>;
+    fn run<'a>(&'a mut self, tx: &'a mut Tx<'_>, means: &'a Means) -> BoxFuture<'a, Result<Option<Sealed>, Failure>>;
     /// The fact it decides on, if it is hot.
     fn hot(&self) -> Option<HotKey>;
     /// Decides in memory. `None`: it was refused.
@@ -81,7 +92,8 @@ pub(super) struct Ticket<C: Command> {
 }
 
 impl<C: Command> Ticket<C> {
-    /// `keyed` says whether the request's `Idempotency-Key` is about this command (not about a denial of it).
+    /// `keyed` says whether the request's `Idempotency-Key` and `If-Fencing-Token` are about this command (not about a denial
+    /// of it).
     pub fn new(command: C, caller: Caller, permit: Permit, keyed: bool) -> (Box<Self>, oneshot::Receiver<Heard<C>>) {
         let (reply, heard) = oneshot::channel();
         let decision = permit.decision.as_ref().map(entry::decided);
@@ -99,11 +111,15 @@ impl<C: Command> Ticket<C> {
         let Some((proposal, approvals)) = self.approved.clone() else { return self.command.apply(tx).await };
         approvals.check(tx, proposal).await?;
         let (value, entry) = self.command.apply(tx).await?;
+        if entry.is_nothing() {
+            return Ok((value, entry));
+        }
         approvals.spend(tx, proposal).await?;
         Ok((value, entry.change("proposal", proposal.to_string())))
     }
 
-    async fn execute(&mut self, tx: &mut Tx<'_>, master: &MasterKey) -> Result<Option<Sealed>, Failure> {
+    async fn execute(&mut self, tx: &mut Tx<'_>, means: &Means) -> Result<Option<Sealed>, Failure> {
+        let master = &*means.master;
         let key = self.caller.request().idempotency.clone().filter(|_| self.keyed);
         if let Some(key) = &key
             && let Some(stored) = store::outcome(tx.read(), &key.key).await?
@@ -116,6 +132,15 @@ impl<C: Command> Ticket<C> {
                     "this Idempotency-Key was used with another body; use a fresh key for a new request",
                 ))
             };
+            return Ok(None);
+        }
+        let fencing = self.caller.request().fencing.as_ref().filter(|_| self.keyed);
+        if let Some((lock, token)) = fencing
+            && let Some(refusal) = (means.fencing)(tx.read(), lock, *token).await?
+        {
+            // Not kept under an Idempotency-Key: it is a refusal of the layer around the command.
+            means.fenced.inc();
+            self.state = State::Refused(refusal);
             return Ok(None);
         }
         match self.apply(tx).await {
@@ -180,18 +205,15 @@ impl<C: Command> Job for Ticket<C> {
         &self.permit
     }
 
-    fn run<'a>(
-        &'a mut self,
-        tx: &'a mut Tx<'_>,
-        master: &'a MasterKey,
-    ) -> BoxFuture<'a, Result<Option<Sealed>, Failure>> {
-        Box::pin(self.execute(tx, master))
+    fn run<'a>(&'a mut self, tx: &'a mut Tx<'_>, means: &'a Means) -> BoxFuture<'a, Result<Option<Sealed>, Failure>> {
+        Box::pin(self.execute(tx, means))
     }
 
     fn hot(&self) -> Option<HotKey> {
-        // A stored outcome, or a proposal, is looked up in the database, so a command that has one is not hot.
-        let keyed = self.keyed && self.caller.request().idempotency.is_some();
-        if keyed || self.approved.is_some() { None } else { self.command.hot() }
+        // A stored outcome, a proposal, and who holds a lock, is looked up in the database: a command that needs that is not hot.
+        let request = self.caller.request();
+        let looks = self.keyed && (request.idempotency.is_some() || request.fencing.is_some());
+        if looks || self.approved.is_some() { None } else { self.command.hot() }
     }
 
     fn decide(&mut self, fact: Option<&Fact>, at: At) -> Result<Option<Made>, Failure> {

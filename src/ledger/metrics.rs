@@ -18,6 +18,7 @@ pub(super) struct Metrics {
     pub singled: IntCounter,
     pub ended: IntCounter,
     pub refused_full: IntCounter,
+    pub fenced: IntCounter,
     pub stale: IntCounter,
     pub followed: IntGauge,
     pub behind: IntGauge,
@@ -63,6 +64,10 @@ impl Metrics {
             singled: counter("sop_ledger_singled_batches_total", "Batches run again one command at a time")?,
             ended: counter("sop_ledger_ended_sessions_total", "Sessions ended because they kept the head too long")?,
             refused_full: counter("sop_ledger_overloaded_total", "Commands refused because the queue was full")?,
+            fenced: counter(
+                "sop_ledger_fenced_total",
+                "Changes refused because their fencing token was of no use any more",
+            )?,
             stale: counter("sop_ledger_stale_permits_total", "Commands decided again because permission had changed")?,
             followed,
             behind,

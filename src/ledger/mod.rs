@@ -27,6 +27,7 @@ mod signals;
 mod store;
 mod tasks;
 pub mod touch;
+mod vigil;
 mod writer;
 
 use std::sync::Arc;
@@ -48,13 +49,15 @@ pub use command::{Approvals, Command, Committed, Failure, Record, Tx};
 pub use entry::{Entry, Outcome, Sealed, Segment, Signal};
 pub use facts::{AUTHZ, authz_fact};
 pub use follower::Projection;
+pub use job::Fencing;
 pub use moments::newest_at;
 pub use signals::Signalled;
 pub use store::attached;
 pub use touch::{Touch, Touched, What};
+pub use vigil::{Sign, Vigil};
 
 use follower::{Follower, News};
-use job::{Heard, Job, Ticket};
+use job::{Heard, Job, Means, Ticket};
 use metrics::Metrics;
 
 /// How often a command is decided again because permission changed in between, before the caller is asked to come back.
@@ -80,6 +83,8 @@ pub struct Parts {
     pub write_timeout: Duration,
     /// What this daemon keeps in memory.
     pub projections: Vec<Arc<dyn Projection>>,
+    /// Says whether a fencing token is good.
+    pub fencing: Fencing,
     /// Tables of the rooms that are partitioned by index as the entries are.
     pub partitioned: &'static [&'static str],
 }
@@ -99,7 +104,7 @@ struct Inner {
 struct Shared {
     store: Store,
     clock: Clock,
-    master: Arc<MasterKey>,
+    means: Means,
     batch: usize,
     lock_wait: Duration,
     write_timeout: Duration,
@@ -163,7 +168,7 @@ impl Ledger {
         let shared = Arc::new(Shared {
             store: parts.store,
             clock: parts.clock,
-            master: parts.master,
+            means: Means { master: parts.master, fencing: parts.fencing, fenced: metrics.fenced.clone() },
             batch: parts.batch,
             lock_wait: parts.lock_wait,
             write_timeout: parts.write_timeout,

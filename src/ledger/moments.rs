@@ -1,4 +1,4 @@
-//! When: the newest entry that is older than a moment, and how long ago this daemon knew what is newest.
+//! When: the newest entry that is older than a moment, how long ago this daemon knew what is newest, whether a lock is held now.
 
 use std::sync::atomic::Ordering;
 use std::time::Duration;
@@ -6,7 +6,7 @@ use std::time::Duration;
 use serde::Deserialize;
 use sqlx::PgConnection;
 
-use crate::kernel::Timestamp;
+use crate::kernel::{Refusal, Timestamp};
 
 use super::{Ledger, Shared, store};
 
@@ -41,6 +41,23 @@ impl Shared {
 }
 
 impl Ledger {
+    /// Whether a fencing token is good now. Each change that is sent with one is checked in its own commit; this is for those
+    /// that share an entry with others.
+    ///
+    /// # Errors
+    /// 412 when it is not.
+    pub async fn fenced(&self, lock: &str, token: i64) -> Result<(), Refusal> {
+        let shared = &self.0.shared;
+        let mut conn = shared.store.reader().acquire().await.map_err(|e| shared.store.refusal(e))?;
+        match (shared.means.fencing)(&mut conn, lock, token).await.map_err(|e| shared.store.refusal(e))? {
+            None => Ok(()),
+            Some(refusal) => {
+                shared.means.fenced.inc();
+                Err(refusal)
+            }
+        }
+    }
+
     /// How long ago what this daemon knows was known to be the newest: what a stale read may lack is younger than that.
     #[must_use]
     pub fn staleness(&self) -> Duration {

@@ -10,7 +10,7 @@ use tokio::sync::{Mutex, mpsc, oneshot};
 use crate::kernel::supervisor::{Supervisor, Task, TaskError};
 use crate::kernel::web::Caller;
 use crate::kernel::{Clock, Refusal, problem};
-use crate::ledger::{Command, Entry, Failure, Ledger, Touch, Tx};
+use crate::ledger::{self, Command, Entry, Failure, Ledger, Touch, Tx, Vigil};
 use crate::store::Store;
 
 use super::board::SERVICE;
@@ -252,36 +252,23 @@ impl Command for Beaters {
 
 /// How often silence is looked for.
 const LOOK: Duration = Duration::from_millis(500);
-/// How long the claim on it lasts without renewal.
-const CLAIM: Duration = Duration::from_secs(3);
-/// Who has not looked for so long has not watched the time pass: it was frozen, and heartbeats could not reach it either.
-const GAP: Duration = Duration::from_secs(2);
 
 /// Ends instances that were silent for their whole time to live, as this daemon watched it pass on its own clock.
 pub(super) fn expire(store: Store, ledger: Ledger, clock: Clock, metrics: Metrics, tasks: &Supervisor) {
     tasks.start(Task::restarting("nexus/expiry", move |stop| {
         let (store, ledger, clock, metrics) = (store.clone(), ledger.clone(), clock.clone(), metrics.clone());
         async move {
-            let mut claim = ledger.claim("nexus/expiry", CLAIM);
-            let mut seen: HashMap<(String, String), (i64, Duration)> = HashMap::new();
-            let mut looked = clock.elapsed();
+            let mut vigil = Vigil::new(&ledger, clock, "nexus/expiry");
             loop {
                 tokio::select! {
                     () = stop.cancelled() => {
-                        claim.release().await;
+                        vigil.release().await;
                         return Ok(());
                     }
                     () = tokio::time::sleep(LOOK) => {}
                 }
-                let now = clock.elapsed();
-                if now.saturating_sub(std::mem::replace(&mut looked, now)) > GAP {
-                    seen.clear();
-                }
-                if claim.held().await? {
-                    look(&store, &ledger, &clock, &metrics, &mut seen).await?;
-                } else {
-                    // What was seen while another held it does not count: who takes over grants a full time again.
-                    seen.clear();
+                if vigil.watches().await? {
+                    look(&store, &ledger, &metrics, &mut vigil).await?;
                 }
             }
         }
@@ -291,34 +278,24 @@ pub(super) fn expire(store: Store, ledger: Ledger, clock: Clock, metrics: Metric
 async fn look(
     store: &Store,
     ledger: &Ledger,
-    clock: &Clock,
     metrics: &Metrics,
-    seen: &mut HashMap<(String, String), (i64, Duration)>,
+    vigil: &mut Vigil<(String, String)>,
 ) -> Result<(), TaskError> {
     let signs = {
         let mut conn = store.reader().acquire().await?;
         super::store::services::signs(&mut conn).await?
     };
-    let now = clock.elapsed();
-    let mut kept = HashMap::new();
-    for sign in signs {
-        let key = (sign.service, sign.id);
-        let since = match seen.get(&key) {
-            Some((beat, since)) if *beat == sign.beat => *since,
-            _ => now,
-        };
-        let ttl = Duration::from_millis(u64::try_from(sign.ttl_ms).unwrap_or(0));
-        if now.saturating_sub(since) > ttl {
-            let (service, id) = key.clone();
-            let end = End { service, id, silent_since: Some(sign.beat) };
-            match ledger.write(&Caller::daemon("nexus"), &[], end).await {
-                Ok(_) => metrics.did("expire", 1),
-                Err(r) if r.problem() == &problem::CONFLICT || r.problem() == &problem::NOT_FOUND => {}
-                Err(r) => return Err(r.detail().to_owned().into()),
-            }
+    let sign = |s: store::Sign| {
+        let ttl = Duration::from_millis(u64::try_from(s.ttl_ms).unwrap_or(0));
+        ledger::Sign { of: (s.service, s.id), beat: s.beat, ttl }
+    };
+    for ((service, id), beat) in vigil.silent(signs.into_iter().map(sign)) {
+        let end = End { service, id, silent_since: Some(beat) };
+        match ledger.write(&Caller::daemon("nexus"), &[], end).await {
+            Ok(_) => metrics.did("expire", 1),
+            Err(r) if r.problem() == &problem::CONFLICT || r.problem() == &problem::NOT_FOUND => {}
+            Err(r) => return Err(r.detail().to_owned().into()),
         }
-        kept.insert(key, (sign.beat, since));
     }
-    *seen = kept;
     Ok(())
 }

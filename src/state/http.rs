@@ -1,5 +1,7 @@
 //! The room's routes.
 
+mod leases;
+mod locks;
 mod txn;
 mod watch;
 
@@ -10,6 +12,7 @@ use serde::Deserialize;
 use serde_json::{Map, Value};
 use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
+use uuid::Uuid;
 
 use crate::kernel::web::{Answer, Body, Caller, Listing, Name, Preconditions, Query, SOP_INDEX, Tags, page_limit};
 use crate::kernel::{Refusal, problem};
@@ -22,9 +25,21 @@ pub fn routes(state: State) -> OpenApiRouter {
     OpenApiRouter::new()
         .routes(routes!(list))
         .routes(routes!(get, head, put, delete))
+        .merge(leases::routes())
+        .merge(locks::routes())
         .merge(txn::routes())
         .merge(watch::routes())
         .with_state(state)
+}
+
+/// What it hangs on.
+#[derive(Deserialize, utoipa::IntoParams)]
+#[serde(deny_unknown_fields)]
+#[into_params(parameter_in = Query)]
+struct OnLease {
+    /// The key goes when this lease of yours ends; without it, it hangs on none
+    #[serde(default)]
+    lease: Option<Uuid>,
 }
 
 /// As of which index.
@@ -38,20 +53,22 @@ struct At {
 }
 
 /// Put a value: the body, any bytes, under a key
-#[utoipa::path(put, path = "/v1/state/kv/{*key}", tag = "state", params(("key" = String, Path, description = "The key, a name")),
+#[utoipa::path(put, path = "/v1/state/kv/{*key}", tag = "state", params(("key" = String, Path, description = "The key, a name"), OnLease),
     request_body(content = Vec<u8>, content_type = "*/*"),
     responses((status = 200, body = Written), (status = 412, description = "The condition does not hold")))]
 async fn put(
     Room(state): Room<State>,
     caller: Caller,
     Name(key): Name,
+    Query(on): Query<OnLease>,
     conditions: Preconditions,
     headers: HeaderMap,
     Body(value): Body,
 ) -> Result<Answer<Written>, Refusal> {
     let content_type = content_type(&headers)?;
     let condition = condition(conditions)?;
-    let done = state.put(&caller, kv::Put::new(key, value.to_vec(), content_type, condition)).await?;
+    let put = kv::Put::new(key, value.to_vec(), content_type, condition).leased(on.lease, caller.actor());
+    let done = state.put(&caller, put).await?;
     let tag = done.value.index;
     Ok(Answer::ok(done.value).at(done.index).tagged(tag))
 }
@@ -105,6 +122,9 @@ fn value_response(index: i64, item: &Item, headers: &HeaderMap) -> Response {
     }
     out.insert("sop-created-index", item.created_index.into());
     out.insert("sop-version", item.version.into());
+    if let Some(lease) = item.lease.and_then(|l| HeaderValue::try_from(l.to_string()).ok()) {
+        out.insert("sop-lease", lease);
+    }
     response
 }
 

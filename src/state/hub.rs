@@ -12,6 +12,8 @@ use tokio::sync::Notify;
 use crate::kernel::{BoxFuture, Refusal};
 use crate::ledger::{Projection, Touched, What};
 
+use super::board::Board;
+use super::locks::LOCK;
 use super::model::Change;
 use super::recent::Recent;
 use super::{kv, store};
@@ -37,6 +39,8 @@ pub struct Hub {
     inner: Mutex<Inner>,
     /// What was read lately, kept true by the same news.
     pub(super) recent: Recent,
+    /// Who waits for locks.
+    pub(super) locks: Board,
 }
 
 #[derive(Default)]
@@ -265,7 +269,7 @@ impl Projection for Hub {
     }
 
     fn kinds(&self) -> &'static [&'static str] {
-        &[kv::KEY]
+        &[kv::KEY, LOCK]
     }
 
     fn load<'a>(&'a self, _: &'a mut PgConnection, at: i64) -> BoxFuture<'a, Result<(), sqlx::Error>> {
@@ -283,6 +287,7 @@ impl Projection for Hub {
         touched: &'a [(i64, Touched)],
     ) -> BoxFuture<'a, Result<(), sqlx::Error>> {
         self.recent.changed(touched);
+        self.locks.changed(touched);
         Box::pin(async move {
             let (wanted, from) = {
                 let mut inner = self.lock();

@@ -3,13 +3,15 @@
 use std::sync::Arc;
 
 use sqlx::PgConnection;
+use uuid::Uuid;
 
 use crate::kernel::{BoxFuture, Refusal, crypto, problem};
 use crate::ledger::hot::{self, At, Column, Decided, Fact, Hot, HotKey, Loaded, Row};
 use crate::ledger::{Command, Entry, Failure, Touch, Tx};
 
+use super::leases;
 use super::model::{Change, Condition, Deleted, Item, Written};
-use super::store::{self, Standing};
+use super::store::{self, Standing, leases as lease_rows};
 
 /// The kind of touch of a key.
 pub const KEY: &str = "kv";
@@ -24,6 +26,8 @@ pub struct Put {
     pub content_type: String,
     /// What must hold.
     pub condition: Condition,
+    /// The lease it is to hang on: its id, and whose it must be.
+    pub lease: Option<(Uuid, String)>,
     /// Digest of the value, made before the command queues.
     digest: String,
 }
@@ -33,7 +37,14 @@ impl Put {
     #[must_use]
     pub fn new(key: String, value: Vec<u8>, content_type: String, condition: Condition) -> Self {
         let digest = crypto::base64(crypto::sha256(&value));
-        Self { key, value, content_type, condition, digest }
+        Self { key, value, content_type, condition, lease: None, digest }
+    }
+
+    /// The same on a lease of `owner`'s.
+    #[must_use]
+    pub fn leased(mut self, lease: Option<Uuid>, owner: &str) -> Self {
+        self.lease = lease.map(|id| (id, owner.to_owned()));
+        self
     }
 }
 
@@ -41,14 +52,26 @@ impl Command for Put {
     type Out = Written;
 
     async fn apply(&mut self, tx: &mut Tx<'_>) -> Result<(Written, Entry), Failure> {
-        hot::alone(self, tx).await
+        let Some((id, owner)) = self.lease.clone() else { return hot::alone(self, tx).await };
+        if lease_rows::owned(tx.read(), &[id], &owner).await?.is_empty() {
+            return Err(leases::absent(id).into());
+        }
+        let found = KEYS.load(tx.read(), &[self.key.as_bytes().to_vec()]).await?.pop();
+        let at = At { index: tx.index(), now: tx.now() };
+        let decided = self.decide(found.as_ref().map(|(_, fact)| fact), at)?;
+        let row = decided.row.and_then(|row| row.downcast::<Change>().ok());
+        let row = row.ok_or_else(|| Refusal::internal("a put without a row"))?;
+        store::txn::write(tx.write(), &[*row]).await?;
+        Ok((decided.value, decided.entry.change("lease", id.to_string())))
     }
 
     fn hot(&self) -> Option<HotKey> {
-        Some(HotKey { kind: &KEYS, key: self.key.as_bytes().to_vec() })
+        // Whether there is that lease is looked up in the database.
+        self.lease.is_none().then(|| HotKey { kind: &KEYS, key: self.key.as_bytes().to_vec() })
     }
 
     fn decide(&mut self, fact: Option<&Fact>, at: At) -> Result<Decided<Written>, Refusal> {
+        let lease = self.lease.as_ref().map(|(id, _)| *id);
         let was = standing(fact);
         check(&self.condition, was, &self.key)?;
         let (created_index, version) = was.map_or((at.index, 1), |w| (w.created_index, w.version + 1));
@@ -59,14 +82,20 @@ impl Command for Put {
             version,
             content_type: self.content_type.clone(),
             value: self.value.clone(),
-            lease: None,
+            lease,
         };
         let entry = Entry::ok("state:put", format!("key/{}", self.key))
             .change("size", self.value.len())
             .change("version", version)
             .change("sha256", self.digest.clone())
             .touch(Touch::key(KEY, self.key.as_bytes()));
-        let value = Written { key: self.key.clone(), index: at.index, created_index, version, lease: None };
+        let value = Written {
+            key: self.key.clone(),
+            index: at.index,
+            created_index,
+            version,
+            lease: lease.map(|l| l.to_string()),
+        };
         let after: Fact = Arc::new(Standing { index: at.index, created_index, version });
         let row = Change { item, deleted: false, previous: was.map_or(0, |w| w.index) };
         Ok(Decided { value, entry, after: Some(after), row: Some(Box::new(row)) })

@@ -9,15 +9,20 @@
 //! **Why this way.** Values stand twice, in `kv` and in `history`: a read of the present is one look-up in a small hot table,
 //! and a read of the past needs no undo.
 
+mod board;
 mod compaction;
+mod election;
 pub mod http;
 mod hub;
 pub mod kv;
+mod leases;
+mod locks;
 mod metrics;
 pub mod model;
 mod recent;
 mod store;
 mod txn;
+mod waiting;
 mod watch;
 
 use std::sync::Arc;
@@ -33,10 +38,12 @@ use crate::ledger::{Committed, Failure, Ledger};
 use crate::store::Store;
 
 pub use hub::Hub;
+use leases::Renewals;
 pub use metrics::Metrics;
 use model::{Condition, Deleted, Item, Written};
 use store::{Wanted, history};
 use txn::{Answered, Txn};
+pub use waiting::fenced;
 
 /// What the room is made from.
 pub struct Parts {
@@ -66,8 +73,19 @@ pub struct Moment {
 pub struct State {
     ledger: Ledger,
     store: Store,
+    clock: Clock,
     hub: Arc<Hub>,
     metrics: Metrics,
+    renewals: Renewals,
+}
+
+/// The table of the room that is partitioned by index as the entries are.
+pub const PARTITIONED: &str = "state.renewals";
+
+/// The records of renewals, for who gives receipts of them.
+#[must_use]
+pub fn records(store: &Store) -> Arc<dyn crate::audit::Records> {
+    Arc::new(leases::Renewed(store.clone()))
 }
 
 /// What a list asks for.
@@ -105,8 +123,10 @@ impl State {
     #[must_use]
     pub fn start(parts: Parts, tasks: &Supervisor) -> Self {
         let Parts { ledger, store, clock, hub, metrics, history } = parts;
-        compaction::start(store.clone(), ledger.clone(), clock, metrics.clone(), history, tasks);
-        Self { ledger, store, hub, metrics }
+        let renewals = Renewals::start(ledger.clone(), metrics.clone(), tasks);
+        leases::expire(store.clone(), ledger.clone(), clock.clone(), metrics.clone(), tasks);
+        compaction::start(store.clone(), ledger.clone(), clock.clone(), metrics.clone(), history, tasks);
+        Self { ledger, store, clock, hub, metrics, renewals }
     }
 
     /// Puts a value.

@@ -1,6 +1,8 @@
 //! The room's SQL: keys as they are, and the statement that changes one.
 
 pub(super) mod history;
+pub(super) mod leases;
+pub(super) mod locks;
 pub(super) mod txn;
 
 use std::collections::HashMap;

@@ -14,9 +14,10 @@ use crate::kernel::{Refusal, problem};
 use crate::ledger::{Command, Entry, Failure, Touch, Tx};
 
 use super::kv::KEY;
+use super::leases;
 use super::model::{Change, Item, Written, put_key};
 use super::store::txn::{self as rows, Compared};
-use super::store::{self, Standing, Wanted};
+use super::store::{self, Standing, Wanted, leases as lease_rows};
 
 pub(super) use request::Request;
 
@@ -315,6 +316,14 @@ impl Command for Txn {
         let succeeded = self.succeeds(tx.read()).await?;
         let branch = self.branch(succeeded);
         light(tx.read(), branch).await?;
+        let wanted: Vec<Uuid> =
+            branch.iter().filter_map(|op| if let Op::Put(put) = op { put.lease } else { None }).collect();
+        if !wanted.is_empty() {
+            let there = lease_rows::owned(tx.read(), &wanted, &self.owner).await?;
+            if let Some(missing) = wanted.iter().find(|id| !there.contains(id)) {
+                return Err(leases::absent(*missing).into());
+            }
+        }
         let keys: Vec<Vec<u8>> = branch
             .iter()
             .filter_map(|op| match op {

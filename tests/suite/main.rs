@@ -43,6 +43,8 @@ mod search;
 mod secrets;
 mod state;
 mod state_history;
+mod state_leases;
+mod state_locks;
 mod state_txn;
 mod state_watch;
 mod token;

@@ -241,7 +241,8 @@ proptest! {
 fn a_deep_hierarchy_is_closed_over_in_time() {
     let force = shipped();
     let group = |n: usize| EntityName { kind: "group".into(), id: n.to_string() };
-    let entities = |n| (0..n).map(|i| Arc::new(entity(&group(i), &json!({}), &[group(i + 1)], None).unwrap())).collect();
+    let entities =
+        |n| (0..n).map(|i| Arc::new(entity(&group(i), &json!({}), &[group(i + 1)], None).unwrap())).collect();
     let (who, what) = (group(0), group(10));
     let put = |n: usize| {
         let clock = crate::kernel::Clock::system();

@@ -195,7 +195,7 @@ impl Writer {
             }
             let at = run.next();
             let mut tx = Tx::new(conn, at.index, at.now);
-            let done = jobs[i].run(&mut tx, &self.shared.master).await;
+            let done = jobs[i].run(&mut tx, &self.shared.means).await;
             run.wrote |= tx.wrote();
             match done {
                 Ok(Some(sealed)) => {

@@ -1,0 +1,317 @@
+//! Locks: held by a lease, passed on in order of asking, fenced by the index of their acquisition.
+
+use serde::{Deserialize, Serialize};
+use serde_json::{Value, json};
+use uuid::Uuid;
+
+use crate::kernel::{Refusal, problem};
+use crate::ledger::{Command, Entry, Failure, Touch, Tx};
+
+use super::leases::{self, Ended, seconds};
+use super::store::leases::{self as lease_rows, Row};
+use super::store::locks as rows;
+
+/// The kind of touch of a lock: who holds it or waits for it has changed.
+pub const LOCK: &str = "lock";
+/// Who may wait for one lock at most.
+const QUEUE: usize = 1000;
+
+/// How a lock is shared.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Terms {
+    /// With others who read.
+    pub read: bool,
+    /// With so many others, itself among them.
+    pub slots: i64,
+}
+
+impl Terms {
+    /// Whether these holders leave room.
+    fn fits(self, holds: &[Hold]) -> bool {
+        if self.read {
+            holds.iter().all(|h| h.terms.read)
+        } else {
+            holds.iter().all(|h| !h.terms.read) && (holds.len() as i64) < self.slots
+        }
+    }
+}
+
+/// One who holds a lock.
+#[derive(Clone, Debug)]
+pub(super) struct Hold {
+    pub lease: Uuid,
+    pub owner: String,
+    pub token: i64,
+    pub terms: Terms,
+    pub value: Option<Vec<u8>>,
+    pub ttl_ms: i64,
+}
+
+/// One who waits for a lock.
+#[derive(Clone, Debug)]
+pub(super) struct Waiter {
+    pub place: i64,
+    pub lease: Uuid,
+    pub owner: String,
+    pub terms: Terms,
+    pub value: Option<Vec<u8>>,
+}
+
+/// A lock that is held, as its holder hears it
+#[derive(Clone, Debug, Serialize, Deserialize, utoipa::ToSchema)]
+#[schema(as = HeldLock)]
+pub(super) struct Held {
+    /// The lock
+    pub name: String,
+    /// The client that holds it
+    pub holder: String,
+    /// Goes into `If-Fencing-Token`; greater with each acquisition
+    pub fencing_token: i64,
+    /// The lease it is held by: renew it
+    pub lease: Uuid,
+    /// Seconds the lease lives without a renewal
+    pub ttl: f64,
+    /// What a leader says
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schema(value_type = Object)]
+    pub value: Option<Value>,
+}
+
+impl Held {
+    pub fn new(name: &str, hold: &Hold) -> Self {
+        Self {
+            name: name.to_owned(),
+            holder: hold.owner.clone(),
+            fencing_token: hold.token,
+            lease: hold.lease,
+            ttl: seconds(hold.ttl_ms),
+            value: said(hold.value.as_ref()),
+        }
+    }
+}
+
+/// What a leader says, as JSON.
+pub(super) fn said(value: Option<&Vec<u8>>) -> Option<Value> {
+    value.and_then(|bytes| serde_json::from_slice(bytes).ok())
+}
+
+/// The refusal of who cannot have it: who has it.
+pub(super) fn taken(name: &str, holds: &[Hold], waiting: usize) -> Refusal {
+    let newest = holds.iter().max_by_key(|h| h.token);
+    let detail = match newest {
+        Some(h) => format!("lock {name} is held by {}; {waiting} wait for it", h.owner),
+        None => format!("lock {name} is about to pass to who waits for it"),
+    };
+    let holders: Vec<Value> =
+        holds.iter().map(|h| json!({"holder": h.owner, "fencing_token": h.token, "read": h.terms.read})).collect();
+    Refusal::new(&problem::CONFLICT, detail)
+        .with("holder", newest.map(|h| h.owner.clone()))
+        .with("fencing_token", newest.map(|h| h.token))
+        .with("holders", holders)
+        .with("waiting", waiting)
+}
+
+/// Asks for a lock.
+pub(super) struct Acquire {
+    pub name: String,
+    pub owner: String,
+    pub lease: Uuid,
+    /// The lease is there already; otherwise one is granted, for so long, that ends with the lock.
+    pub ttl_ms: Option<i64>,
+    pub terms: Terms,
+    pub value: Option<Vec<u8>>,
+    /// Wait for it.
+    pub queue: bool,
+}
+
+/// What asking for a lock came to; `held` is missing of who waits.
+#[derive(Serialize, Deserialize)]
+pub(super) struct Asked {
+    pub held: Option<Held>,
+    pub ttl_ms: i64,
+}
+
+impl Acquire {
+    fn entry(&self, action: &'static str) -> Entry {
+        let mut entry = Entry::ok(action, format!("lock/{}", self.name))
+            .change("lease", self.lease.to_string())
+            .touch(Touch::key(LOCK, self.name.as_bytes()));
+        if self.terms.read {
+            entry = entry.change("read", true);
+        }
+        if self.terms.slots > 1 {
+            entry = entry.change("limit", self.terms.slots);
+        }
+        entry
+    }
+
+    /// The time to live of the lease it is to hang on.
+    async fn lease(&self, tx: &mut Tx<'_>) -> Result<i64, Failure> {
+        if let Some(ttl_ms) = self.ttl_ms {
+            return Ok(ttl_ms);
+        }
+        let found = lease_rows::one(tx.read(), self.lease).await?.filter(|l| l.owner == self.owner);
+        Ok(found.ok_or_else(|| leases::absent(self.lease))?.ttl_ms)
+    }
+
+    /// Grants the lease, if it is not there.
+    async fn grant(&self, tx: &mut Tx<'_>) -> Result<(), sqlx::Error> {
+        let Some(ttl_ms) = self.ttl_ms else { return Ok(()) };
+        let (id, owner, index, renewed) = (self.lease, self.owner.clone(), tx.index(), tx.now());
+        let lock = Some(self.name.clone());
+        let row = Row { id, owner, ttl_ms, granted_index: index, beat: index, renewed, lock };
+        lease_rows::grant(tx.write(), &row).await
+    }
+}
+
+impl Command for Acquire {
+    type Out = Asked;
+
+    async fn apply(&mut self, tx: &mut Tx<'_>) -> Result<(Asked, Entry), Failure> {
+        let ttl_ms = self.lease(tx).await?;
+        let holds = rows::holds(tx.read(), &self.name).await?;
+        let queue = rows::queue(tx.read(), &self.name).await?;
+        // Whoever has it has it; a leader may say something else.
+        if let Some(mine) = holds.iter().find(|h| h.lease == self.lease) {
+            let hold = Hold { value: self.value.clone().or(mine.value.clone()), ..mine.clone() };
+            let held = Some(Held::new(&self.name, &hold));
+            if hold.value == mine.value {
+                return Ok((Asked { held, ttl_ms }, Entry::nothing()));
+            }
+            rows::hold(tx.write(), &self.name, &hold).await?;
+            return Ok((Asked { held, ttl_ms }, self.entry("state:lock-proclaim")));
+        }
+        if queue.iter().any(|w| w.lease == self.lease) {
+            return Ok((Asked { held: None, ttl_ms }, Entry::nothing()));
+        }
+        let agreed = holds.iter().map(|h| h.terms).chain(queue.iter().map(|w| w.terms)).map(|t| t.slots).next();
+        if let Some(slots) = agreed.filter(|slots| *slots != self.terms.slots) {
+            let detail = format!("lock {} has a limit of {slots} while it is held or waited for", self.name);
+            return Err(Refusal::new(&problem::CONFLICT, detail).with("limit", slots).into());
+        }
+        let index = tx.index();
+        let (lease, owner, terms, value) = (self.lease, self.owner.clone(), self.terms, self.value.clone());
+        if queue.is_empty() && terms.fits(&holds) {
+            self.grant(tx).await?;
+            let hold = Hold { lease, owner, token: index, terms, value, ttl_ms };
+            rows::hold(tx.write(), &self.name, &hold).await?;
+            let held = Some(Held::new(&self.name, &hold));
+            return Ok((Asked { held, ttl_ms }, self.entry("state:lock-acquire")));
+        }
+        if !self.queue || queue.len() >= QUEUE {
+            return Err(taken(&self.name, &holds, queue.len()).into());
+        }
+        self.grant(tx).await?;
+        rows::enqueue(tx.write(), &self.name, &Waiter { place: index, lease, owner, terms, value }).await?;
+        Ok((Asked { held: None, ttl_ms }, self.entry("state:lock-wait")))
+    }
+}
+
+/// What letting go of a lock answers
+#[derive(Clone, Debug, Serialize, Deserialize, utoipa::ToSchema)]
+#[schema(as = ReleasedLock)]
+pub(super) struct Released {
+    /// The lock
+    pub name: String,
+    /// The token that is of no use any more; 0 of who only waited
+    pub fencing_token: i64,
+}
+
+/// Lets go of a lock, or of a place in its queue.
+pub(super) struct Release {
+    pub name: String,
+    pub owner: String,
+    pub lease: Uuid,
+    /// Only the place in the queue: what came to be held meanwhile stays held.
+    pub waiting: bool,
+}
+
+impl Command for Release {
+    type Out = Released;
+
+    async fn apply(&mut self, tx: &mut Tx<'_>) -> Result<(Released, Entry), Failure> {
+        let absent = || Refusal::not_found(format!("hold of lock {} by lease {}", self.name, self.lease));
+        let holds = rows::holds(tx.read(), &self.name).await?;
+        let hold = holds.iter().find(|h| h.lease == self.lease && h.owner == self.owner);
+        if self.waiting && hold.is_some() {
+            return Err(Refusal::new(&problem::CONFLICT, "it is held by now").into());
+        }
+        let queue = rows::queue(tx.read(), &self.name).await?;
+        let waits = queue.iter().find(|w| w.lease == self.lease && w.owner == self.owner);
+        if hold.is_none() && waits.is_none() {
+            return Err(absent().into());
+        }
+        let released = Released { name: self.name.clone(), fencing_token: hold.map_or(0, |h| h.token) };
+        let action = if hold.is_some() { "state:lock-release" } else { "state:lock-withdraw" };
+        let entry = Entry::ok(action, format!("lock/{}", self.name)).change("lease", self.lease.to_string());
+        let lease = lease_rows::one(tx.read(), self.lease).await?.ok_or_else(absent)?;
+        // A lease that was made for the lock ends with it.
+        if lease.lock.as_ref() == Some(&self.name) {
+            let (_, entry): (Ended, Entry) = leases::end(tx, &lease, entry).await?;
+            return Ok((released, entry));
+        }
+        match waits {
+            Some(w) if hold.is_none() => rows::dequeue(tx.write(), &self.name, w.place).await?,
+            _ => rows::unhold(tx.write(), &self.name, self.lease).await?,
+        }
+        let passed = pass_on(tx, &self.name).await?;
+        let entry = entry.touch(Touch::key(LOCK, self.name.as_bytes()));
+        Ok((released, if passed.is_empty() { entry } else { entry.change("passed_to", passed) }))
+    }
+}
+
+/// A lease ends: the locks it held or waited for, and to whom they passed.
+pub(super) async fn lease_ended(tx: &mut Tx<'_>, lease: Uuid) -> Result<(Vec<String>, Vec<String>), Failure> {
+    let names = rows::let_go(tx.write(), lease).await?;
+    let mut passed = Vec::new();
+    for name in &names {
+        passed.extend(pass_on(tx, name).await?);
+    }
+    Ok((names, passed))
+}
+
+/// Gives a lock to those who wait for it, in order, as long as there is room; to whom.
+async fn pass_on(tx: &mut Tx<'_>, name: &str) -> Result<Vec<String>, Failure> {
+    let (index, now) = (tx.index(), tx.now());
+    let mut holds = rows::holds(tx.read(), name).await?;
+    let mut passed = Vec::new();
+    for waiter in rows::queue(tx.read(), name).await? {
+        if !waiter.terms.fits(&holds) {
+            break;
+        }
+        let Waiter { place, lease, owner, terms, value } = waiter;
+        passed.push(owner.clone());
+        let hold = Hold { lease, owner, token: index, terms, value, ttl_ms: 0 };
+        rows::dequeue(tx.write(), name, place).await?;
+        rows::hold(tx.write(), name, &hold).await?;
+        // It has its whole time from here on.
+        lease_rows::revive(tx.write(), lease, index, now).await?;
+        holds.push(hold);
+    }
+    Ok(passed)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn held(terms: &[(bool, i64)]) -> Vec<Hold> {
+        let hold = |(read, slots): &(bool, i64)| Hold {
+            lease: Uuid::nil(),
+            owner: String::new(),
+            token: 1,
+            terms: Terms { read: *read, slots: *slots },
+            value: None,
+            ttl_ms: 0,
+        };
+        terms.iter().map(hold).collect()
+    }
+
+    #[test]
+    fn who_may_hold_together() {
+        let fits = |read, slots, holds: &[(bool, i64)]| Terms { read, slots }.fits(&held(holds));
+        assert!(fits(false, 1, &[]) && fits(true, 1, &[]) && fits(true, 1, &[(true, 1), (true, 1)]));
+        assert!(!fits(false, 1, &[(false, 1)]) && !fits(true, 1, &[(false, 1)]) && !fits(false, 1, &[(true, 1)]));
+        assert!(fits(false, 2, &[(false, 2)]) && !fits(false, 2, &[(false, 2), (false, 2)]));
+    }
+}

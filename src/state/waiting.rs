@@ -1,0 +1,206 @@
+//! Waiting for a lock: a place in its queue that this daemon keeps alive, and gives up when the caller goes.
+
+use std::time::Duration;
+
+use sqlx::PgConnection;
+use uuid::Uuid;
+
+use crate::kernel::web::{Ask, Caller};
+use crate::kernel::{BoxFuture, Refusal, ids, problem, supervisor};
+use crate::ledger::Committed;
+
+use super::leases::{End, Ended, Grant, Lease};
+use super::locks::{Acquire, Asked, Held, Hold, Release, Released, Terms, Waiter, taken};
+use super::store::{leases as lease_rows, locks as rows};
+use super::{State, model};
+
+/// What is asked for.
+pub(super) struct Wish {
+    pub name: String,
+    pub ttl_ms: i64,
+    pub lease: Option<Uuid>,
+    pub terms: Terms,
+    pub value: Option<Vec<u8>>,
+    pub wait: Duration,
+}
+
+/// A place in a queue. When it is dropped while it is not yet settled, the caller has gone: it is given up.
+struct Place {
+    state: State,
+    name: String,
+    owner: String,
+    lease: Uuid,
+    settled: bool,
+}
+
+impl Place {
+    fn withdrawal(&self) -> Release {
+        Release { name: self.name.clone(), owner: self.owner.clone(), lease: self.lease, waiting: true }
+    }
+}
+
+impl Drop for Place {
+    fn drop(&mut self) {
+        if self.settled {
+            return;
+        }
+        let (state, mut release) = (self.state.clone(), self.withdrawal());
+        // If it holds the lock by now, nobody will hear of it.
+        release.waiting = false;
+        supervisor::detach(async move { state.ledger.write(&Caller::daemon("state"), &[], release).await.is_ok() });
+    }
+}
+
+impl State {
+    pub(super) async fn grant(&self, caller: &Caller, ttl_ms: i64) -> Result<Committed<Lease>, Refusal> {
+        let ask = Ask::new("state:lease-grant", "Lease", "");
+        let (id, owner) = (ids::new_id(self.clock.now()), caller.actor().to_owned());
+        let done = self.ledger.write(caller, &[ask], Grant { id, owner, ttl_ms }).await?;
+        self.metrics.count("lease-grant");
+        Ok(done)
+    }
+
+    /// Renews leases of the caller's; those that there were, with their time to live in milliseconds.
+    pub(super) async fn renew(&self, caller: &Caller, ids: Vec<Uuid>) -> Result<(i64, Vec<(Uuid, i64)>), Refusal> {
+        let asks: Vec<Ask> = ids.iter().map(|id| Ask::new("state:lease-renew", "Lease", id.to_string())).collect();
+        self.ledger.permit(caller, &asks).await?;
+        self.renewals.give(caller, ids).await
+    }
+
+    pub(super) async fn revoke(&self, caller: &Caller, id: Uuid) -> Result<Committed<Ended>, Refusal> {
+        // Whose it is does not change as long as it is there.
+        let own = self.lease(id).await?.is_some_and(|l| l.owner == caller.actor());
+        let ask = Ask::new("state:lease-revoke", "Lease", id.to_string()).with("own", own);
+        let done = self.ledger.write(caller, &[ask], End { id, silent_since: None }).await?;
+        self.metrics.count("lease-revoke");
+        Ok(done)
+    }
+
+    pub(super) async fn lease(&self, id: Uuid) -> Result<Option<lease_rows::Row>, Refusal> {
+        let mut conn = self.connection().await?;
+        lease_rows::one(&mut conn, id).await.map_err(|e| self.store.refusal(e))
+    }
+
+    /// Who holds a lock, and who waits for it.
+    pub(super) async fn lock_stands(&self, name: &str) -> Result<(Vec<Hold>, Vec<Waiter>), Refusal> {
+        let refusal = |e| self.store.refusal(e);
+        let mut conn = self.connection().await?;
+        let holds = rows::holds(&mut conn, name).await.map_err(refusal)?;
+        Ok((holds, rows::queue(&mut conn, name).await.map_err(refusal)?))
+    }
+
+    /// Acquires a lock, and waits for it as long as is wished; the answer and its index.
+    pub(super) async fn acquire(&self, caller: &Caller, wish: Wish) -> Result<(i64, Held), Refusal> {
+        let ask = [Ask::new("state:lock-acquire", "Lock", wish.name.clone())];
+        let until = self.clock.elapsed() + wish.wait;
+        let mut news = self.hub.locks.hear(&wish.name);
+        let lease = wish.lease.unwrap_or_else(|| ids::new_id(self.clock.now()));
+        let (name, owner) = (wish.name.clone(), caller.actor().to_owned());
+        let acquire = Acquire {
+            name: name.clone(),
+            owner: owner.clone(),
+            lease,
+            ttl_ms: wish.lease.is_none().then_some(wish.ttl_ms),
+            terms: wish.terms,
+            value: wish.value,
+            queue: !wish.wait.is_zero(),
+        };
+        let done = self.ledger.write(caller, &ask, acquire).await?;
+        self.metrics.count("lock-acquire");
+        let Asked { held, ttl_ms } = done.value;
+        if let Some(held) = held {
+            return Ok((done.index, held));
+        }
+        let mut place = Place { state: self.clone(), name, owner, lease, settled: false };
+        self.metrics.waiting.inc();
+        let got = self.wait(caller, &mut place, ttl_ms, until, &mut news).await;
+        self.metrics.waiting.dec();
+        got
+    }
+
+    async fn wait(
+        &self,
+        caller: &Caller,
+        place: &mut Place,
+        ttl_ms: i64,
+        until: Duration,
+        news: &mut tokio::sync::watch::Receiver<()>,
+    ) -> Result<(i64, Held), Refusal> {
+        let closing = self.ledger.closing();
+        let pulse = Duration::from_millis(u64::try_from(ttl_ms / 3).unwrap_or(0));
+        loop {
+            news.mark_unchanged();
+            let (holds, queue) = self.lock_stands(&place.name).await?;
+            if let Some(mine) = holds.iter().find(|h| h.lease == place.lease) {
+                place.settled = true;
+                return Ok((mine.token.max(self.ledger.index()), Held::new(&place.name, mine)));
+            }
+            if !queue.iter().any(|w| w.lease == place.lease) {
+                place.settled = true;
+                return Err(Refusal::new(&problem::CONFLICT, "the lease ended while it waited for the lock"));
+            }
+            let left = until.saturating_sub(self.clock.elapsed());
+            if left.is_zero() {
+                match self.ledger.write(&Caller::daemon("state"), &[], place.withdrawal()).await {
+                    // It came to be held at the last moment.
+                    Err(r) if r.problem() == &problem::CONFLICT => continue,
+                    Err(r) => return Err(r),
+                    Ok(_) => {
+                        place.settled = true;
+                        return Err(taken(&place.name, &holds, queue.len().saturating_sub(1)));
+                    }
+                }
+            }
+            tokio::select! {
+                () = closing.cancelled() => return Err(Refusal::unavailable("the daemon is stopping")),
+                _ = news.changed() => {}
+                // As long as its caller waits, so long the lease lives.
+                () = tokio::time::sleep(pulse.min(left)) => {
+                    self.renewals.give(caller, vec![place.lease]).await?;
+                }
+            }
+        }
+    }
+
+    /// Lets go of a lock, or of a place in its queue.
+    pub(super) async fn release(
+        &self,
+        caller: &Caller,
+        name: String,
+        lease: Uuid,
+    ) -> Result<Committed<Released>, Refusal> {
+        let ask = Ask::new("state:lock-release", "Lock", name.clone());
+        let release = Release { name, owner: caller.actor().to_owned(), lease, waiting: false };
+        let done = self.ledger.write(caller, &[ask], release).await?;
+        self.metrics.count("lock-release");
+        Ok(done)
+    }
+}
+
+/// Whether a fencing token is that of a hold there is; checked in the transaction of the change it is sent with.
+pub fn fenced<'a>(
+    conn: &'a mut PgConnection,
+    lock: &'a str,
+    token: i64,
+) -> BoxFuture<'a, Result<Option<Refusal>, sqlx::Error>> {
+    Box::pin(async move {
+        let (holds, newest) = rows::fenced(conn, lock, token).await?;
+        Ok((!holds).then(|| {
+            let detail = match newest {
+                Some(newest) => format!("lock {lock} is held under token {newest}; {token} is of no use any more"),
+                None => format!("nobody holds lock {lock}; token {token} is of no use"),
+            };
+            Refusal::new(&problem::PRECONDITION_FAILED, detail).with("lock", lock).with("fencing_token", newest)
+        }))
+    })
+}
+
+/// Names of the keys on a lease, as lists show them.
+pub(super) fn named(keys: &[Vec<u8>]) -> Vec<serde_json::Value> {
+    let shown = |key: &Vec<u8>| {
+        let mut m = serde_json::Map::new();
+        model::put_key(&mut m, key);
+        m.into_iter().next().map(|(_, v)| v).unwrap_or_default()
+    };
+    keys.iter().map(shown).collect()
+}
