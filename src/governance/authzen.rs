@@ -189,6 +189,10 @@ impl<'a> Members<'a> {
     }
 }
 
+/// Items of a batch.
+const ITEMS: usize = 10_000;
+/// Bytes of a batch, with the defaults in each item.
+const EXPANDED: usize = 64 * 1024 * 1024;
 /// What a batch says of all its items.
 const DEFAULTS: [&str; 5] = ["subject", "action", "resource", "context", "options"];
 
@@ -223,7 +227,8 @@ fn batch(whole: &Members<'_>) -> Option<Batch> {
         evaluations_semantic: Semantic,
     }
     let items: Vec<Members<'_>> = serde_json::from_str(whole.get("evaluations")?.get()).ok()?;
-    if items.is_empty() {
+    let defaults: usize = DEFAULTS.iter().filter_map(|name| whole.get(name)).map(|value| value.get().len()).sum();
+    if items.is_empty() || too_much(items.len(), defaults) {
         return None;
     }
     let semantic = match whole.get("options") {
@@ -232,6 +237,11 @@ fn batch(whole: &Members<'_>) -> Option<Batch> {
     };
     let items = items.iter().map(|item| read(item.with(whole).as_bytes())).collect();
     Some(Batch { items, semantic, list: true })
+}
+
+/// Whether a batch is more than one answer is for: each item takes the defaults of the whole.
+const fn too_much(items: usize, defaults: usize) -> bool {
+    items > ITEMS || items.saturating_mul(defaults) > EXPANDED
 }
 
 /// Reads a batch: its items, each with the defaults of the whole merged in, and when it stops.
@@ -244,6 +254,11 @@ pub fn evaluations(body: &Value) -> Result<(Vec<Result<Evaluation, Refusal>>, Se
     let items = items.as_array().ok_or_else(|| Refusal::malformed("/evaluations", "evaluations is a list"))?;
     if items.is_empty() {
         return Ok((vec![evaluation(body)], Semantic::ExecuteAll));
+    }
+    let defaults = DEFAULTS.iter().filter_map(|name| m.get(*name)).map(|value| value.to_string().len()).sum();
+    if too_much(items.len(), defaults) {
+        let detail = format!("a batch has at most {ITEMS} items, and {EXPANDED} bytes with the defaults in each");
+        return Err(Refusal::malformed("/evaluations", detail));
     }
     let options = optional(m, "options", "")?;
     let semantic = match options.get("evaluations_semantic") {

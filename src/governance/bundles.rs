@@ -291,7 +291,9 @@ impl Governance {
         }
         let ask = Ask::new("governance:canary", "Bundle", id);
         self.ledger.permit(caller, std::slice::from_ref(&ask)).await?;
-        self.no_lock_out(caller, &row.scope, &compiled, false)?;
+        if percent > 0.0 {
+            self.no_lock_out(caller, &row.scope, &compiled, false)?;
+        }
         let (id, actor) = (id.to_owned(), caller.actor().to_owned());
         let canary = SetCanary { id, percent, stop_at, actor, reason: None, since: None };
         self.ledger.write(caller, &[ask], canary).await

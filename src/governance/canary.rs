@@ -56,6 +56,10 @@ impl Canary {
 
     /// Whether it decides for this subject: the same for it each time, on each daemon.
     pub fn takes(&self, subject: &EntityName) -> bool {
+        // Who may do what in the daemon itself must not depend on a hash, nor on what nobody approved.
+        if subject.kind.starts_with("Sop::") {
+            return false;
+        }
         let hash = crypto::hash_tuple([self.bundle.as_str(), &subject.kind, &subject.id]);
         let place = u64::from_be_bytes([hash[0], hash[1], hash[2], hash[3], hash[4], hash[5], hash[6], hash[7]]);
         ((place % 1_000_000) as f64) < self.percent * 10_000.0

@@ -39,6 +39,12 @@ impl Default for Requirement {
 }
 
 impl Requirement {
+    /// Whether a proposal asked for at least this: policy may have become stricter, and another may have proposed it.
+    pub fn met_by(&self, p: &Proposal) -> bool {
+        let role = self.role.is_none() || self.role == p.role;
+        role && p.required >= self.required && p.outside >= self.outside
+    }
+
     /// What both want, together.
     pub fn and(self, other: Self) -> Self {
         Self {
@@ -189,7 +195,7 @@ impl Governance {
         let mut conn = self.connection().await?;
         let now = self.rules.clock.now();
         let found = rows::approved(&mut conn, change, now).await.map_err(|e| self.store.refusal(e))?;
-        match found {
+        match found.filter(|p| need.met_by(p)) {
             Some(p) => Ok((ask.with("approved", true), Approved(Some(p.id)))),
             None => {
                 let detail = format!("{} on {} waits for {} to approve it", ask.action, ask.resource(), others(&need));

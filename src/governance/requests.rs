@@ -70,7 +70,7 @@ impl Governance {
                 let found = rows::one(&mut conn, *id).await.map_err(|e| self.store.refusal(e))?;
                 // One that was used is looked at again in the commit: a retry hears there what came of it the first time.
                 let stands = found.filter(|p| matches!(p.status.as_str(), "approved" | "applied"));
-                if !stands.is_some_and(|p| p.change[..] == digest[..] && p.kind == "request") {
+                if !stands.is_some_and(|p| p.change[..] == digest[..] && p.kind == "request" && need.met_by(&p)) {
                     return Err(waits(first, &need));
                 }
                 let asks: Vec<Ask> = asks.iter().map(|ask| ask.clone().with("approved", true)).collect();
@@ -98,7 +98,7 @@ impl Governance {
             also: None,
         };
         let waits_for = others(&need);
-        let done = self.propose_change(caller, wanted, need, &proposing.digest).await?;
+        let done = self.propose_change(&caller.unvoiced(), wanted, need, &proposing.digest).await?;
         let (id, index) = (done.value.id.clone(), done.index);
         let detail = format!("proposal {id} waits for {waits_for} to approve it");
         let proposal = serde_json::to_value(done.value).map_err(Refusal::internal)?;

@@ -205,3 +205,28 @@ async fn the_command_line_proposes_applies_and_tries() {
     assert!(fine && said.contains("for 10"), "{said}");
     record::check(&db).await;
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_waits_for_others_in_everything_may_not_even_propose_and_stricter_rules_count_at_once() {
+    let (db, _daemon, admin, other) = start().await;
+    let agent = client(&admin, "state governance agent").await;
+    let all = r#"@id("all") @approvals("1") forbid (principal in Sop::Role::"agent", action, resource)
+        unless { context has approved && context.approved };
+        @id("config") @approvals("1") forbid (principal, action == Sop::Action::"state:put", resource)
+        when { resource has name && resource.name like "config/*" } unless { context has approved && context.approved };"#;
+    activate(&admin, &other, all, None).await;
+    let propose = ("sop-propose", "please");
+    let (status, refused) = send(&agent, Method::PUT, "/v1/state/kv/x", &[propose], "1").await;
+    assert_eq!((status, refused["type"].as_str()), (409, Some("/problems/not-approved")), "{refused}");
+    // One that was proposed, approved, and then needs more than it had.
+    let key = "/v1/state/kv/config/a";
+    let (_, p) = send(&admin, Method::PUT, key, &[propose], "1").await;
+    assert_eq!(voice(&other, "approve", &p).await.1["status"], "approved");
+    let stricter = all.replace(r#"@id("config") @approvals("1")"#, r#"@id("config") @approvals("2")"#);
+    activate(&admin, &other, &stricter, None).await;
+    let approved = [("sop-proposal", p["id"].as_str().unwrap())];
+    let (status, refused) = send(&admin, Method::PUT, key, &approved, "1").await;
+    assert_eq!((status, refused["required"].as_i64()), (409, Some(2)), "{refused}");
+    // A transaction that changes nothing uses nothing up.
+    record::check(&db).await;
+}

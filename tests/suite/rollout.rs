@@ -339,3 +339,21 @@ async fn while_the_store_is_away_only_what_a_policy_allows_is_answered_and_recor
     assert_eq!(all.iter().filter(|id| **id == stale).count(), 1, "once: {all:?}");
     record::check(&db).await;
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_canary_never_rules_the_daemon_itself() {
+    let (db, _daemon, admin, _) = start().await;
+    let weak = crate::policy::client(&admin, "governance").await;
+    let all = json!({"policies": "permit (principal, action, resource);"});
+    let (_, made) = post(&weak, "/v1/governance/bundles", &all).await;
+    let canary = format!("/v1/governance/bundles/{}/canary", made["id"].as_str().unwrap());
+    assert_eq!(post(&weak, &canary, &json!({"percent": 100, "stop_at": 100})).await.0, 200);
+    assert!(weak.put("mine", "1").await.is_err(), "nobody approved it");
+    assert_eq!(
+        decide(&weak, &asks("ann", "view", 1)).await["decision"],
+        true,
+        "subjects of applications it decides for"
+    );
+    assert_eq!(post(&weak, &canary, &json!({"percent": 0})).await.0, 200);
+    record::check(&db).await;
+}

@@ -260,6 +260,12 @@ impl Caller {
         Self(Arc::new(Inner { identity, request, authority }))
     }
 
+    /// The same caller, whose request says nothing of proposals: what it asks for besides is not itself proposed.
+    #[must_use]
+    pub fn unvoiced(&self) -> Self {
+        self.with_request(Arc::new(RequestInfo { proposing: None, idempotency: None, ..self.request().clone() }))
+    }
+
     /// As the record names it: the client's id, or `daemon:<task>`.
     #[must_use]
     pub fn actor(&self) -> &str {
