@@ -25,7 +25,7 @@ const MOST: usize = 1000;
 /// Candidates taken from memory at a time: few at first, for often a page is soon full.
 const STEPS: Range<usize> = 128..2048;
 /// How long a page is looked for before what was found is answered, with a token to go on.
-const PATIENCE: Duration = Duration::from_millis(40);
+const PATIENCE: Duration = Duration::from_millis(30);
 
 /// What is looked for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -53,7 +53,7 @@ impl<'a> Series<'a> {
         Some(Self { snapshot, version, in_force, varies, asked, base })
     }
 
-    /// Whether it is permitted of this element. `None` where the series has ended, or the element reaches too far: it is asked
+    /// Whether it is permitted of this element. `None` where the series has ended, or the element reaches too much: it is asked
     /// about by itself.
     pub fn permits(&self, id: &str) -> Option<bool> {
         let kind = if self.varies == Varies::Subject { &self.asked.subject } else { &self.asked.resource };
@@ -62,12 +62,11 @@ impl<'a> Series<'a> {
         if self.snapshot.version() != self.version || self.base.reached + slice.names.len() > REACH {
             return None;
         }
-        let new = slice.entities.iter().filter(|e| self.base.entities.get(&e.uid()).is_none());
-        let new: Vec<_> = new.map(|e| e.as_ref().clone()).collect();
-        if new.len() > CLOSED_ANEW {
+        if self.base.entities.len() + slice.entities.len() > CLOSED_ANEW {
             return None;
         }
-        let entities = self.base.entities.clone().add_entities(new, None).ok()?;
+        let new = slice.entities.iter().filter(|e| self.base.entities.get(&e.uid()).is_none());
+        let entities = self.base.entities.clone().add_entities(new.map(|e| e.as_ref().clone()), None).ok()?;
         let put = self.about(engine::uid(&name).ok()?, entities).ok()?;
         Some(self.in_force.of(&self.asked.subject.name).answer(&put).is_ok_and(|a| a.allowed))
     }
@@ -127,7 +126,7 @@ mod tests {
         })
     }
 
-    /// Parents, level and owner.
+    /// What it is in, its level, its owner.
     type Made = (Vec<usize>, Option<i64>, Option<usize>);
 
     /// Entities in some of those before them, with an owner that may not be there.
