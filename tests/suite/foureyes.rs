@@ -71,7 +71,7 @@ async fn a_change_of_any_room_waits_for_others_and_is_exactly_what_they_approved
     for (method, path, kind, body) in [
         (Method::PUT, key, "text/plain", "11"),
         (Method::PUT, key, "text/html", "10"),
-        (Method::PUT, "/v1/state/kv/config/limit?lease=x", "text/plain", "10"),
+        (Method::PUT, "/v1/state/kv/config/limit?min_index=0", "text/plain", "10"),
         (Method::PUT, "/v1/state/kv/config/other", "text/plain", "10"),
         (Method::DELETE, key, "text/plain", "10"),
     ] {

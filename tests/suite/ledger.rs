@@ -358,7 +358,7 @@ async fn without_its_database_a_daemon_says_so_and_recovers() {
 async fn entries_go_on_in_the_next_partition() {
     let db = database().await;
     // As if the first partition were nearly full: it ends at 32, and nothing follows it.
-    for table in ["ledger.entries", "ledger.details", "audit.segments"] {
+    for table in ["ledger.entries", "ledger.details", "audit.segments", "state.renewals"] {
         let narrow =
             format!("DROP TABLE {table}_0; CREATE TABLE {table}_0 PARTITION OF {table} FOR VALUES FROM (0) TO (32)");
         sqlx::raw_sql(sqlx::AssertSqlSafe(narrow)).execute(&mut db.connect().await).await.unwrap();

@@ -44,6 +44,7 @@ mod secrets;
 mod state;
 mod state_history;
 mod state_leases;
+mod state_linear;
 mod state_locks;
 mod state_txn;
 mod state_watch;
