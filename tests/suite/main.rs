@@ -44,7 +44,6 @@ mod secrets;
 mod state;
 mod state_history;
 mod state_leases;
-mod state_linear;
 mod state_locks;
 mod state_txn;
 mod state_watch;
