@@ -31,6 +31,8 @@ use std::process::ExitCode;
 
 use clap::{Args, CommandFactory as _, Parser, Subcommand};
 
+use crate::kernel::supervisor::STACK;
+
 /// The System Operations Protocol of LOGOS: governance, audit, token, state, nexus and health in one daemon.
 #[derive(Parser)]
 #[command(name = "sop", version, propagate_version = true)]
@@ -113,7 +115,12 @@ pub fn run() -> ExitCode {
     let _ = rustls::crypto::ring::default_provider().install_default();
     // Sockets are looked at more often than the default of every 61 tasks: under load, an answer of the database waited for
     // as many requests to have had their turn.
-    let runtime = match tokio::runtime::Builder::new_multi_thread().event_interval(8).enable_all().build() {
+    let runtime = match tokio::runtime::Builder::new_multi_thread()
+        .event_interval(8)
+        .thread_stack_size(STACK)
+        .enable_all()
+        .build()
+    {
         Ok(runtime) => runtime,
         Err(e) => return fail(&e.into()),
     };

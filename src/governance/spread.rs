@@ -3,6 +3,8 @@
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::thread;
 
+use crate::kernel::supervisor::STACK;
+
 /// Cores used at most: others ask something meanwhile.
 pub(super) const CORES: usize = 4;
 /// Things taken at a time.
@@ -29,7 +31,9 @@ pub(super) fn spread<T: Sync, R: Send>(
     };
     let cores = thread::available_parallelism().map_or(1, usize::from).min(cores).min(items.len().div_ceil(BLOCK));
     let mut done = thread::scope(|scope| {
-        let others: Vec<_> = (1..cores).map(|_| scope.spawn(run)).collect();
+        // One core less, where the system has no thread to give: what is left to do is done by the others.
+        let start = |_| thread::Builder::new().stack_size(STACK).spawn_scoped(scope, run).ok();
+        let others: Vec<_> = (1..cores).filter_map(start).collect();
         let mut done = run();
         for other in others {
             match other.join() {

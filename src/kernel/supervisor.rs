@@ -17,6 +17,10 @@ use tokio_util::sync::CancellationToken;
 
 use super::{BoxFuture, Clock, Timestamp};
 
+/// The stack of each thread, bytes. Cedar closes over a hierarchy by calling itself once a level, and a question may reach a
+/// thousand: a thread's usual 2 MiB were outgrown by that, and the daemon with it.
+pub const STACK: usize = 16 * 1024 * 1024;
+
 /// Says to a task that it should stop. Cloneable; cancelled once and for good.
 pub type Stop = CancellationToken;
 
@@ -75,7 +79,7 @@ impl Task {
             return tokio::spawn(work).await.unwrap_or_else(|e| Err(format!("panicked: {e}").into()));
         }
         let (tell, told) = oneshot::channel();
-        std::thread::Builder::new().name(self.name.to_owned()).spawn(move || {
+        std::thread::Builder::new().name(self.name.to_owned()).stack_size(STACK).spawn(move || {
             let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
             // Nobody listens when the supervisor itself was ended; then so is this.
             let _ = tell.send(runtime.map_err(TaskError::from).and_then(|r| r.block_on(work)));

@@ -207,6 +207,14 @@ async fn a_hierarchy_without_end_is_refused_and_harms_nobody() {
     let below = json!({"parents": [{"type": "group", "id": "deep-0"}]});
     let (status, refused) = admin.json(Method::PUT, "/v1/governance/entities/user/low", &below).await;
     assert_eq!((status, &refused["errors"][0]["pointer"]), (422, &json!("/parents")), "{refused}");
+    // The deepest that is not refused is decided, and does no harm either.
+    for top in [150, 300] {
+        let asked = json!({"subject": {"type": "group", "id": format!("deep-{top}")}, "action": {"name": "view"}, "resource": {"type": "doc", "id": "d"}});
+        for _ in 0..4 {
+            let (status, answer) = post(&admin, "/access/v1/evaluation", &asked).await;
+            assert_eq!((status, &answer["decision"]), (200, &json!(false)), "{answer}");
+        }
+    }
     // A hundred thousand, as a restored database may have them.
     let mut conn = db.connect().await;
     sqlx::query(

@@ -239,6 +239,12 @@ proptest! {
 
 #[test]
 fn a_deep_hierarchy_is_closed_over_in_time() {
+    // With the stack that every thread of the daemon has.
+    let thread = std::thread::Builder::new().stack_size(crate::kernel::supervisor::STACK).spawn(deep);
+    thread.unwrap().join().unwrap();
+}
+
+fn deep() {
     let force = shipped();
     let group = |n: usize| EntityName { kind: "group".into(), id: n.to_string() };
     let entities =
