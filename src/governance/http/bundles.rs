@@ -49,7 +49,7 @@ struct Create {
     tests: Vec<Case>,
 }
 
-fn id_of(id: String) -> Result<String, Refusal> {
+pub(super) fn id_of(id: String) -> Result<String, Refusal> {
     ids::id_fault(&id).map_or(Ok(id), |fault| Err(Refusal::malformed("", fault)))
 }
 

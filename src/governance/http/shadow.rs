@@ -5,11 +5,12 @@ use serde::{Deserialize, Serialize};
 use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
 
+use super::bundles::id_of;
 use crate::governance::Governance;
 use crate::governance::replay::Flip;
 use crate::governance::shadow::Trial;
+use crate::kernel::Refusal;
 use crate::kernel::web::{Answer, Caller, JsonOr, Path, Query, cursor, page_limit};
-use crate::kernel::{Refusal, ids};
 
 pub(super) fn routes() -> OpenApiRouter<Governance> {
     OpenApiRouter::new().routes(routes!(set, read))
@@ -32,10 +33,6 @@ impl Default for Wanted {
     fn default() -> Self {
         Self { on: true }
     }
-}
-
-fn id_of(id: String) -> Result<String, Refusal> {
-    ids::id_fault(&id).map_or(Ok(id), |fault| Err(Refusal::malformed("", fault)))
 }
 
 /// Try a bundle beside what is in force: what is recorded from here on is decided again by it, and no answer changes

@@ -1,7 +1,7 @@
 //! Bundles in shadow, and what they would have decided otherwise.
 
 use sqlx::postgres::PgRow;
-use sqlx::{Connection as _, PgConnection, Row as _};
+use sqlx::{PgConnection, Row as _};
 
 /// A trial as it is stored.
 #[derive(Clone, Debug)]
@@ -82,10 +82,17 @@ pub(in crate::governance) async fn advance(
     now: &Shadow,
     flips: &[Flip],
 ) -> Result<bool, sqlx::Error> {
-    let mut tx = conn.begin().await?;
-    let done = sqlx::query(
-        "UPDATE governance.shadows SET reached = $4, read = $5, skipped = $6, changed = $7, groups = $8
-         WHERE bundle = $1 AND since = $2 AND reached = $3 AND until IS NULL",
+    // One statement: a daemon that stalls between two would keep the row from whoever ends the trial, and holds the head.
+    let done: i64 = sqlx::query_scalar(
+        "WITH s AS (
+             UPDATE governance.shadows SET reached = $4, read = $5, skipped = $6, changed = $7, groups = $8
+             WHERE bundle = $1 AND since = $2 AND reached = $3 AND until IS NULL RETURNING bundle
+         ), f AS (
+             INSERT INTO governance.shadow_flips (bundle, index, position, flip)
+             SELECT s.bundle, f.index, f.position, f.flip
+             FROM s, unnest($9::int8[], $10::int8[], $11::bytea[]) AS f (index, position, flip)
+         )
+         SELECT count(*) FROM s",
     )
     .bind(&was.bundle)
     .bind(was.since)
@@ -95,25 +102,12 @@ pub(in crate::governance) async fn advance(
     .bind(now.skipped)
     .bind(now.changed)
     .bind(&now.groups)
-    .execute(&mut *tx)
+    .bind(flips.iter().map(|f| f.index).collect::<Vec<_>>())
+    .bind(flips.iter().map(|f| f.position).collect::<Vec<_>>())
+    .bind(flips.iter().map(|f| f.flip.as_slice()).collect::<Vec<_>>())
+    .fetch_one(conn)
     .await?;
-    if done.rows_affected() == 0 {
-        return Ok(false);
-    }
-    if !flips.is_empty() {
-        sqlx::query(
-            "INSERT INTO governance.shadow_flips (bundle, index, position, flip)
-             SELECT $1, f.index, f.position, f.flip FROM unnest($2::int8[], $3::int8[], $4::bytea[]) AS f (index, position, flip)",
-        )
-        .bind(&was.bundle)
-        .bind(flips.iter().map(|f| f.index).collect::<Vec<_>>())
-        .bind(flips.iter().map(|f| f.position).collect::<Vec<_>>())
-        .bind(flips.iter().map(|f| f.flip.as_slice()).collect::<Vec<_>>())
-        .execute(&mut *tx)
-        .await?;
-    }
-    tx.commit().await?;
-    Ok(true)
+    Ok(done == 1)
 }
 
 /// Differences after a place, in order.
