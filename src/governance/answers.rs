@@ -134,7 +134,7 @@ impl Governance {
     /// Decides one question; whether it is allowed.
     fn decide(&self, caller: &Caller, at: i64, asked: Evaluation, made: &mut Made) -> Result<bool, Refusal> {
         let asked = self.rules.vouched(asked)?;
-        let mut evaluated = self.rules.evaluate(&asked)?;
+        let mut evaluated = self.rules.answer(&asked)?;
         let allowed = evaluated.answered.allowed;
         self.rules.count("authzen", &evaluated.bundles, allowed);
         evaluated.at = evaluated.at.max(at);

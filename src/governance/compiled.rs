@@ -35,6 +35,8 @@ pub struct Rule {
     pub name: String,
     /// What it says.
     pub policy: Policy,
+    /// How old what is known may be for a decision of it to be given while the store is away (`@stale_ok`); `None`: never.
+    pub stale_ok: Option<Duration>,
 }
 
 /// A bundle, parsed once.
@@ -52,8 +54,6 @@ pub struct Compiled {
     /// What an action's name is in: `Action`, or `Todo::Action` where the schema has a namespace.
     pub(super) action_type: String,
     declared: Declared,
-    /// Policies whose decisions may be given while the store is away (`@stale_ok`), and how old what is known may be.
-    stale: HashMap<String, Duration>,
     /// What does no harm and is worth knowing.
     pub warnings: Vec<Fault>,
 }
@@ -97,11 +97,10 @@ impl Compiled {
                 .collect();
         }
         let rules = rules(&set, &source.policies, if system { 's' } else { 'a' })?;
-        let stale = stale(&rules)?;
         let index = Index::over(rules.iter().map(|r| &r.policy));
         let all = schema.action_entities().map_err(|e| vec![Fault::new("/schema", e.to_string())])?;
         let actions = all.iter().map(|a| Ok((a.uid(), with_groups(&all, a)?))).collect::<Result<_, Vec<Fault>>>()?;
-        Ok(Self { id: id.to_owned(), rules, index, schema, validated, actions, action_type, declared, stale, warnings })
+        Ok(Self { id: id.to_owned(), rules, index, schema, validated, actions, action_type, declared, warnings })
     }
 
     /// How many policies.
@@ -114,11 +113,6 @@ impl Compiled {
     #[must_use]
     pub fn is_empty(&self) -> bool {
         self.rules.is_empty()
-    }
-
-    /// How old what is known may be for a decision of this policy; `None`: it is not given while the store is away.
-    pub(super) fn stale_ok(&self, name: &str) -> Option<Duration> {
-        self.stale.get(name).copied()
     }
 
     /// Members of `given` that the schema does not declare for entities of this type; none where it does not know the type.
@@ -158,32 +152,25 @@ fn rules(set: &PolicySet, text: &str, scope: char) -> Result<Vec<Rule>, Vec<Faul
     let (mut rules, mut faults) = (Vec::with_capacity(all.len()), Vec::new());
     for (n, policy) in all.into_iter().enumerate() {
         let name = policy.annotation("id").map_or_else(|| policy.id().to_string(), str::to_owned);
-        if !names.insert(name.clone()) {
-            let mut fault = Fault::new("/policies", format!("two policies are called {name:?}"));
+        let mut wrong = |detail: String| {
+            let mut fault = Fault::new("/policies", detail);
             let written = written.get_or_insert_with(|| text::statements(text));
-            if let Some(second) = written.get(n) {
-                (fault.line, fault.column) = (Some(second.line), Some(second.column));
+            if let Some(own) = written.get(n) {
+                (fault.line, fault.column) = (Some(own.line), Some(own.column));
             }
             faults.push(fault);
+        };
+        if !names.insert(name.clone()) {
+            wrong(format!("two policies are called {name:?}"));
         }
-        rules.push(Rule { name, policy: policy.new_id(PolicyId::new(format!("{scope}{n}"))) });
+        let marked = policy.annotation("stale_ok");
+        let stale_ok = marked.and_then(span);
+        if marked.is_some() && stale_ok.is_none() {
+            wrong(format!("{name}: @stale_ok is a time such as \"90s\", \"15m\", \"72h\", \"7d\""));
+        }
+        rules.push(Rule { name, policy: policy.new_id(PolicyId::new(format!("{scope}{n}"))), stale_ok });
     }
     if faults.is_empty() { Ok(rules) } else { Err(faults) }
-}
-
-fn stale(rules: &[Rule]) -> Result<HashMap<String, Duration>, Vec<Fault>> {
-    let (mut found, mut faults) = (HashMap::new(), Vec::new());
-    for rule in rules {
-        let Some(text) = rule.policy.annotation("stale_ok") else { continue };
-        match span(text) {
-            Some(age) => drop(found.insert(rule.name.clone(), age)),
-            None => faults.push(Fault::new(
-                "/policies",
-                format!("{}: @stale_ok is a time such as \"90s\", \"15m\", \"72h\", \"7d\"", rule.name),
-            )),
-        }
-    }
-    if faults.is_empty() { Ok(found) } else { Err(faults) }
 }
 
 /// `90s`, `15m`, `72h`, `7d`.

@@ -101,9 +101,8 @@ impl Force {
     }
 
     /// The policy of this name.
-    pub(super) fn named(&self, name: &str) -> Option<&Rule> {
-        let bundles = self.application.iter().chain(std::iter::once(&self.system));
-        bundles.flat_map(|b| &b.rules).find(|r| r.name == name)
+    pub(super) fn named<'a>(&'a self, name: &'a str) -> Option<&'a Rule> {
+        self.all_named(name).next()
     }
 
     fn rule(&self, id: &PolicyId) -> Option<&Rule> {
@@ -113,12 +112,10 @@ impl Force {
         bundle?.rules.get(number.parse::<usize>().ok()?)
     }
 
-    /// How old what is known may be for this answer to be given while the store is away; `None`: it is not given then.
-    #[must_use]
-    pub fn stale_ok(&self, answered: &Answered) -> Option<Duration> {
-        let all = [Some(&self.system), self.application.as_ref()];
-        let of = |name: &String| all.iter().flatten().find_map(|bundle| bundle.stale_ok(name));
-        answered.policies.iter().map(of).min().flatten()
+    /// The policies of this name: the application's and the system's.
+    pub(super) fn all_named<'a>(&'a self, name: &'a str) -> impl Iterator<Item = &'a Rule> {
+        let bundles = self.application.iter().chain(std::iter::once(&self.system));
+        bundles.flat_map(|b| &b.rules).filter(move |r| r.name == name)
     }
 
     /// The policies whose scope matches, by number.
@@ -206,6 +203,12 @@ impl Force {
     }
 
     pub(super) fn answer(&self, put: &Put) -> Result<Answered, Refusal> {
+        self.answer_while(put).map(|(answered, _)| answered)
+    }
+
+    /// The answer, and how old what is known may be for it to be given while the store is away: as the policies that determined
+    /// it say, each of them; `None`, it is not given then.
+    pub(super) fn answer_while(&self, put: &Put) -> Result<(Answered, Option<Duration>), Refusal> {
         let set = self.set(self.matching(put))?;
         let response = Authorizer::new().is_authorized(&put.request, &set, &put.entities);
         let name = |id: &PolicyId| self.rule(id).map_or_else(|| id.to_string(), |r| r.name.clone());
@@ -216,7 +219,8 @@ impl Force {
         };
         let mut errors: Vec<String> = response.diagnostics().errors().map(failed).collect();
         errors.sort();
-        Ok(Answered { allowed: response.decision() == Decision::Allow, policies, errors })
+        let stale_ok = response.diagnostics().reason().map(|id| self.rule(id)?.stale_ok).min().flatten();
+        Ok((Answered { allowed: response.decision() == Decision::Allow, policies, errors }, stale_ok))
     }
 }
 

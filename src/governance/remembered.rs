@@ -17,8 +17,6 @@ const HELD: u64 = 16_384;
 pub(super) struct Answer {
     pub version: u64,
     pub allowed: bool,
-    /// A canary denied it that the active bundle would have permitted.
-    pub newly_denied: bool,
     /// In order.
     pub policies: Arc<[String]>,
     /// The bundles it was put to.

@@ -78,9 +78,8 @@ impl Rules {
         self.metrics.decided(origin, bundles.last().map_or("none", String::as_str), allowed);
     }
 
-    /// The canary decided for this subject, if there is one: whether it denied what the active bundle permits is counted.
-    fn watch(&self, canary: Option<&Canary>, newly_denied: bool) {
-        let Some(canary) = canary else { return };
+    /// The canary decided for a subject: whether it denied what the active bundle permits is counted.
+    fn watch(&self, canary: &Canary, newly_denied: bool) {
         canary.note(&self.settings, self.clock.elapsed(), newly_denied);
         if newly_denied {
             self.metrics.new_denials.inc();
@@ -128,13 +127,11 @@ impl Rules {
         // Before anything is read: what changes from here on makes what is remembered worthless.
         let version = self.snapshot.version();
         let asked = remembered::question(caller, ask);
-        let in_force = self.snapshot.force();
-        let canary = in_force.canary_of(caller.principal());
         if let Some(answer) = asked.as_ref().and_then(|q| self.remembered.get(q, version)) {
-            self.watch(canary, answer.newly_denied);
             return Ok(answer);
         }
-        let force = canary.map_or(&in_force.active, |canary| &canary.force);
+        // No canary: it never rules the daemon itself.
+        let force = &self.snapshot.force().active;
         let resource = EntityName { kind: format!("Sop::{}", ask.kind), id: ask.name.clone() };
         let mut given = SmallVec::<[_; 1]>::new();
         if self.snapshot.held(&resource).is_none() {
@@ -155,13 +152,9 @@ impl Rules {
             context: ask.context.clone(),
             plain,
         };
-        let put = force.put(question, slice.entities)?;
-        let answer = force.answer(&put)?;
-        let permitted = || in_force.active.answer(&put).is_ok_and(|a| a.allowed);
-        let newly_denied = canary.is_some() && !answer.allowed && permitted();
-        self.watch(canary, newly_denied);
+        let answer = force.ask(question, slice.entities)?;
         let (policies, bundles) = (answer.policies.into(), force.ids.clone());
-        let answer = Arc::new(Answer { version, allowed: answer.allowed, newly_denied, policies, bundles, depends });
+        let answer = Arc::new(Answer { version, allowed: answer.allowed, policies, bundles, depends });
         if let Some(question) = asked {
             self.remembered.keep(question, answer.clone());
         }
@@ -180,12 +173,10 @@ impl Rules {
             return Ok(None);
         }
         let in_force = self.snapshot.force();
-        let force = in_force.of(caller.principal());
         let mut need = Requirement::default();
-        for name in now.policies.iter() {
-            if let Some(rule) = force.named(name) {
-                need.tighten(|annotation| rule.policy.annotation(annotation));
-            }
+        // All of a name: an application's policy must not hide what the system's of that name wants.
+        for rule in now.policies.iter().flat_map(|name| in_force.active.all_named(name)) {
+            need.tighten(|annotation| rule.policy.annotation(annotation));
         }
         Ok(Some(need))
     }
@@ -221,17 +212,23 @@ impl Rules {
         self.roles(who).into_iter().find(|role| role.starts_with("team:"))
     }
 
-    /// Answers an AuthZEN evaluation with what is in force.
-    pub(super) fn evaluate(&self, e: &Evaluation) -> Result<Evaluated, Refusal> {
+    /// Answers an AuthZEN evaluation that somebody waits for: one of a canary counts towards its stop.
+    pub(super) fn answer(&self, e: &Evaluation) -> Result<Evaluated, Refusal> {
+        let evaluated = self.evaluate(e)?;
         let in_force = self.snapshot.force();
-        let canary = in_force.canary_of(&e.subject.name);
-        let force = canary.map_or(&in_force.active, |canary| &canary.force);
-        let mut evaluated = evaluate(force, &*self.snapshot, e)?;
-        evaluated.at = evaluated.at.max(in_force.index);
-        if canary.is_some() {
+        if let Some(canary) = in_force.canary_of(&e.subject.name) {
             let permitted = || evaluate(&in_force.active, &*self.snapshot, e).is_ok_and(|a| a.answered.allowed);
             self.watch(canary, !evaluated.answered.allowed && permitted());
         }
+        Ok(evaluated)
+    }
+
+    /// Puts an AuthZEN evaluation to what is in force.
+    pub(super) fn evaluate(&self, e: &Evaluation) -> Result<Evaluated, Refusal> {
+        let in_force = self.snapshot.force();
+        let force = in_force.of(&e.subject.name);
+        let mut evaluated = evaluate(force, &*self.snapshot, e)?;
+        evaluated.at = evaluated.at.max(in_force.index);
         if e.explain {
             // If an entity changed in between, why the other answer was given is no help.
             let why = explain::explain(force, &*self.snapshot, e)?;
@@ -280,8 +277,7 @@ pub(super) struct Evaluated {
 /// Puts an evaluation to these bundles over these entities.
 pub(super) fn evaluate(force: &Force, entities: &dyn Entities, e: &Evaluation) -> Result<Evaluated, Refusal> {
     let (put, ignored, at) = put(force, entities, e)?;
-    let answered = force.answer(&put)?;
-    let stale_ok = force.stale_ok(&answered);
+    let (answered, stale_ok) = force.answer_while(&put)?;
     Ok(Evaluated { answered, bundles: force.ids.clone(), ignored, at, why: None, stale_ok })
 }
 

@@ -265,3 +265,27 @@ fn deep() {
     let took = put(900);
     assert!(took < std::time::Duration::from_secs(10), "{took:?}");
 }
+
+#[test]
+fn a_policy_of_the_same_name_lends_nobody_its_marks() {
+    let source = |policies: &str| Source { policies: policies.to_owned(), schema: None };
+    let marked = r#"@id("x") @stale_ok("7d") permit (principal, action, resource == Sop::Role::"a");
+        @id("y") @approvals("2") forbid (principal, action, resource == Sop::Role::"z");"#;
+    let own = r#"@id("x") permit (principal, action, resource == Sop::Role::"b");
+        @id("y") permit (principal, action, resource == Sop::Role::"b");"#;
+    let system = Arc::new(Compiled::new("s", &source(marked), true).unwrap());
+    let force = Force::new(system, Some(Arc::new(compiled(own, None).unwrap())));
+    let asked = |user: &str| {
+        let who = EntityName { kind: "Sop::Role".into(), id: user.into() };
+        let (action, context) = (("Sop::Action", "state:get"), Map::new());
+        let question = Question { principal: &who, action, resource: &who, context, plain: Vec::new() };
+        force.answer_while(&force.put(question, Vec::new()).unwrap()).unwrap()
+    };
+    let week = std::time::Duration::from_secs(7 * 86_400);
+    assert_eq!(asked("a").1, Some(week));
+    let (answered, stale) = asked("b");
+    assert!(answered.allowed && answered.policies == ["x", "y"] && stale.is_none(), "{answered:?} {stale:?}");
+    assert_eq!(asked("c").1, None, "what nobody determined is not given");
+    let approvals = force.all_named("y").filter_map(|r| r.policy.annotation("approvals"));
+    assert_eq!(approvals.collect::<Vec<_>>(), ["2"]);
+}
