@@ -8,7 +8,7 @@ use axum::extract::Request;
 use axum::http::{HeaderMap, Method, header};
 use uuid::Uuid;
 
-use crate::kernel::web::{Caller, Idempotency, Proposing, RequestInfo, Voiced, read_body};
+use crate::kernel::web::{Caller, Idempotency, LARGE, Proposing, RequestInfo, Voiced, read_body};
 use crate::kernel::{Refusal, crypto, ids};
 
 /// What a request's header fields say of it as a whole.
@@ -54,7 +54,8 @@ impl Whole {
             return Ok((request, caller.with_request(Arc::new(known))));
         }
         let (parts, body) = request.into_parts();
-        let bytes = read_body(Request::from_parts(parts.clone(), body), limit).await?;
+        // A document may be larger where the handler takes one: it looks for itself.
+        let bytes = read_body(Request::from_parts(parts.clone(), body), limit.saturating_mul(LARGE)).await?;
         let mut known = info.clone();
         known.fencing = self.fencing;
         // What is proposed is not made: it must not stand as the outcome of the change.
@@ -64,15 +65,30 @@ impl Whole {
             let query = parts.uri.query().unwrap_or_default().to_owned();
             let content_type = parts.headers.get(header::CONTENT_TYPE).and_then(|t| t.to_str().ok());
             let content_type = content_type.unwrap_or_default().to_owned();
-            let mut proposing =
-                Proposing { voiced, query, content_type, body: bytes.clone(), digest: crypto::Hash::default() };
-            let (query, kind, body) = (&proposing.query, &proposing.content_type, crypto::base64(&bytes));
-            proposing.digest = crypto::hash_tuple([&info.method, &info.path, query, kind, &body].map(String::as_str));
-            Arc::new(proposing)
+            let fields = fields(&parts.headers);
+            let mut said = vec![info.method.as_str(), &info.path, &query, &content_type];
+            said.extend(fields.iter().flat_map(|(name, value)| [name.as_str(), value]));
+            let body = crypto::base64(&bytes);
+            said.push(&body);
+            let digest = crypto::hash_tuple(said);
+            Arc::new(Proposing { voiced, query, content_type, fields, body: bytes.clone(), digest })
         });
         let caller = caller.with_request(Arc::new(known));
         Ok((Request::from_parts(parts, bytes.into()), caller))
     }
+}
+
+/// The header fields that say what a change is, in order.
+fn fields(headers: &HeaderMap) -> Vec<(String, String)> {
+    let says = |name: &str| {
+        let whole = ["if-match", "if-none-match", "if-fencing-token", "content-encoding"].contains(&name);
+        whole || name.starts_with("nexus-") || name.starts_with("ce-")
+    };
+    let said = headers.iter().filter(|(name, _)| says(name.as_str()));
+    let mut fields: Vec<_> =
+        said.map(|(n, v)| (n.as_str().to_owned(), String::from_utf8_lossy(v.as_bytes()).into_owned())).collect();
+    fields.sort();
+    fields
 }
 
 fn key(headers: &HeaderMap) -> Result<Option<String>, Refusal> {

@@ -226,8 +226,11 @@ impl Governance {
         let mut conn = self.connection().await?;
         let row = rows::one(&mut conn, id).await.map_err(|e| self.store.refusal(e))?;
         let row = row.ok_or_else(|| Refusal::not_found(format!("bundle {id}")))?;
-        let open = self.rules.snapshot.library().open(&mut conn, id).await;
-        Ok((row, open.map_err(|e| self.store.refusal(e))?))
+        let library = self.rules.snapshot.library();
+        let found = library.find(&mut conn, id).await.map_err(|e| self.store.refusal(e))?;
+        // Not while a connection is held that others wait for.
+        drop(conn);
+        Ok((row, library.compiled(found).map_err(|e| self.store.refusal(e))?))
     }
 
     /// Brings a bundle into force, if the policy lets the caller: by default once others have approved.

@@ -86,20 +86,37 @@ impl Library {
         held.insert(bundle.id.clone(), (newest, bundle));
     }
 
-    /// The bundle, compiled now if it is not held.
-    pub(super) async fn open(&self, conn: &mut PgConnection, id: &str) -> Result<Arc<Compiled>, sqlx::Error> {
+    /// The bundle as far as it can be had without compiling it: what takes a second is not done while rows are held still.
+    pub(super) async fn find(&self, conn: &mut PgConnection, id: &str) -> Result<Found, sqlx::Error> {
         if let Some(held) = self.get(id) {
-            return Ok(held);
+            return Ok(Found::Held(held));
         }
         let row = rows::one(conn, id).await?.ok_or(sqlx::Error::RowNotFound)?;
         let text = rows::text(conn, id).await?.ok_or(sqlx::Error::RowNotFound)?;
-        let source = source(&text);
+        Ok(Found::Text { id: row.id, system: row.scope == "system", source: source(&text) })
+    }
+
+    /// What was found, compiled now if it is not held.
+    pub(super) fn compiled(&self, found: Found) -> Result<Arc<Compiled>, sqlx::Error> {
+        let (id, system, source) = match found {
+            Found::Held(held) => return Ok(held),
+            Found::Text { id, system, source } => (id, system, source),
+        };
+        if let Some(held) = self.get(&id) {
+            return Ok(held);
+        }
+        let made = tokio::task::block_in_place(|| Compiled::new(&id, &source, system));
         let unreadable = |_| sqlx::Error::Decode(format!("bundle {id} does not compile any more").into());
-        let made = tokio::task::block_in_place(|| Compiled::new(id, &source, row.scope == "system"));
         let bundle = Arc::new(made.map_err(unreadable)?);
         self.keep(bundle.clone());
         Ok(bundle)
     }
+}
+
+/// A bundle, compiled or as it was read.
+pub(super) enum Found {
+    Held(Arc<Compiled>),
+    Text { id: String, system: bool, source: Source },
 }
 
 /// A bundle's text as it is compiled.

@@ -24,6 +24,7 @@ mod explain;
 pub mod http;
 mod library;
 mod metrics;
+mod needs;
 mod past;
 mod proposals;
 mod remembered;
@@ -52,6 +53,7 @@ use std::sync::Arc;
 use serde_json::{Map, Value};
 use sqlx::Postgres;
 use sqlx::pool::PoolConnection;
+use tokio::sync::Semaphore;
 
 use crate::kernel::supervisor::Supervisor;
 use crate::kernel::web::{Ask, Caller, EntityName};
@@ -100,6 +102,8 @@ pub struct Governance {
     store: Store,
     recorder: Recorder,
     spool: Arc<Spool>,
+    /// Turns of replays.
+    replays: Arc<Semaphore>,
     /// `http` or `https`, as this daemon is spoken to.
     scheme: &'static str,
 }
@@ -112,7 +116,8 @@ impl Governance {
         let recorder = Recorder::start(ledger.clone(), tasks);
         let scheme = if url.starts_with("https:") { "https" } else { "http" };
         let spool = Arc::new(Spool::new(data, rules.settings.spool_mb * 1024 * 1024));
-        let room = Self { rules, ledger, store, recorder, spool, scheme };
+        let replays = Arc::new(Semaphore::new(replay::AT_ONCE));
+        let room = Self { rules, ledger, store, recorder, spool, replays, scheme };
         room.ledger.approved_by(Arc::new(requests::Spend));
         room.ship().await;
         room.start_tasks(tasks);

@@ -4,8 +4,6 @@
 //! change that such policies alone forbid may be proposed; what is approved is the digest of exactly that change, and whoever
 //! may do it does it, once.
 
-use std::time::Duration;
-
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
 use uuid::Uuid;
@@ -16,58 +14,12 @@ use crate::kernel::{Refusal, Timestamp, ids, problem};
 use crate::ledger::{Command, Committed, Entry, Failure, Tx};
 
 use super::Governance;
-pub(super) use super::compiled::span;
+use super::needs::{self, Need, Requirement};
 use super::store::proposals::{self as rows, Proposal, Voice};
 use super::voices::{Expire, Speak, Voicing};
 
-/// How long a proposal stands where no policy says.
-const WITHIN: Duration = Duration::from_secs(7 * 86_400);
-
-/// What a change waits for.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub(super) struct Requirement {
-    pub required: i32,
-    pub role: Option<String>,
-    pub outside: i32,
-    pub within: Duration,
-}
-
-impl Default for Requirement {
-    fn default() -> Self {
-        Self { required: 1, role: None, outside: 0, within: WITHIN }
-    }
-}
-
-impl Requirement {
-    /// Whether a proposal asked for at least this: policy may have become stricter, and another may have proposed it.
-    pub fn met_by(&self, p: &Proposal) -> bool {
-        let role = self.role.is_none() || self.role == p.role;
-        role && p.required >= self.required && p.outside >= self.outside
-    }
-
-    /// What both want, together.
-    pub fn and(self, other: Self) -> Self {
-        Self {
-            required: self.required.max(other.required),
-            role: self.role.or(other.role),
-            outside: self.outside.max(other.outside),
-            within: self.within.min(other.within),
-        }
-    }
-
-    /// Takes over the strictest of what the annotations of a policy say.
-    pub fn tighten<'a>(&mut self, annotation: impl Fn(&str) -> Option<&'a str>) {
-        let number = |name: &str| annotation(name).and_then(|n| n.parse::<i32>().ok());
-        self.required = self.required.max(number("approvals").unwrap_or(1));
-        self.outside = self.outside.max(number("outside").unwrap_or(0));
-        if let Some(role) = annotation("approvers") {
-            self.role = Some(role.to_owned());
-        }
-        if let Some(within) = annotation("within").and_then(span) {
-            self.within = self.within.min(within);
-        }
-    }
-}
+/// Proposals of one author that may be pending.
+const PENDING: i64 = 100;
 
 /// The digest of a change: what is approved is this and nothing else.
 pub(super) fn change_of(action: &str, target: &str, body: &[u8]) -> Hash {
@@ -114,12 +66,15 @@ pub struct Shown {
     pub author: String,
     /// Why
     pub reason: String,
-    /// Approvals it needs
+    /// Approvals it needs at least
     pub required: i32,
-    /// The role whose approvals count
+    /// The role whose approvals count, where it is one
     pub role: Option<String>,
     /// How many of them must be of another team than the author's
     pub outside: i32,
+    /// What each policy wants; all of it has to be met
+    #[serde(default)]
+    pub needs: Vec<Need>,
     /// Who approved or rejected it
     pub approvals: Vec<ShownVoice>,
     /// `pending`, `approved`, `rejected`, `expired`, `withdrawn` or `applied`
@@ -160,9 +115,10 @@ impl Shown {
             body: p.body.and_then(|b| serde_json::from_slice(&b).ok()),
             author: p.author,
             reason: p.reason,
-            required: p.required,
-            role: p.role,
-            outside: p.outside,
+            required: needs::required(&p.needs),
+            role: needs::role(&p.needs).cloned(),
+            outside: needs::outside(&p.needs),
+            needs: p.needs,
             approvals: voices.into_iter().map(voice).collect(),
             status,
             overridden_by: p.overridden,
@@ -186,22 +142,20 @@ pub(super) struct Wanted {
 }
 
 impl Governance {
-    /// The question with `approved` in it, and the proposal that allows it, where the policy wants others to approve.
+    /// The question with `approved` in it, and the proposal that allows it, where the policy wants others to approve. Without one
+    /// the question stays as it is: what it waits for is said by whoever decides it.
     ///
     /// # Errors
-    /// 409 while they have not.
+    /// 503 when the store is away.
     pub(super) async fn approved(&self, caller: &Caller, ask: Ask, change: &Hash) -> Result<(Ask, Approved), Refusal> {
         let Some(need) = self.rules.requirement(caller, &ask)? else { return Ok((ask, Approved::none())) };
         let mut conn = self.connection().await?;
         let now = self.rules.clock.now();
         let found = rows::approved(&mut conn, change, now).await.map_err(|e| self.store.refusal(e))?;
-        match found.filter(|p| need.met_by(p)) {
-            Some(p) => Ok((ask.with("approved", true), Approved(Some(p.id)))),
-            None => {
-                let detail = format!("{} on {} waits for {} to approve it", ask.action, ask.resource(), others(&need));
-                Err(Refusal::new(&problem::NOT_APPROVED, detail).with("required", need.required))
-            }
-        }
+        Ok(match found.into_iter().find(|p| need.met_by(&p.needs)) {
+            Some(p) => (ask.with("approved", true), Approved(Some(p.id))),
+            None => (ask, Approved::none()),
+        })
     }
 
     /// Proposes a change of this room.
@@ -233,9 +187,7 @@ impl Governance {
             author: caller.actor().to_owned(),
             authors,
             reason,
-            required: need.required,
-            role: need.role,
-            outside: need.outside,
+            needs: need.needs,
             status: "pending".to_owned(),
             overridden: None,
             reviewed: None,
@@ -271,6 +223,7 @@ impl Governance {
         self.ledger.permit(caller, &[Ask::new("governance:proposal-read", "Proposal", "")]).await?;
         let mut conn = self.connection().await?;
         let limit = i64::try_from(limit).unwrap_or(1000);
+        // Without bodies: a thousand of them are a gigabyte.
         let page = rows::page(&mut conn, before, status, unreviewed, limit).await.map_err(|e| self.store.refusal(e))?;
         let (now, mut shown) = (self.rules.clock.now(), Vec::new());
         for row in page {
@@ -317,17 +270,6 @@ impl Governance {
     }
 }
 
-pub(super) fn others(need: &Requirement) -> String {
-    let mut text = format!("{} other{}", need.required, if need.required == 1 { "" } else { "s" });
-    if let Some(role) = &need.role {
-        text.push_str(&format!(" in the role {role}"));
-    }
-    if need.outside > 0 {
-        text.push_str(&format!(", {} of them of another team", need.outside));
-    }
-    text
-}
-
 /// The proposal that a change rests on, if it needs one.
 pub(super) struct Approved(Option<Uuid>);
 
@@ -363,6 +305,10 @@ impl Command for Propose {
 
     async fn apply(&mut self, tx: &mut Tx<'_>) -> Result<(Shown, Entry), Failure> {
         let p = &mut self.0;
+        if rows::pending(tx.read(), &p.author).await? >= PENDING {
+            let detail = format!("{PENDING} proposals of yours are pending; withdraw some of them");
+            return Err(Refusal::new(&problem::CONFLICT, detail).into());
+        }
         (p.created, p.index, p.time) = (tx.index(), tx.index(), tx.now());
         rows::put(tx.write(), p).await?;
         let entry = Entry::ok("governance:propose", format!("proposal/{}", p.id))
@@ -370,7 +316,7 @@ impl Command for Propose {
             .change("action", p.action.clone())
             .change("target", p.target.clone())
             .change("change", crypto::base64(&p.change))
-            .change("required", p.required);
+            .change("required", needs::required(&p.needs));
         Ok((Shown::of(p.clone(), Vec::new(), p.time), entry))
     }
 }

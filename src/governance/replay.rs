@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 use smallvec::{SmallVec, smallvec};
-use sqlx::PgConnection;
+use tokio::sync::SemaphorePermit;
 
 use crate::kernel::web::{Ask, Caller, EntityName};
 use crate::kernel::{Refusal, problem};
@@ -29,6 +29,12 @@ const PATIENCE: Duration = Duration::from_secs(4);
 const STEPS: std::ops::Range<i64> = 16..1024;
 /// How long a step should take.
 const STEP: Duration = Duration::from_millis(200);
+/// Replays at once; others wait for their turn.
+pub(super) const AT_ONCE: usize = 2;
+/// Records read at a time, bytes.
+const BYTES: i64 = 16 * 1024 * 1024;
+/// Entities read at a time.
+const PAGE: usize = 10_000;
 /// Flips listed in one answer; all are counted, and grouped.
 const LISTED: usize = 1000;
 /// How far before its segment a decision can have been made, in indexes: what was undone of the entities is kept so long.
@@ -211,6 +217,7 @@ impl Governance {
     pub(super) async fn replay(&self, caller: &Caller, id: &str, range: Range) -> Result<Replay, Refusal> {
         self.ledger.permit(caller, &[Ask::new("governance:decision-read", "Bundle", id)]).await?;
         let (row, _) = self.open(id).await?;
+        let _turn = self.turn().await?;
         let head = self.ledger.index();
         let to = range.to.unwrap_or(head).min(head);
         if range.from > head {
@@ -218,19 +225,18 @@ impl Governance {
         }
         let began = self.rules.clock.elapsed();
         let mut from = range.after.map_or(range.from, |(index, _)| index);
-        let mut conn = self.connection().await?;
-        let mut run = self.run(&mut conn, id, &row.scope, from).await?;
+        let mut run = self.run(id, &row.scope, from).await?;
         (run.done.from, run.done.to) = (range.from, to);
         (run.limit, run.after, run.cores) = (range.limit.unwrap_or(READ), range.after, CORES);
         let mut step = STEPS.start * 4;
         while from <= to && run.next.is_none() {
             let until = (from + step - 1).min(to);
             let before = self.rules.clock.elapsed();
-            self.go_on(&mut conn, &mut run, from, until).await?;
+            self.go_on(&mut run, from, until).await?;
             let now = self.rules.clock.elapsed();
             let fast = now.saturating_sub(before) < STEP;
             step = (if fast { step * 2 } else { step / 2 }).clamp(STEPS.start, STEPS.end);
-            from = until + 1;
+            from = run.done.reached + 1;
             if now.saturating_sub(began) > PATIENCE && from <= to && run.next.is_none() {
                 run.next = Some((from, 0));
             }
@@ -239,30 +245,48 @@ impl Governance {
         Ok(run.done)
     }
 
+    /// Waits for a turn: replays work on all cores, and each holds the entities of its own moment.
+    async fn turn(&self) -> Result<SemaphorePermit<'_>, Refusal> {
+        let busy = || Refusal::new(&problem::OVERLOADED, "other replays are under way");
+        let turn = tokio::time::timeout(PATIENCE * 2, self.replays.acquire()).await;
+        turn.map_err(|_| busy())?.map_err(|_| Refusal::unavailable("the daemon is stopping"))
+    }
+
     /// A replay of this bundle, with the entities of a little before this index.
-    pub(super) async fn run(&self, conn: &mut PgConnection, id: &str, scope: &str, from: i64) -> Result<Run, Refusal> {
+    pub(super) async fn run(&self, id: &str, scope: &str, from: i64) -> Result<Run, Refusal> {
         let mut run = Run::new(id, scope, from);
         let start = (from - BEHIND).max(0);
-        let all = rows::all_at(conn, start).await.map_err(|e| self.store.refusal(e))?;
-        run.history = History::begin(start, all.into_iter().filter_map(read));
+        let (mut all, mut after) = (Vec::new(), None);
+        loop {
+            let mut conn = self.connection().await?;
+            let page = rows::all_at(&mut conn, start, after.as_ref(), PAGE).await;
+            drop(conn);
+            let page = page.map_err(|e| self.store.refusal(e))?;
+            after = page.last().map(|(name, _)| name.clone());
+            let last = page.len() < PAGE;
+            // Of a hundred thousand this takes a second: others go on meanwhile.
+            tokio::task::block_in_place(|| all.extend(page.into_iter().filter_map(|(_, row)| read(row?))));
+            if last {
+                break;
+            }
+        }
+        run.history = tokio::task::block_in_place(|| History::begin(start, all.into_iter()));
         Ok(run)
     }
 
-    /// Decides again what the entries from one index to another have of decisions.
-    pub(super) async fn go_on(
-        &self,
-        conn: &mut PgConnection,
-        run: &mut Run,
-        from: i64,
-        until: i64,
-    ) -> Result<(), Refusal> {
+    /// Decides again what the entries from one index up to another have of decisions: up to there, or as far as fits into memory.
+    pub(super) async fn go_on(&self, run: &mut Run, from: i64, until: i64) -> Result<(), Refusal> {
         let refusal = |e| self.store.refusal(e);
-        let changes = rows::changes(conn, run.history.index, until).await.map_err(refusal)?;
+        let mut conn = self.connection().await?;
+        let until = rows::reach(&mut conn, from, until, BYTES).await.map_err(refusal)?;
+        let changes = rows::changes(&mut conn, run.history.index, until).await.map_err(refusal)?;
+        let entries = rows::between(&mut conn, from, until).await.map_err(refusal)?;
+        // Bundles may have to be compiled: not while a connection is held that others wait for.
+        drop(conn);
         for (index, name, row) in changes {
             run.history.apply(index, name, row.and_then(read).map(|(_, held)| held));
         }
         run.history.index = until;
-        let entries = rows::between(conn, from, until).await.map_err(refusal)?;
         let pasts = tokio::task::block_in_place(|| spread(&entries, run.cores, || false, past::of_entry));
         let pasts = run.next_of(pasts.into_iter().flatten());
         for past in &pasts {

@@ -1,7 +1,7 @@
 //! Four eyes for any change of any room. A request that the policy lets through only once others have approved is proposed by
 //! sending it with `Sop-Propose: REASON`, and made by sending the same again with `Sop-Proposal: ID`.
 //!
-//! Which requests those are is policy, as everywhere; what is approved is the digest of method, path, query, media type and body.
+//! Which requests those are is policy, as everywhere; what is approved is the digest of method, path, query, media type, the header fields that say what is to be done, and body.
 //! The proposal is used up in the commit of the change: the ledger asks for that, whatever the command.
 
 use base64::Engine as _;
@@ -15,7 +15,8 @@ use crate::ledger::entry::canonical;
 use crate::ledger::{Approvals, Failure, Tx};
 
 use super::Governance;
-use super::proposals::{Requirement, Wanted, others};
+use super::needs::{self, Requirement};
+use super::proposals::Wanted;
 use super::store::proposals as rows;
 
 /// Uses up approved proposals, in the commit of what they are for.
@@ -45,11 +46,15 @@ impl Approvals for Spend {
 }
 
 impl Governance {
-    /// A request was denied: where the approval of others would let it through, it is proposed, or was approved.
+    /// A request was denied: where the approval of others would let it through, it is proposed, or was approved, or the denial
+    /// says what it waits for.
     ///
     /// # Errors
-    /// 202 `proposed` with the proposal; 409 while it is not approved.
+    /// 202 `proposed` with the proposal.
     pub async fn four_eyes(&self, caller: &Caller, asks: &[Ask], denied: Permit, at: i64) -> Result<Permit, Refusal> {
+        if matches!(caller.request().method.as_str(), "GET" | "HEAD") {
+            return Ok(denied);
+        }
         let mut need: Option<Requirement> = None;
         let mut first = None;
         for ask in asks {
@@ -64,14 +69,15 @@ impl Governance {
         }
         let (Some(need), Some(first)) = (need, first) else { return Ok(denied) };
         match caller.request().proposing.as_deref() {
-            None => Err(waits(first, &need)),
+            None => Ok(waits(denied, first, &need)),
             Some(Proposing { voiced: Voiced::Approved(id), digest, .. }) => {
                 let mut conn = self.connection().await?;
                 let found = rows::one(&mut conn, *id).await.map_err(|e| self.store.refusal(e))?;
                 // One that was used is looked at again in the commit: a retry hears there what came of it the first time.
-                let stands = found.filter(|p| matches!(p.status.as_str(), "approved" | "applied"));
-                if !stands.is_some_and(|p| p.change[..] == digest[..] && p.kind == "request" && need.met_by(&p)) {
-                    return Err(waits(first, &need));
+                let now = self.rules.clock.now();
+                let stands = found.filter(|p| p.status == "applied" || (p.status == "approved" && p.expires > now));
+                if !stands.is_some_and(|p| p.change[..] == digest[..] && p.kind == "request" && need.met_by(&p.needs)) {
+                    return Ok(waits(denied, first, &need));
                 }
                 let asks: Vec<Ask> = asks.iter().map(|ask| ask.clone().with("approved", true)).collect();
                 let mut permit = self.rules.decide(caller, &asks, at)?;
@@ -97,7 +103,7 @@ impl Governance {
             reason: reason.clone(),
             also: None,
         };
-        let waits_for = others(&need);
+        let waits_for = need.said();
         let done = self.propose_change(&caller.unvoiced(), wanted, need, &proposing.digest).await?;
         let (id, index) = (done.value.id.clone(), done.index);
         let detail = format!("proposal {id} waits for {waits_for} to approve it");
@@ -109,14 +115,16 @@ impl Governance {
     }
 }
 
-fn waits(ask: &Ask, need: &Requirement) -> Refusal {
+/// A denial that others can lift.
+fn waits(denied: Permit, ask: &Ask, need: &Requirement) -> Permit {
     let detail = format!(
         "{} on {} waits for {} to approve it: send it with `Sop-Propose: REASON` to propose it, and with `Sop-Proposal: ID` once it is approved",
         ask.action,
         ask.resource(),
-        others(need)
+        need.said()
     );
-    Refusal::new(&problem::NOT_APPROVED, detail).with("required", need.required)
+    let waits = Refusal::new(&problem::NOT_APPROVED, detail).with("required", needs::required(&need.needs));
+    Permit { waits: Some(waits), ..denied }
 }
 
 /// The request, as those who are to approve it see it.
@@ -129,6 +137,10 @@ fn shown(caller: &Caller, proposing: &Proposing) -> Vec<u8> {
         if !value.is_empty() {
             m.insert(name.into(), value.clone().into());
         }
+    }
+    if !proposing.fields.is_empty() {
+        let fields = proposing.fields.iter().map(|(name, value)| (name.clone(), Value::from(value.as_str())));
+        m.insert("headers".into(), Value::Object(fields.collect()));
     }
     match std::str::from_utf8(&proposing.body) {
         Ok("") => {}

@@ -19,7 +19,7 @@ use super::canary::Canary;
 use super::engine::{self, Answered, Force, Question};
 use super::explain::{self, Explanation};
 use super::metrics::Metrics;
-use super::proposals::Requirement;
+use super::needs::Requirement;
 use super::remembered::{self, Answer, Remembered};
 use super::snapshot::{Given, Held, Slice, Snapshot};
 use super::{IN_FORCE, entities};
@@ -119,7 +119,7 @@ impl Rules {
             caller: caller.clone(),
             context: ask.context.clone(),
         });
-        Ok(Permit { allowed: denied.is_none(), at, depends, decision, denied, proposal: None })
+        Ok(Permit { allowed: denied.is_none(), at, depends, decision, denied, waits: None, proposal: None })
     }
 
     /// Decides one ask, or remembers what was decided.

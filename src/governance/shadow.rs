@@ -9,7 +9,6 @@ use std::collections::HashMap;
 use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
-use sqlx::PgConnection;
 
 use crate::kernel::supervisor::{Stop, TaskError};
 use crate::kernel::web::{Ask, Caller};
@@ -122,6 +121,7 @@ impl Governance {
     async fn step(&self, trials: &mut Trials) -> Result<bool, Refusal> {
         let mut conn = self.connection().await?;
         let open = rows::open(&mut conn).await.map_err(|e| self.store.refusal(e))?;
+        drop(conn);
         trials.runs.retain(|(bundle, since), _| open.iter().any(|s| s.bundle == *bundle && s.since == *since));
         if open.is_empty() {
             self.rules.metrics.shadow_lag.set(0);
@@ -135,7 +135,7 @@ impl Governance {
         }
         let (head, mut lag) = (self.ledger.index(), 0);
         for shadow in open {
-            let reached = self.try_on(&mut conn, trials, shadow, head).await?;
+            let reached = self.try_on(trials, shadow, head).await?;
             lag = lag.max(head - reached);
         }
         self.rules.metrics.shadow_lag.set(lag);
@@ -143,13 +143,7 @@ impl Governance {
     }
 
     /// One step of one trial; how far it has come.
-    async fn try_on(
-        &self,
-        conn: &mut PgConnection,
-        trials: &mut Trials,
-        shadow: Shadow,
-        head: i64,
-    ) -> Result<i64, Refusal> {
+    async fn try_on(&self, trials: &mut Trials, shadow: Shadow, head: i64) -> Result<i64, Refusal> {
         let (from, until) = (shadow.reached + 1, (shadow.reached + STEP).min(head));
         if from > until {
             return Ok(shadow.reached);
@@ -158,15 +152,17 @@ impl Governance {
         // What another daemon did meanwhile is not ours: then it begins anew from what is stored.
         if trials.runs.get(&key).is_none_or(|run| run.done.reached != shadow.reached) {
             let (row, _) = self.open(&shadow.bundle).await?;
-            let mut run = self.run(conn, &row.id, &row.scope, from).await?;
+            let mut run = self.run(&row.id, &row.scope, from).await?;
             run.done.reached = shadow.reached;
             trials.runs.insert(key.clone(), run);
         }
         let Some(run) = trials.runs.get_mut(&key) else { return Ok(shadow.reached) };
-        self.go_on(conn, run, from, until).await?;
+        self.go_on(run, from, until).await?;
+        let reached = run.done.reached;
         let found = run.take();
         let (now, flips) = added(&shadow, &found);
-        if !rows::advance(conn, &shadow, &now, &flips).await.map_err(|e| self.store.refusal(e))? {
+        let mut conn = self.connection().await?;
+        if !rows::advance(&mut conn, &shadow, &now, &flips).await.map_err(|e| self.store.refusal(e))? {
             trials.runs.remove(&key);
             return Ok(shadow.reached);
         }
@@ -176,7 +172,7 @@ impl Governance {
         counted("other", found.changed);
         counted("skipped", found.skipped);
         counted("same", found.read - found.changed - found.skipped);
-        Ok(until)
+        Ok(reached)
     }
 }
 

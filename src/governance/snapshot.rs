@@ -16,7 +16,7 @@ use crate::ledger::{AUTHZ, Projection, Touched, What};
 
 use super::canary::Canary;
 use super::engine::Force;
-use super::library::Library;
+use super::library::{Found, Library};
 use super::{engine, store};
 
 /// How many entities one question may reach; more is a web of references nobody can have meant.
@@ -93,7 +93,22 @@ pub struct Snapshot {
     library: Library,
     force: ArcSwap<InForce>,
     /// Read, and not taken in yet.
-    waiting: Mutex<Option<(Vec<store::Row>, i64)>>,
+    waiting: Mutex<Option<Read>>,
+}
+
+/// What was read of the database, and makes work.
+struct Read {
+    rows: Vec<store::Row>,
+    at: i64,
+    ruling: Option<Ruling>,
+}
+
+/// What is in force, as it was read.
+struct Ruling {
+    row: store::bundles::InForce,
+    system: Found,
+    application: Option<Found>,
+    canary: Option<Found>,
 }
 
 /// What is put to whom: the active bundles, and beside them a canary for some.
@@ -151,24 +166,32 @@ impl Snapshot {
         &self.library
     }
 
-    /// Takes over what is in force at an index.
-    async fn enforce(&self, conn: &mut PgConnection, at: i64) -> Result<(), sqlx::Error> {
-        let Some(row) = store::bundles::in_force_at(conn, at).await? else { return Ok(()) };
-        if row.index == self.force.load().index {
-            return Ok(());
-        }
-        let system = self.library.open(conn, &row.system).await?;
+    /// What is in force at an index, if it is not what is held.
+    async fn ruling(&self, conn: &mut PgConnection, at: i64) -> Result<Option<Ruling>, sqlx::Error> {
+        let row = store::bundles::in_force_at(conn, at).await?;
+        let Some(row) = row.filter(|row| row.index != self.force.load().index) else { return Ok(None) };
+        let system = self.library.find(conn, &row.system).await?;
         let application = match &row.application {
-            Some(id) => Some(self.library.open(conn, id).await?),
+            Some(id) => Some(self.library.find(conn, id).await?),
             None => None,
         };
-        let canary = match row.canary {
-            Some(id) => {
-                let force = Arc::new(Force::new(system.clone(), Some(self.library.open(conn, &id).await?)));
-                Some(Canary::new(force, id, row.percent, row.stop_at))
-            }
+        let canary = match &row.canary {
+            Some(id) => Some(self.library.find(conn, id).await?),
             None => None,
         };
+        Ok(Some(Ruling { row, system, application, canary }))
+    }
+
+    /// Takes over what is in force.
+    fn enforce(&self, ruling: Ruling) -> Result<(), sqlx::Error> {
+        let Ruling { row, system, application, canary } = ruling;
+        let system = self.library.compiled(system)?;
+        let application = application.map(|found| self.library.compiled(found)).transpose()?;
+        let canary = canary.map(|found| self.library.compiled(found)).transpose()?;
+        let canary = canary.zip(row.canary).map(|(compiled, id)| {
+            let force = Arc::new(Force::new(system.clone(), Some(compiled)));
+            Canary::new(force, id, row.percent, row.stop_at)
+        });
         let active = Arc::new(Force::new(system, application));
         self.force.store(Arc::new(InForce { active, canary, index: row.index }));
         self.changed();
@@ -299,18 +322,21 @@ impl Projection for Snapshot {
 
     fn load<'a>(&'a self, conn: &'a mut PgConnection, at: i64) -> BoxFuture<'a, Result<(), sqlx::Error>> {
         Box::pin(async move {
-            *self.waiting.lock().unwrap_or_else(PoisonError::into_inner) = Some((store::all(conn).await?, at));
-            self.enforce(conn, at).await
+            let ruling = self.ruling(conn, at).await?;
+            let read = Read { rows: store::all(conn).await?, at, ruling };
+            *self.waiting.lock().unwrap_or_else(PoisonError::into_inner) = Some(read);
+            Ok(())
         })
     }
 
-    fn loaded(&self) {
-        // A hundred thousand entities take a second to be made: not while a snapshot of the database is held.
+    fn loaded(&self) -> Result<(), sqlx::Error> {
+        // A hundred thousand entities take a second to be made, ten thousand policies too: not while a snapshot of the database
+        // is held.
         let waiting = self.waiting.lock().unwrap_or_else(PoisonError::into_inner).take();
-        if let Some((rows, at)) = waiting {
-            let newest = rows.iter().map(|r| r.index).max().unwrap_or(-1);
-            self.put(None, rows, newest.max(at));
-        }
+        let Some(Read { rows, at, ruling }) = waiting else { return Ok(()) };
+        let newest = rows.iter().map(|r| r.index).max().unwrap_or(-1);
+        self.put(None, rows, newest.max(at));
+        ruling.map_or(Ok(()), |ruling| self.enforce(ruling))
     }
 
     fn advance<'a>(
@@ -325,7 +351,10 @@ impl Projection for Snapshot {
                 self.library.expect(&id);
             }
             if touched.iter().any(|(_, t)| t.covers(AUTHZ, super::IN_FORCE.as_bytes())) {
-                self.enforce(conn, to).await?;
+                // It is held, but for one that nobody had in force for long: the compiler keeps those that may come.
+                if let Some(ruling) = self.ruling(conn, to).await? {
+                    self.enforce(ruling)?;
+                }
             }
             let names: Vec<EntityName> = touched.iter().filter_map(|(_, t)| named(t)).collect();
             if !names.is_empty() {

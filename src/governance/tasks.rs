@@ -9,7 +9,10 @@ use crate::kernel::supervisor::{Stop, Supervisor, Task, TaskError};
 
 use super::Governance;
 use super::rollout::Told;
+use super::store::bundles as rows;
 
+/// Bundles that are compiled at the start, because they were in force lately.
+const LATELY: i64 = 8;
 /// How often it is looked for proposals that are past their time.
 const EXPIRE: Duration = Duration::from_secs(5);
 /// How often it is looked how a rollout does.
@@ -60,6 +63,13 @@ impl Governance {
     ) -> Result<(), TaskError> {
         let mut waiting = waiting.lock().await;
         let Some(waiting) = waiting.as_mut() else { return Ok(()) };
+        // What was in force lately can be gone back to at any moment.
+        let mut conn = self.connection().await?;
+        let lately = rows::lately(&mut conn, LATELY).await?;
+        drop(conn);
+        for id in lately {
+            self.open(&id).await?;
+        }
         loop {
             tokio::select! {
                 () = stop.cancelled() => return Ok(()),

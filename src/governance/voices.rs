@@ -9,6 +9,7 @@ use crate::kernel::{Refusal, problem};
 use crate::ledger::{Command, Entry, Failure, Tx};
 
 use super::Rules;
+use super::needs::{self, Need};
 use super::proposals::Shown;
 use super::store::proposals::{self as rows, Proposal, Voice};
 
@@ -49,6 +50,15 @@ fn conflict(detail: impl Into<String>) -> Failure {
     Refusal::new(&problem::CONFLICT, detail).into()
 }
 
+/// Whether so many have approved as this asks for.
+fn met(need: &Need, voices: &[Voice]) -> bool {
+    let counted = |outside: bool| {
+        let counts = |v: &&Voice| v.approves && need.counts(&v.roles) && (!outside || v.outside);
+        voices.iter().filter(counts).count() as i64
+    };
+    i64::from(need.required) <= counted(false) && i64::from(need.outside) <= counted(true)
+}
+
 impl Speak {
     /// Whether it can be said, to this proposal, by them.
     fn fits(&self, p: &Proposal, voices: &[Voice]) -> Result<(), Failure> {
@@ -66,8 +76,9 @@ impl Speak {
         let own = p.authors.contains(&self.by);
         match self.what {
             Voicing::Approve if own => Err(conflict("an author cannot approve their own proposal")),
-            Voicing::Approve if p.role.as_ref().is_some_and(|role| !self.roles.contains(role)) => {
-                Err(conflict(format!("only approvals of the role {} count", p.role.as_deref().unwrap_or_default())))
+            Voicing::Approve if !p.needs.iter().any(|need| need.counts(&self.roles)) => {
+                let roles = p.needs.iter().filter_map(|need| need.role.clone()).collect::<Vec<_>>().join(" and ");
+                Err(conflict(format!("only approvals of the role {roles} count")))
             }
             Voicing::Approve | Voicing::Reject if voices.iter().any(|v| v.approver == self.by) => {
                 Err(conflict("you have said so before"))
@@ -107,14 +118,14 @@ impl Command for Speak {
             Voicing::Approve | Voicing::Reject => {
                 let approves = self.what == Voicing::Approve;
                 let (approver, reason) = (self.by.clone(), self.reason.clone());
-                let voice = Voice { approver, approves, outside: self.outside(&p), reason, index, time };
+                let wanted = |role: &&String| p.needs.iter().any(|need| need.role.as_ref() == Some(role));
+                let roles = self.roles.iter().filter(wanted).cloned().collect();
+                let voice = Voice { approver, approves, outside: self.outside(&p), roles, reason, index, time };
                 rows::speak(tx.write(), p.id, &voice).await?;
                 voices.push(voice);
-                let count = |outside: bool| voices.iter().filter(|v| v.approves && (!outside || v.outside)).count();
-                let enough = |wanted: i32, have: usize| i64::from(wanted) <= have as i64;
                 if !approves {
                     p.status = "rejected".to_owned();
-                } else if enough(p.required, count(false)) && enough(p.outside, count(true)) {
+                } else if p.needs.iter().all(|need| met(need, &voices)) {
                     p.status = "approved".to_owned();
                 }
             }
@@ -123,7 +134,9 @@ impl Command for Speak {
                 p.status = "approved".to_owned();
                 p.overridden = Some(self.by.clone());
                 // Loud: it opens an incident, and stays on the list of what is to be reviewed.
-                entry = entry.change("missing", p.required).signal("critical", format!("governance-override/{}", p.id));
+                entry = entry
+                    .change("missing", needs::required(&p.needs))
+                    .signal("critical", format!("governance-override/{}", p.id));
             }
             Voicing::Review => p.reviewed = Some(self.by.clone()),
         }

@@ -10,11 +10,11 @@ use serde_json::Value;
 use crate::kernel::Fault;
 
 use super::cases::Case;
-use super::compiled::{Compiled, Rule};
+use super::compiled::{Compiled, Rule, span};
 use super::engine::Force;
 use super::library::{self, Library};
 use super::trial::Trial;
-use super::{proposals, text, validate};
+use super::{text, validate};
 
 pub use super::compiled::{SCHEMA, Source};
 pub use super::trial::{Coverage, Outcome, Report};
@@ -168,7 +168,7 @@ fn annotations(rule: &Rule) -> Vec<(&'static str, String)> {
             found.push((name, format!("is a number from 1, not {text:?}")));
         }
     }
-    if let Some(text) = value("within").filter(|t| proposals::span(t).is_none()) {
+    if let Some(text) = value("within").filter(|t| span(t).is_none()) {
         found.push(("within", format!("is a time such as 90s, 15m, 72h or 7d, not {text:?}")));
     }
     let permits = rule.policy.effect() == Effect::Permit;

@@ -74,7 +74,7 @@ mod tests {
 
     fn permit(at: i64, on: &[&str]) -> Permit {
         let depends: Depends = on.iter().map(|k| authz_fact(k.as_bytes())).collect();
-        Permit { allowed: true, at, depends, decision: None, denied: None, proposal: None }
+        Permit { allowed: true, at, depends, decision: None, denied: None, waits: None, proposal: None }
     }
 
     fn touched(t: Touch) -> Vec<Touched> {

@@ -24,7 +24,12 @@ pub trait Projection: Send + Sync + 'static {
     /// Reads itself from nothing, inside a snapshot of the database at index `at`.
     fn load<'a>(&'a self, conn: &'a mut PgConnection, at: i64) -> BoxFuture<'a, Result<(), sqlx::Error>>;
     /// What `load` left to do that needs no database: the snapshot is given back before it (rule 15).
-    fn loaded(&self) {}
+    ///
+    /// # Errors
+    /// When what was read cannot be made use of.
+    fn loaded(&self) -> Result<(), sqlx::Error> {
+        Ok(())
+    }
     /// Takes in what the entries after `after` up to `to` touched. May be called again for the same entries.
     fn advance<'a>(
         &'a self,
@@ -77,7 +82,7 @@ impl Follower {
             p.load(&mut tx, at).await?;
         }
         tx.commit().await?;
-        self.projections.iter().for_each(|p| p.loaded());
+        self.projections.iter().try_for_each(|p| p.loaded())?;
         self.conn = Some(conn);
         self.at.send_replace(at);
         self.shared.confirm(began);

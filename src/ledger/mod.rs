@@ -252,17 +252,33 @@ impl Ledger {
         Err(Refusal::unavailable("what the caller may do changed faster than it could be decided"))
     }
 
+    /// Decides `asks` for a change that no command of the caller's commits (a heartbeat, a renewal). A proposal that it rests on is
+    /// used up here, by an entry of its own.
+    ///
+    /// # Errors
+    /// As [`permit`](Self::permit); 409 when the proposal does not stand any more.
+    pub async fn pass(&self, caller: &Caller, asks: &[Ask]) -> Result<(), Refusal> {
+        let permit = self.permit(caller, asks).await?;
+        let (Some(_), Some(ask)) = (permit.proposal, asks.first()) else { return Ok(()) };
+        let used = Record(Entry::ok(ask.action, ask.resource()));
+        match self.submit(used, caller, permit, true).await? {
+            Heard::Committed(_) => Ok(()),
+            Heard::Refused(r) => Err(r),
+            Heard::Stale { .. } => Err(Refusal::unavailable("what the caller may do changed; nothing was changed")),
+        }
+    }
+
     /// Records a denial; `None` if it went stale and must be decided again.
-    async fn deny(&self, caller: &Caller, asks: &[Ask], permit: Permit) -> Result<Option<Refusal>, Refusal> {
+    async fn deny(&self, caller: &Caller, asks: &[Ask], mut permit: Permit) -> Result<Option<Refusal>, Refusal> {
         let ask = permit.denied.and_then(|i| asks.get(i)).or(asks.first());
         let Some(ask) = ask else { return Err(Refusal::internal("a denial of nothing")) };
         let id = permit.decision.as_ref().map(|d| d.id.to_string()).unwrap_or_default();
         let detail = format!("{} on {} is not allowed for {}", ask.action, ask.resource(), caller.actor());
-        let entry = Entry::ok(ask.action, ask.resource()).outcome(Outcome::Denied).reason(detail.clone());
+        let refusal =
+            permit.waits.take().unwrap_or_else(|| Refusal::new(&problem::DENIED, detail)).with("decision", id);
+        let entry = Entry::ok(ask.action, ask.resource()).outcome(Outcome::Denied).reason(refusal.detail());
         match self.submit(Record(entry), caller, permit, false).await? {
-            Heard::Committed(c) => {
-                Ok(Some(Refusal::new(&problem::DENIED, detail).with("decision", id).recorded_at(c.index)))
-            }
+            Heard::Committed(c) => Ok(Some(refusal.recorded_at(c.index))),
             Heard::Refused(r) => Err(r),
             Heard::Stale { since, .. } => {
                 self.reach(since, self.0.shared.write_timeout).await?;

@@ -63,7 +63,7 @@ impl State {
     /// Renews leases of the caller's; those that there were, with their time to live in milliseconds.
     pub(super) async fn renew(&self, caller: &Caller, ids: Vec<Uuid>) -> Result<(i64, Vec<(Uuid, i64)>), Refusal> {
         let asks: Vec<Ask> = ids.iter().map(|id| Ask::new("state:lease-renew", "Lease", id.to_string())).collect();
-        self.ledger.permit(caller, &asks).await?;
+        self.ledger.pass(caller, &asks).await?;
         self.renewals.give(caller, ids).await
     }
 

@@ -57,7 +57,7 @@ impl Authority for Vouched {
                 return Err(Refusal::new(&problem::UNAUTHENTICATED, "the client's registration has just changed"));
             }
             let depends = [fact(&self.client_id), authz_fact(b"lockout"), authz_fact(b"key")].into_iter().collect();
-            Ok(Permit { allowed: true, at, depends, decision: None, denied: None, proposal: None })
+            Ok(Permit { allowed: true, at, depends, decision: None, denied: None, waits: None, proposal: None })
         })
     }
 }

@@ -230,3 +230,109 @@ async fn what_waits_for_others_in_everything_may_not_even_propose_and_stricter_r
     // A transaction that changes nothing uses nothing up.
     record::check(&db).await;
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn each_policy_has_its_own_approvers_and_what_waits_is_in_the_record() {
+    let (db, _daemon, admin, other) = start().await;
+    let (security, finance) = (client(&admin, "admin security").await, client(&admin, "admin finance").await);
+    let second = client(&admin, "admin security").await;
+    let both = r#"@id("risk") @approvals("2") @approvers("security")
+        forbid (principal, action == Sop::Action::"state:put", resource)
+        when { resource has name && resource.name like "pay/*" } unless { context has approved && context.approved };
+        @id("money") @approvals("1") @approvers("finance")
+        forbid (principal, action in [Sop::Action::"state:put", Sop::Action::"state:get"], resource)
+        when { resource has name && resource.name like "pay/*" } unless { context has approved && context.approved };"#;
+    activate(&admin, &other, both, None).await;
+    let key = "/v1/state/kv/pay/ann";
+    let answer = admin.request(Method::PUT, key).await.body("1").send().await.unwrap();
+    assert_eq!(answer.status(), 409);
+    let index = answer.headers()["sop-index"].to_str().unwrap().to_owned();
+    let refused: Value = answer.json().await.unwrap();
+    let (_, entry) = admin.get(&format!("/v1/audit/entries/{index}")).await;
+    assert_eq!((&entry["outcome"], &entry["action"]), (&json!("denied"), &json!("state:put")), "{entry}");
+    assert_eq!(entry["details"]["decision"]["id"], refused["decision"], "{entry} {refused}");
+    let (status, denied) = admin.get(key).await;
+    assert_eq!((status, denied["type"].as_str()), (403, Some("/problems/denied")), "a read is not proposed: {denied}");
+    let (status, p) = send(&admin, Method::PUT, key, &[("sop-propose", "salary")], "1").await;
+    assert_eq!((status, &p["required"], &p["role"]), (202, &json!(2), &Value::Null), "{p}");
+    assert_eq!(p["needs"].as_array().map(Vec::len), Some(2), "{p}");
+    let (status, refused) = voice(&other, "approve", &p).await;
+    assert!(status == 409 && refused.to_string().contains("security"), "{refused}");
+    assert_eq!(voice(&security, "approve", &p).await.1["status"], "pending");
+    assert_eq!(voice(&second, "approve", &p).await.1["status"], "pending", "nobody of finance has");
+    let approved = [("sop-proposal", p["id"].as_str().unwrap())];
+    assert_eq!(send(&admin, Method::PUT, key, &approved, "1").await.0, 409);
+    assert_eq!(voice(&finance, "approve", &p).await.1["status"], "approved");
+    assert_eq!(send(&admin, Method::PUT, key, &approved, "1").await.0, 200);
+    record::check(&db).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_writes_nothing_uses_an_approval_up_too_and_header_fields_are_part_of_the_change() {
+    let (db, _daemon, admin, other) = start().await;
+    let retention = json!({"retention": 60});
+    assert!(admin.json(Method::PUT, "/v1/nexus/topics/pay", &retention).await.0 < 300);
+    let instance = "/v1/nexus/services/s/instances/1";
+    let registered = json!({"address": "http://127.0.0.1:1", "ttl": 60});
+    assert!(admin.json(Method::PUT, instance, &registered).await.0 < 300);
+    let (_, lease) = post(&admin, "/v1/state/leases", &json!({"ttl": 60})).await;
+    let renew = format!("/v1/state/leases/{}/renew", lease["id"].as_str().unwrap());
+    let beats = r#"@id("beats") @approvals("1")
+        forbid (principal, action in [Sop::Action::"nexus:heartbeat", Sop::Action::"state:lease-renew"], resource)
+        unless { context has approved && context.approved };"#;
+    activate(&admin, &other, &format!("{EYES}{beats}"), None).await;
+    for path in [&format!("{instance}/heartbeat"), &renew] {
+        let (status, p) = send(&admin, Method::POST, path, &[("sop-propose", "it lives")], "").await;
+        assert_eq!(status, 202, "{p}");
+        assert_eq!(voice(&other, "approve", &p).await.1["status"], "approved");
+        let approved = [("sop-proposal", p["id"].as_str().unwrap())];
+        let first = send(&admin, Method::POST, path, &approved, "").await;
+        assert!(first.0 < 300, "{first:?}");
+        assert_eq!(send(&admin, Method::POST, path, &approved, "").await.0, 409, "once: {path}");
+    }
+    // The same event, but later; or under another id.
+    let (path, kind) = ("/v1/nexus/topics/pay/messages", ("content-type", "text/plain"));
+    let ce = [("ce-specversion", "1.0"), ("ce-id", "1"), ("ce-source", "/pay"), ("ce-type", "pay")];
+    let with = |more: &[(&'static str, &'static str)]| [&ce[..], &[kind], more].concat();
+    let (status, p) = send(&admin, Method::POST, path, &with(&[("sop-propose", "salary")]), "5").await;
+    assert_eq!((status, &p["body"]["headers"]["ce-id"]), (202, &json!("1")), "{p}");
+    assert_eq!(voice(&other, "approve", &p).await.1["status"], "approved");
+    let id = p["id"].as_str().unwrap().to_owned().leak() as &'static str;
+    let later = with(&[("sop-proposal", id), ("nexus-delay", "60")]);
+    assert_eq!(send(&admin, Method::POST, path, &later, "5").await.0, 409);
+    let mut another = with(&[("sop-proposal", id)]);
+    another[1].1 = "2";
+    assert_eq!(send(&admin, Method::POST, path, &another, "5").await.0, 409);
+    assert_eq!(send(&admin, Method::POST, path, &with(&[("sop-proposal", id)]), "5").await.0, 201);
+    record::check(&db).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn proposals_are_listed_without_what_they_carry_and_are_not_made_without_end() {
+    let (db, _daemon, admin, other) = start().await;
+    activate(&admin, &other, EYES, None).await;
+    let (key, propose) = ("/v1/state/kv/config/limit", ("sop-propose", "more"));
+    let (status, p) = send(&admin, Method::PUT, key, &[propose], "1").await;
+    assert_eq!(status, 202, "{p}");
+    let (_, page) = admin.get("/v1/governance/proposals?status=pending").await;
+    assert_eq!((&page["items"][0]["id"], page["items"][0].get("body")), (&p["id"], None), "{page}");
+    for n in 1..100 {
+        assert_eq!(send(&admin, Method::PUT, key, &[propose], &n.to_string()).await.0, 202);
+    }
+    let (status, refused) = send(&admin, Method::PUT, key, &[propose], "101").await;
+    assert!(status == 409 && refused.to_string().contains("are pending"), "{refused}");
+    assert_eq!(send(&other, Method::PUT, key, &[propose], "1").await.0, 202, "each author for themselves");
+    assert_eq!(voice(&admin, "withdraw", &p).await.0, 200);
+    assert_eq!(send(&admin, Method::PUT, key, &[propose], "101").await.0, 202);
+    // What is larger than other bodies may be sent with a key, once.
+    let policies = format!("// {}\n{EYES}", "x".repeat(2 << 20));
+    let body = json!({"policies": policies}).to_string();
+    let headers = [("content-type", "application/json"), ("idempotency-key", "large")];
+    let first = send(&admin, Method::POST, "/v1/governance/bundles", &headers, &body).await;
+    let again = send(&admin, Method::POST, "/v1/governance/bundles", &headers, &body).await;
+    assert_eq!((first.0, &first.1["id"]), (201, &again.1["id"]));
+    let large = "x".repeat(2 << 20);
+    let headers = [("idempotency-key", "large-2"), ("content-type", "application/json")];
+    assert_eq!(send(&admin, Method::POST, "/v1/state/leases", &headers, &large).await.0, 413, "but no other body");
+    record::check(&db).await;
+}

@@ -170,6 +170,14 @@ pub(in crate::governance) async fn in_force_at(
     row.as_ref().map(in_force).transpose()
 }
 
+/// Bundles that came into force lately, the newest first.
+pub(in crate::governance) async fn lately(conn: &mut PgConnection, limit: i64) -> Result<Vec<String>, sqlx::Error> {
+    sqlx::query_scalar("SELECT id FROM governance.bundles WHERE activated IS NOT NULL ORDER BY activated DESC LIMIT $1")
+        .bind(limit)
+        .fetch_all(conn)
+        .await
+}
+
 /// The application's bundle that was in force before the one that is: the outer `None` when there was no other time.
 pub(in crate::governance) async fn before(
     conn: &mut PgConnection,

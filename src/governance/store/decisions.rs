@@ -104,16 +104,53 @@ pub(in crate::governance) async fn leaf(
         .await
 }
 
-/// Every entity as it was at an index.
-pub(in crate::governance) async fn all_at(conn: &mut PgConnection, at: i64) -> Result<Vec<Row>, sqlx::Error> {
+/// How far from an index up to another one gets with records of so many bytes; one entry at least.
+pub(in crate::governance) async fn reach(
+    conn: &mut PgConnection,
+    from: i64,
+    to: i64,
+    bytes: i64,
+) -> Result<i64, sqlx::Error> {
+    let first: Option<i64> = sqlx::query_scalar(
+        "SELECT min(index) FROM (
+             SELECT index, sum(octet_length(records)) OVER (ORDER BY index) AS size FROM governance.segments
+             WHERE index BETWEEN $1 AND $2) AS s
+         WHERE size > $3 AND index > $1",
+    )
+    .bind(from)
+    .bind(to)
+    .bind(bytes)
+    .fetch_one(conn)
+    .await?;
+    Ok(first.map_or(to, |first| first - 1))
+}
+
+/// Entities as they were at an index, by their names, those after one of them; without a row it had been removed.
+pub(in crate::governance) async fn all_at(
+    conn: &mut PgConnection,
+    at: i64,
+    after: Option<&EntityName>,
+    limit: usize,
+) -> Result<Vec<(EntityName, Option<Row>)>, sqlx::Error> {
     let rows = sqlx::query(
-        "SELECT * FROM (SELECT DISTINCT ON (type, id) type, id, attrs, parents, index FROM governance.entity_history
-         WHERE index <= $1 ORDER BY type, id, index DESC) AS h WHERE attrs IS NOT NULL",
+        "SELECT DISTINCT ON (type, id) type, id, attrs, parents, index FROM governance.entity_history
+         WHERE index <= $1 AND ($2::text IS NULL OR (type, id) > ($2, $3))
+         ORDER BY type, id, index DESC LIMIT $4",
     )
     .bind(at)
+    .bind(after.map(|name| &name.kind))
+    .bind(after.map(|name| &name.id))
+    .bind(i64::try_from(limit).unwrap_or(i64::MAX))
     .fetch_all(conn)
     .await?;
-    rows.iter().map(row).collect()
+    rows.iter().map(version).collect()
+}
+
+/// One version of an entity.
+fn version(r: &sqlx::postgres::PgRow) -> Result<(EntityName, Option<Row>), sqlx::Error> {
+    let name = EntityName { kind: r.try_get("type")?, id: r.try_get("id")? };
+    let removed = r.try_get::<Option<Vec<u8>>, _>("attrs")?.is_none();
+    Ok((name, if removed { None } else { Some(row(r)?) }))
 }
 
 /// Changes of entities after one index up to another, in order; without a row the entity was removed.
@@ -130,9 +167,8 @@ pub(in crate::governance) async fn changes(
     .fetch_all(conn)
     .await?;
     let change = |r: &sqlx::postgres::PgRow| {
-        let name = EntityName { kind: r.try_get("type")?, id: r.try_get("id")? };
-        let removed = r.try_get::<Option<Vec<u8>>, _>("attrs")?.is_none();
-        Ok((r.try_get("index")?, name, if removed { None } else { Some(row(r)?) }))
+        let (name, row) = version(r)?;
+        Ok((r.try_get("index")?, name, row))
     };
     rows.iter().map(change).collect()
 }

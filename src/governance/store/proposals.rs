@@ -4,6 +4,7 @@ use sqlx::postgres::PgRow;
 use sqlx::{PgConnection, Row as _};
 use uuid::Uuid;
 
+use crate::governance::needs::{self, Need};
 use crate::kernel::Timestamp;
 
 /// A proposal as it is stored.
@@ -18,9 +19,7 @@ pub(in crate::governance) struct Proposal {
     pub author: String,
     pub authors: Vec<String>,
     pub reason: String,
-    pub required: i32,
-    pub role: Option<String>,
-    pub outside: i32,
+    pub needs: Vec<Need>,
     pub status: String,
     pub overridden: Option<String>,
     pub reviewed: Option<String>,
@@ -37,12 +36,16 @@ pub(in crate::governance) struct Voice {
     pub approver: String,
     pub approves: bool,
     pub outside: bool,
+    /// Those of the roles that were wanted which they were in.
+    pub roles: Vec<String>,
     pub reason: String,
     pub index: i64,
     pub time: Timestamp,
 }
 
-const COLUMNS: &str = "id, kind, action, target, change, body, author, authors, reason, required, role, outside, status, override, reviewed, created, time, expires, index, applied";
+const COLUMNS: &str = "id, kind, action, target, change, body, author, authors, reason, needs, status, override, reviewed, created, time, expires, index, applied";
+/// The same, but for the body.
+const LISTED: &str = "id, kind, action, target, change, NULL::bytea AS body, author, authors, reason, needs, status, override, reviewed, created, time, expires, index, applied";
 
 fn proposal(r: &PgRow) -> Result<Proposal, sqlx::Error> {
     Ok(Proposal {
@@ -55,9 +58,7 @@ fn proposal(r: &PgRow) -> Result<Proposal, sqlx::Error> {
         author: r.try_get("author")?,
         authors: r.try_get("authors")?,
         reason: r.try_get("reason")?,
-        required: r.try_get("required")?,
-        role: r.try_get("role")?,
-        outside: r.try_get("outside")?,
+        needs: serde_json::from_slice(r.try_get("needs")?).map_err(|e| sqlx::Error::Decode(Box::new(e)))?,
         status: r.try_get("status")?,
         overridden: r.try_get("override")?,
         reviewed: r.try_get("reviewed")?,
@@ -71,8 +72,8 @@ fn proposal(r: &PgRow) -> Result<Proposal, sqlx::Error> {
 
 pub(in crate::governance) async fn put(conn: &mut PgConnection, p: &Proposal) -> Result<(), sqlx::Error> {
     sqlx::query(
-        "INSERT INTO governance.proposals (id, kind, action, target, change, body, author, authors, reason, required, role, outside, status, created, time, expires, index)
-         VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14, $15, $16, $14)",
+        "INSERT INTO governance.proposals (id, kind, action, target, change, body, author, authors, reason, required, role, outside, needs, status, created, time, expires, index)
+         VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14, $15, $16, $17, $15)",
     )
     .bind(p.id)
     .bind(&p.kind)
@@ -83,9 +84,10 @@ pub(in crate::governance) async fn put(conn: &mut PgConnection, p: &Proposal) ->
     .bind(&p.author)
     .bind(&p.authors)
     .bind(&p.reason)
-    .bind(p.required)
-    .bind(&p.role)
-    .bind(p.outside)
+    .bind(needs::required(&p.needs))
+    .bind(needs::role(&p.needs))
+    .bind(needs::outside(&p.needs))
+    .bind(serde_json::to_vec(&p.needs).map_err(|e| sqlx::Error::Encode(Box::new(e)))?)
     .bind(&p.status)
     .bind(p.created)
     .bind(p.time.to_offset())
@@ -101,17 +103,25 @@ pub(in crate::governance) async fn one(conn: &mut PgConnection, id: Uuid) -> Res
     row.as_ref().map(proposal).transpose()
 }
 
-/// An approved one that allows this change now.
+/// Approved ones that allow this change now, the oldest first.
 pub(in crate::governance) async fn approved(
     conn: &mut PgConnection,
     change: &[u8],
     now: Timestamp,
-) -> Result<Option<Proposal>, sqlx::Error> {
+) -> Result<Vec<Proposal>, sqlx::Error> {
     let sql = format!(
-        "SELECT {COLUMNS} FROM governance.proposals WHERE change = $1 AND status = 'approved' AND expires > $2 ORDER BY created LIMIT 1"
+        "SELECT {LISTED} FROM governance.proposals WHERE change = $1 AND status = 'approved' AND expires > $2 ORDER BY created LIMIT 10"
     );
-    let row = sqlx::query(sqlx::AssertSqlSafe(sql)).bind(change).bind(now.to_offset()).fetch_optional(conn).await?;
-    row.as_ref().map(proposal).transpose()
+    let rows = sqlx::query(sqlx::AssertSqlSafe(sql)).bind(change).bind(now.to_offset()).fetch_all(conn).await?;
+    rows.iter().map(proposal).collect()
+}
+
+/// How many of an author are pending.
+pub(in crate::governance) async fn pending(conn: &mut PgConnection, author: &str) -> Result<i64, sqlx::Error> {
+    sqlx::query_scalar("SELECT count(*) FROM governance.proposals WHERE author = $1 AND status = 'pending'")
+        .bind(author)
+        .fetch_one(conn)
+        .await
 }
 
 /// Newest first, those made before `before`.
@@ -123,7 +133,7 @@ pub(in crate::governance) async fn page(
     limit: i64,
 ) -> Result<Vec<Proposal>, sqlx::Error> {
     let sql = format!(
-        "SELECT {COLUMNS} FROM governance.proposals WHERE created < $1 AND ($2::text IS NULL OR status = $2)
+        "SELECT {LISTED} FROM governance.proposals WHERE created < $1 AND ($2::text IS NULL OR status = $2)
          AND (NOT $3 OR (override IS NOT NULL AND reviewed IS NULL)) ORDER BY created DESC LIMIT $4"
     );
     let rows = sqlx::query(sqlx::AssertSqlSafe(sql))
@@ -164,7 +174,7 @@ pub(in crate::governance) async fn update(conn: &mut PgConnection, p: &Proposal)
 
 pub(in crate::governance) async fn voices(conn: &mut PgConnection, id: Uuid) -> Result<Vec<Voice>, sqlx::Error> {
     let rows = sqlx::query(
-        "SELECT approver, approves, outside, reason, index, time FROM governance.approvals WHERE proposal = $1 ORDER BY index",
+        "SELECT approver, approves, outside, roles, reason, index, time FROM governance.approvals WHERE proposal = $1 ORDER BY index",
     )
     .bind(id)
     .fetch_all(conn)
@@ -174,6 +184,7 @@ pub(in crate::governance) async fn voices(conn: &mut PgConnection, id: Uuid) -> 
             approver: r.try_get("approver")?,
             approves: r.try_get("approves")?,
             outside: r.try_get("outside")?,
+            roles: r.try_get("roles")?,
             reason: r.try_get("reason")?,
             index: r.try_get("index")?,
             time: Timestamp::from_offset(r.try_get("time")?),
@@ -184,7 +195,7 @@ pub(in crate::governance) async fn voices(conn: &mut PgConnection, id: Uuid) -> 
 
 pub(in crate::governance) async fn speak(conn: &mut PgConnection, id: Uuid, v: &Voice) -> Result<(), sqlx::Error> {
     sqlx::query(
-        "INSERT INTO governance.approvals (proposal, approver, approves, outside, reason, index, time) VALUES ($1, $2, $3, $4, $5, $6, $7)",
+        "INSERT INTO governance.approvals (proposal, approver, approves, outside, reason, index, time, roles) VALUES ($1, $2, $3, $4, $5, $6, $7, $8)",
     )
     .bind(id)
     .bind(&v.approver)
@@ -193,6 +204,7 @@ pub(in crate::governance) async fn speak(conn: &mut PgConnection, id: Uuid, v: &
     .bind(&v.reason)
     .bind(v.index)
     .bind(v.time.to_offset())
+    .bind(&v.roles)
     .execute(conn)
     .await
     .map(|_| ())

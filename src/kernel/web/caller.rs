@@ -75,9 +75,11 @@ pub struct Proposing {
     pub query: String,
     /// The media type.
     pub content_type: String,
+    /// Other header fields that say what is to be done: `if-match`, `nexus-delay`, `ce-id`, ...
+    pub fields: Vec<(String, String)>,
     /// The whole body.
     pub body: Bytes,
-    /// Digest of method, path, query, media type and body: what is approved is this and nothing else.
+    /// Digest of method, path, query, media type, these fields and body: what is approved is this and nothing else.
     pub digest: [u8; 32],
 }
 
@@ -141,6 +143,8 @@ pub struct Permit {
     pub decision: Option<Decision>,
     /// The ask that was denied, by position.
     pub denied: Option<usize>,
+    /// What a denial is answered with, where others can lift it.
+    pub waits: Option<Refusal>,
     /// The proposal by which others approved it: used up in the commit.
     pub proposal: Option<Uuid>,
 }
@@ -149,7 +153,15 @@ impl Permit {
     /// For what was decided elsewhere, or needs no decision.
     #[must_use]
     pub fn granted() -> Self {
-        Self { allowed: true, at: i64::MAX, depends: Depends::new(), decision: None, denied: None, proposal: None }
+        Self {
+            allowed: true,
+            at: i64::MAX,
+            depends: Depends::new(),
+            decision: None,
+            denied: None,
+            waits: None,
+            proposal: None,
+        }
     }
 }
 

@@ -18,8 +18,8 @@ pub use caller::{
     RequestInfo, Voiced, block,
 };
 pub use extract::{
-    Body, BodyLimit, Json, LargeJson, Name, Path, Preconditions, Query, Tags, faulty, inflate, is_json, page_limit,
-    pairs, parse_json, parse_query, read_body,
+    Body, BodyLimit, Json, LARGE, LargeJson, Name, Path, Preconditions, Query, Tags, faulty, inflate, is_json,
+    page_limit, pairs, parse_json, parse_query, read_body,
 };
 pub use optional::{Away, JsonOr, WhileAway};
 pub use respond::{Answer, Listing, Reason, SOP_INDEX, problem_document, problem_response};
