@@ -15,6 +15,13 @@ $sop bench state-put --clients 1,8,32,128 "${peer[@]}" --seconds "$seconds"
 $sop bench state-put --clients 1 --peer bare --seconds "$seconds"
 $sop bench state-get --clients 1,8,32,128 "${peer[@]}" --seconds "$seconds"
 $sop bench state-put --daemons 2 --clients 128 --seconds "$seconds"
+$sop bench state-txn --clients 32,128 "${peer[@]}" --seconds "$seconds"
+$sop bench state-keys --seconds "$seconds"
+$sop bench state-watch --seconds "$seconds"
+# Ten thousand watchers are ten thousand files, here and in the daemon.
+(ulimit -n 16384 2>/dev/null || true; $sop bench state-idle)
+$sop bench state-leases
+$sop bench state-locks --seconds "$seconds"
 # npm's package of Cerbos, for Linux on x64.
 cerbos=()
 if command -v npm >/dev/null && [ "$(uname -sm)" = "Linux x86_64" ]; then

@@ -5,6 +5,7 @@ mod load;
 mod policy;
 mod record;
 mod server;
+mod state;
 mod store;
 mod token;
 
@@ -27,6 +28,18 @@ enum What {
     StatePut,
     /// Linearizable gets of them
     StateGet,
+    /// Transactions of one comparison and eight operations, six of which put
+    StateTxn,
+    /// Puts, pages and reads as of an index, with 1,000 keys and with a million
+    StateKeys,
+    /// 1,000 watchers, 100 events a second, each for 100 of them
+    StateWatch,
+    /// 10,000 watchers that hear nothing
+    StateIdle,
+    /// 10,000 leases, renewed every three seconds
+    StateLeases,
+    /// One lock that sixteen clients want
+    StateLocks,
     /// AuthZEN evaluations, durable before they are answered, by an application's bundle
     Evaluate,
     /// The same with bundles of 1, 1,000 and 10,000 policies
@@ -160,6 +173,11 @@ pub(crate) async fn run(global: &Global, args: BenchArgs) -> anyhow::Result<()> 
         What::Proofs => record::proofs(global, &ours, client).await?,
         What::Verify => record::whole(global, &ours, client, &requests, args.seconds).await?,
         What::Verification => token::verification(global, &ours, client, args.seconds).await?,
+        What::StateKeys => state::keys(global, &args, &ours, &client).await?,
+        What::StateWatch => state::watchers(global, &ours, &client, args.seconds * 2).await?,
+        What::StateIdle => state::idle(global, &ours, &client).await?,
+        What::StateLeases => state::leases(global, &ours, &client).await?,
+        What::StateLocks => state::locks(global, &client, args.seconds).await?,
         What::EvaluateSizes => decide::sizes(global, &args, &policy::Office::open(&ours, &client).await?).await?,
         What::Evaluations => decide::batches(global, &args, &policy::Office::open(&ours, &client).await?).await?,
         What::Search => decide::search(global, &policy::Office::open(&ours, &client).await?).await?,
@@ -217,6 +235,18 @@ async fn load(global: &Global, args: &BenchArgs, ours: &Sop, requests: &Request)
         other.stop().await;
     }
     Ok(())
+}
+
+/// A line of a table, or its figures.
+fn row(global: &Global, json: &serde_json::Value, line: String) {
+    say(if global.json { json.to_string() } else { line });
+}
+
+/// The head of a table.
+fn head(global: &Global, names: &[&str]) {
+    if !global.json {
+        say(format!("| {} |\n|{}", names.join(" | "), "---|".repeat(names.len())));
+    }
 }
 
 fn show(global: &Global, clients: usize, who: &str, f: &Figures, ratio: Option<f64>) {
@@ -285,6 +315,10 @@ async fn ours_requests(what: What, client: &Client, ours: &Sop) -> anyhow::Resul
         What::EvaluateSizes | What::Evaluations | What::Search | What::Replay | What::Shadow | What::Swap => {
             Request::new(|_| Vec::new())
         }
+        What::StateKeys | What::StateWatch | What::StateIdle | What::StateLeases | What::StateLocks => {
+            Request::new(|_| Vec::new())
+        }
+        What::StateTxn => state::transactions(client)?,
         What::Token | What::Introspect | What::OperationUse | What::OperationHot | What::Verification => {
             token::requests(what, client, ours.dir()).await?
         }
@@ -307,6 +341,7 @@ fn etcd_requests(what: What) -> Option<Request> {
                 &json!({"key": base64(format!("bench/{}", n % 1000))}).to_string(),
             )
         })),
+        What::StateTxn => Some(state::etcd_transactions()),
         _ => None,
     }
 }

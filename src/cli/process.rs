@@ -67,6 +67,25 @@ impl Sop {
         status.lines().find_map(|l| l.strip_prefix("VmRSS:"))?.trim().strip_suffix("kB")?.trim().parse().ok()
     }
 
+    /// How long it and its PostgreSQL have been at work, on all cores together.
+    pub fn worked(&self) -> Duration {
+        let own = self.child.id();
+        let processes = std::fs::read_dir("/proc").into_iter().flatten().flatten();
+        let ticks = processes.filter_map(|process| {
+            let pid = process.file_name().to_str()?.parse::<u32>().ok()?;
+            let there = std::fs::read_link(process.path().join("cwd")).is_ok_and(|cwd| cwd.starts_with(&self.dir));
+            if !there && Some(pid) != own {
+                return None;
+            }
+            // After the name, which may have blanks in it: state, ppid, ..., utime and stime as the 12th and 13th.
+            let stat = std::fs::read_to_string(process.path().join("stat")).ok()?;
+            let mut fields = stat.rsplit_once(')')?.1.split_whitespace().skip(11);
+            Some(fields.next()?.parse::<u64>().ok()? + fields.next()?.parse::<u64>().ok()?)
+        });
+        let hz = rustix::param::clock_ticks_per_second();
+        Duration::from_secs_f64(ticks.sum::<u64>() as f64 / hz as f64)
+    }
+
     /// Stops it and throws its folder away.
     pub async fn stop(mut self) {
         if let Some(pid) = self.child.id().and_then(|p| Pid::from_raw(p.cast_signed())) {

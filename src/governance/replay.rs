@@ -320,6 +320,8 @@ pub(super) struct Run {
     pub done: Replay,
     scope: String,
     limit: usize,
+    /// Flips that are listed; all are counted.
+    pub listed: usize,
     /// Cores it may use.
     cores: usize,
     after: Option<(i64, usize)>,
@@ -343,7 +345,8 @@ impl Run {
             next: None,
         };
         let (scope, history) = (scope.to_owned(), History::default());
-        Self { done, scope, limit: usize::MAX, cores: 1, after: None, next: None, history, forces: HashMap::new() }
+        let (limit, listed, cores) = (usize::MAX, LISTED, 1);
+        Self { done, scope, limit, listed, cores, after: None, next: None, history, forces: HashMap::new() }
     }
 
     /// What was found since this was last called.
@@ -395,7 +398,7 @@ impl Run {
             policies_after: now.policies,
         };
         self.done.groups.count(&flip);
-        if self.done.flips.len() < LISTED {
+        if self.done.flips.len() < self.listed {
             self.done.flips.push(flip);
         }
     }

@@ -5,7 +5,6 @@
 //! nothing of it is on the way of a request. One daemon at a time does it; it works for a share of the time and rests for the
 //! remainder, so under more load than that it falls behind, says by how much, and catches up later.
 
-use std::collections::HashMap;
 use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
@@ -24,12 +23,16 @@ use super::store::shadows::{self as rows, Shadow};
 const CLAIM: Duration = Duration::from_secs(6);
 /// Bundles in shadow at once.
 const MOST: usize = 4;
-/// Entries decided again in one step.
-const STEP: i64 = 64;
+/// Entries decided again in one piece, as long as that takes the time that a piece should: a request that comes meanwhile waits for it.
+const PIECES: std::ops::Range<i64> = 1..64;
+/// How long a piece should take.
+const PIECE: Duration = Duration::from_millis(4);
+/// What was found is written down this often: each time is a commit.
+const SAVE: Duration = Duration::from_millis(250);
 /// How long nothing may be heard before it looks all the same.
 const POLL: Duration = Duration::from_secs(1);
-/// It looks no more often than this.
-const PAUSE: Duration = Duration::from_millis(50);
+/// Behind the newest decisions it rests at least this long, with nothing behind it looks no more often than that.
+const PAUSES: (Duration, Duration) = (Duration::from_millis(5), Duration::from_millis(50));
 /// Differences listed of one trial; all are counted.
 const LISTED: i64 = 10_000;
 
@@ -92,7 +95,8 @@ impl Governance {
 
     /// Tries what is in shadow, until stopped.
     pub(super) async fn follow_shadows(&self, stop: Stop) -> Result<(), TaskError> {
-        let mut trials = Trials { claim: self.ledger.claim("governance/shadow", CLAIM), runs: HashMap::new() };
+        let claim = self.ledger.claim("governance/shadow", CLAIM);
+        let mut trials = Trials { claim, open: Vec::new(), looked: None, size: PIECES.start };
         let mut index = self.ledger.watch_index();
         loop {
             index.mark_unchanged();
@@ -100,7 +104,7 @@ impl Governance {
             let more = self.step(&mut trials).await?;
             let worked = self.rules.clock.elapsed().saturating_sub(began);
             let share = self.rules.settings.shadow_share.clamp(1, 100);
-            let rest = (worked * (100 - share) / share).max(PAUSE);
+            let rest = (worked * (100 - share) / share).max(if more { PAUSES.0 } else { PAUSES.1 });
             tokio::select! {
                 () = stop.cancelled() => break,
                 () = tokio::time::sleep(rest) => {}
@@ -117,69 +121,126 @@ impl Governance {
         Ok(())
     }
 
-    /// One step of each trial that goes on; whether there is more to look at.
+    /// One piece of each trial that goes on; whether there is more to look at.
     async fn step(&self, trials: &mut Trials) -> Result<bool, Refusal> {
-        let mut conn = self.connection().await?;
-        let open = rows::open(&mut conn).await.map_err(|e| self.store.refusal(e))?;
-        drop(conn);
-        trials.runs.retain(|(bundle, since), _| open.iter().any(|s| s.bundle == *bundle && s.since == *since));
-        if open.is_empty() {
-            self.rules.metrics.shadow_lag.set(0);
-            trials.claim.release().await;
-            return Ok(false);
-        }
-        if !trials.claim.held().await? {
-            trials.runs.clear();
+        if !self.look(trials).await? {
             self.rules.metrics.shadow_lag.set(0);
             return Ok(false);
         }
-        let (head, mut lag) = (self.ledger.index(), 0);
-        for shadow in open {
-            let reached = self.try_on(trials, shadow, head).await?;
-            lag = lag.max(head - reached);
+        let (head, mut lag, size) = (self.ledger.index(), 0, trials.size);
+        let mut longest = Duration::ZERO;
+        for trial in &mut trials.open {
+            let began = self.rules.clock.elapsed();
+            let until = (trial.reached() + size).min(head);
+            self.try_on(trial, until, until == head).await?;
+            longest = longest.max(self.rules.clock.elapsed().saturating_sub(began));
+            lag = lag.max(head - trial.reached());
         }
+        trials.size = (if longest < PIECE { size * 2 } else { size / 2 }).clamp(PIECES.start, PIECES.end);
         self.rules.metrics.shadow_lag.set(lag);
         Ok(lag > 0)
     }
 
-    /// One step of one trial; how far it has come.
-    async fn try_on(&self, trials: &mut Trials, shadow: Shadow, head: i64) -> Result<i64, Refusal> {
-        let (from, until) = (shadow.reached + 1, (shadow.reached + STEP).min(head));
-        if from > until {
-            return Ok(shadow.reached);
+    /// Looks what is in shadow, now and then; whether this daemon has any of it to try.
+    async fn look(&self, trials: &mut Trials) -> Result<bool, Refusal> {
+        let now = self.rules.clock.elapsed();
+        if trials.looked.is_none_or(|then| now.saturating_sub(then) >= SAVE) {
+            let mut conn = self.connection().await?;
+            let open = rows::open(&mut conn).await.map_err(|e| self.store.refusal(e))?;
+            drop(conn);
+            trials.looked = Some(now);
+            // What another daemon did meanwhile is not ours: then it begins anew from what is stored.
+            let mut known = std::mem::take(&mut trials.open);
+            for row in open {
+                let same = |t: &Trying| t.is(&row);
+                let trying = known.iter().position(same).map(|at| known.swap_remove(at));
+                trials.open.push(trying.unwrap_or(Trying { row, run: None, saved: now }));
+            }
         }
-        let key = (shadow.bundle.clone(), shadow.since);
-        // What another daemon did meanwhile is not ours: then it begins anew from what is stored.
-        if trials.runs.get(&key).is_none_or(|run| run.done.reached != shadow.reached) {
-            let (row, _) = self.open(&shadow.bundle).await?;
-            let mut run = self.run(&row.id, &row.scope, from).await?;
-            run.done.reached = shadow.reached;
-            trials.runs.insert(key.clone(), run);
+        if trials.open.is_empty() {
+            trials.claim.release().await;
+            return Ok(false);
         }
-        let Some(run) = trials.runs.get_mut(&key) else { return Ok(shadow.reached) };
-        self.go_on(run, from, until).await?;
-        let reached = run.done.reached;
+        let held = trials.claim.held().await?;
+        if !held {
+            trials.open.clear();
+            trials.looked = None;
+        }
+        Ok(held)
+    }
+
+    /// One piece of one trial.
+    async fn try_on(&self, trial: &mut Trying, until: i64, last: bool) -> Result<(), Refusal> {
+        let from = trial.reached() + 1;
+        if from <= until {
+            if trial.run.is_none() {
+                let (row, _) = self.open(&trial.row.bundle).await?;
+                let mut run = self.run(&row.id, &row.scope, from).await?;
+                (run.done.reached, run.listed) = (trial.row.reached, usize::try_from(LISTED).unwrap_or(usize::MAX));
+                trial.run = Some(run);
+            }
+            if let Some(run) = &mut trial.run {
+                self.go_on(run, from, until).await?;
+            }
+        }
+        let now = self.rules.clock.elapsed();
+        if trial.reached() > trial.row.reached && (last || now.saturating_sub(trial.saved) >= SAVE) {
+            trial.saved = now;
+            self.save(trial).await?;
+        }
+        Ok(())
+    }
+
+    /// Writes down what a trial found since it was last written down.
+    async fn save(&self, trial: &mut Trying) -> Result<(), Refusal> {
+        let Some(run) = &mut trial.run else { return Ok(()) };
         let found = run.take();
-        let (now, flips) = added(&shadow, &found);
+        let (now, flips) = added(&trial.row, &found);
         let mut conn = self.connection().await?;
-        if !rows::advance(&mut conn, &shadow, &now, &flips).await.map_err(|e| self.store.refusal(e))? {
-            trials.runs.remove(&key);
-            return Ok(shadow.reached);
+        if !rows::advance(&mut conn, &trial.row, &now, &flips).await.map_err(|e| self.store.refusal(e))? {
+            // It has ended, or another daemon has come further: what is stored is where it goes on.
+            trial.run = None;
+            return Ok(());
         }
+        trial.row = now;
         let counted = |outcome: &str, n: u64| {
-            self.rules.metrics.shadowed.with_label_values(&[&shadow.bundle, outcome]).inc_by(n);
+            self.rules.metrics.shadowed.with_label_values(&[&trial.row.bundle, outcome]).inc_by(n);
         };
         counted("other", found.changed);
         counted("skipped", found.skipped);
         counted("same", found.read - found.changed - found.skipped);
-        Ok(reached)
+        Ok(())
     }
 }
 
 /// What this daemon knows of the trials that go on.
 struct Trials {
     claim: Claim,
-    runs: HashMap<(String, i64), Run>,
+    open: Vec<Trying>,
+    /// When it last looked what is in shadow.
+    looked: Option<Duration>,
+    /// Entries of the next piece.
+    size: i64,
+}
+
+/// A trial that this daemon works at.
+struct Trying {
+    /// As it was last written down.
+    row: Shadow,
+    /// What it is at; nothing yet at the start.
+    run: Option<Run>,
+    saved: Duration,
+}
+
+impl Trying {
+    fn reached(&self) -> i64 {
+        self.run.as_ref().map_or(self.row.reached, |run| run.done.reached)
+    }
+
+    /// Whether this is the row as this daemon left it.
+    fn is(&self, row: &Shadow) -> bool {
+        self.row.bundle == row.bundle && self.row.since == row.since && self.row.reached == row.reached
+    }
 }
 
 /// A trial after one more step, and the differences of it that are listed.

@@ -151,14 +151,13 @@ pub(super) async fn paced(
                 if due >= length {
                     return anyhow::Ok(all);
                 }
-                let bytes = (request.0)(n);
                 let mut from = began + due;
                 let now = clock.elapsed();
                 if now < from {
                     tokio::time::sleep(from - now).await;
                     from = clock.elapsed();
                 }
-                stream.write_all(&bytes).await?;
+                stream.write_all(&(request.0)(n)).await?;
                 let status = answer(&mut stream, &mut buffer).await?;
                 if !(200..300).contains(&status) {
                     bail!("{status}: {}", String::from_utf8_lossy(&buffer));
