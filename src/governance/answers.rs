@@ -70,6 +70,10 @@ impl Recorded {
     }
 }
 
+/// The index that an answer reflects at least, of a caller who may ask.
+#[derive(Clone, Copy)]
+pub(super) struct AsOf(i64);
+
 /// What was decided and is to be recorded.
 #[derive(Default)]
 struct Made {
@@ -81,17 +85,17 @@ struct Made {
 }
 
 impl Governance {
-    /// Evaluates one question; it is recorded before the answer.
+    /// Evaluates one question, of a caller who may ask; it is recorded before the answer.
     ///
     /// # Errors
     /// What is wrong with the question.
     pub(super) async fn evaluate_one(
         &self,
         caller: &Caller,
+        at: AsOf,
         asked: Evaluation,
         away: Option<Refusal>,
     ) -> Result<Recorded, Refusal> {
-        let at = self.may_evaluate(caller).await?;
         let mut made = Made::default();
         self.decide(caller, at, asked, &mut made)?;
         let mut answers = self.record(made, away).await?;
@@ -103,11 +107,11 @@ impl Governance {
     pub(super) async fn evaluate(
         &self,
         caller: &Caller,
+        at: AsOf,
         items: Vec<Result<Evaluation, Refusal>>,
         semantic: Semantic,
         away: Option<Refusal>,
     ) -> Result<Vec<Recorded>, Refusal> {
-        let at = self.may_evaluate(caller).await?;
         let mut made = Made::default();
         for item in items {
             let decided = item.and_then(|asked| self.decide(caller, at, asked, &mut made));
@@ -125,14 +129,18 @@ impl Governance {
         self.record(made, away).await
     }
 
-    /// Whether the caller may ask, as of which index.
-    async fn may_evaluate(&self, caller: &Caller) -> Result<i64, Refusal> {
+    /// Whether the caller may ask, as of which index. Looked at before what is asked is read: ten thousand questions are work,
+    /// and nobody causes it who may not.
+    ///
+    /// # Errors
+    /// 403 when not.
+    pub(super) async fn may_evaluate(&self, caller: &Caller) -> Result<AsOf, Refusal> {
         self.ledger.permit(caller, &[Ask::new("governance:evaluate", "Bundle", "active")]).await?;
-        Ok(self.ledger.index())
+        Ok(AsOf(self.ledger.index()))
     }
 
     /// Decides one question; whether it is allowed.
-    fn decide(&self, caller: &Caller, at: i64, asked: Evaluation, made: &mut Made) -> Result<bool, Refusal> {
+    fn decide(&self, caller: &Caller, AsOf(at): AsOf, asked: Evaluation, made: &mut Made) -> Result<bool, Refusal> {
         let asked = self.rules.vouched(asked)?;
         let mut evaluated = self.rules.answer(&asked)?;
         let allowed = evaluated.answered.allowed;

@@ -82,7 +82,8 @@ async fn evaluation(
     WhileAway(away): WhileAway,
     Text(body): Text,
 ) -> Result<Response, Refusal> {
-    let one = room.evaluate_one(&caller, authzen::read(&body)?, away).await?;
+    let at = room.may_evaluate(&caller).await?;
+    let one = room.evaluate_one(&caller, at, authzen::read(&body)?, away).await?;
     Ok(answer(&one, one.context.index))
 }
 
@@ -99,8 +100,9 @@ async fn evaluations(
     struct All {
         evaluations: Vec<Recorded>,
     }
+    let at = room.may_evaluate(&caller).await?;
     let batch = authzen::read_batch(&body)?;
-    let mut evaluations = room.evaluate(&caller, batch.items, batch.semantic, away).await?;
+    let mut evaluations = room.evaluate(&caller, at, batch.items, batch.semantic, away).await?;
     let index = evaluations.iter().filter_map(|a| a.context.index).max();
     if batch.list {
         return Ok(answer(&All { evaluations }, index));

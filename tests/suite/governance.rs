@@ -202,3 +202,17 @@ async fn a_question_about_whoever_bears_a_token_is_about_what_the_token_says() {
     assert_eq!(both["evaluations"][0]["context"]["error"]["status"], 400, "{both}");
     assert_eq!(both["evaluations"][1]["decision"], true, "{both}");
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn whoever_may_not_ask_is_told_so_before_what_they_ask_is_read() {
+    let (db, _daemon, admin, _) = crate::policy::start().await;
+    let nobody = crate::policy::client(&admin, "state").await;
+    for path in ["/access/v1/evaluation", "/access/v1/evaluations"] {
+        for body in [json!({"evaluations": 7}), crate::policy::asks("ann", "view", 1)] {
+            let (status, refused) = nobody.json(Method::POST, path, &body).await;
+            assert_eq!((status, refused["type"].as_str()), (403, Some("/problems/denied")), "{refused}");
+        }
+        assert_eq!(admin.json(Method::POST, path, &json!({"evaluations": 7})).await.0, 400);
+    }
+    record::check(&db).await;
+}
