@@ -1,7 +1,12 @@
 //! The recorder: a decision is in the record before it is answered. Those that queue while the last segment commits share the next.
 
+use std::collections::HashSet;
+use std::ops::Range;
 use std::sync::Arc;
 
+use futures_util::future::join_all;
+use serde::Deserialize;
+use smallvec::SmallVec;
 use sqlx::PgConnection;
 use tokio::sync::{Mutex, mpsc, oneshot};
 use uuid::Uuid;
@@ -12,8 +17,7 @@ use crate::kernel::web::Caller;
 use crate::kernel::{BoxFuture, Clock, Refusal, crypto, ids, problem};
 use crate::ledger::entry::Object;
 use crate::ledger::hot::{self, At, Column, Decided, Fact, Hot, HotKey, Loaded, Row};
-use crate::ledger::{Command, Entry, Failure, Ledger, Segment, Tx, segment};
-
+use crate::ledger::{Command, Entry, Failure, Ledger, Tx, segment};
 use crate::store::Store;
 
 use super::authzen::Evaluation;
@@ -22,8 +26,11 @@ use super::store;
 
 /// Decisions that may wait.
 const QUEUE: usize = 4096;
-/// Records in a segment at most.
-const SEGMENT: usize = 1000;
+/// Records in a segment at most, and their bytes: whoever asks for one of them reads them all.
+pub(super) const SEGMENT: usize = 1000;
+pub(super) const BYTES: usize = 4 * 1024 * 1024;
+/// Segments that are written together.
+const TOGETHER: usize = 8;
 
 /// Where a record is: the segment's entry and its place in it.
 #[derive(Clone, Copy, Debug)]
@@ -62,7 +69,8 @@ impl Record {
     }
 }
 
-type Waiting = (Vec<Record>, oneshot::Sender<Result<Vec<Place>, Refusal>>);
+type Tell = oneshot::Sender<Result<Vec<Place>, Refusal>>;
+type Waiting = (Vec<Record>, Tell);
 
 /// Takes decisions and answers where they are recorded.
 #[derive(Clone)]
@@ -77,12 +85,20 @@ impl Recorder {
             async move {
                 let mut receive = receive.lock().await;
                 loop {
-                    let mut batch = Vec::new();
+                    let mut turn = Turn::default();
                     tokio::select! {
                         () = stop.cancelled() => return Ok(()),
-                        n = receive.recv_many(&mut batch, SEGMENT) => if n == 0 { stop.cancelled().await; return Ok(()) },
+                        first = receive.recv() => match first {
+                            Some(first) => turn.add(first),
+                            None => { stop.cancelled().await; return Ok(()) }
+                        },
                     }
-                    record(&ledger, batch).await;
+                    while !turn.is_full()
+                        && let Ok(next) = receive.try_recv()
+                    {
+                        turn.add(next);
+                    }
+                    turn.record(&ledger).await;
                 }
             }
         }));
@@ -99,52 +115,106 @@ impl Recorder {
     }
 }
 
-async fn record(ledger: &Ledger, batch: Vec<Waiting>) {
-    let mut kept = Vec::new();
-    let mut answers = Vec::new();
-    for (records, tell) in batch {
-        answers.push((kept.len()..kept.len() + records.len(), tell));
-        kept.extend(records);
+/// Where a batch is: places of segments, of which nearly always one is enough.
+type Places = SmallVec<[(usize, Range<usize>); 1]>;
+
+/// What waited together, in segments.
+#[derive(Default)]
+struct Turn {
+    segments: Vec<Vec<Record>>,
+    /// Bytes of the last.
+    bytes: usize,
+    /// Whom to tell, and where the records are.
+    waiting: Vec<(Places, Tell)>,
+}
+
+impl Turn {
+    fn add(&mut self, (records, tell): Waiting) {
+        let bytes = records.iter().map(|r| r.bytes.len()).sum();
+        // What one segment takes is not torn apart for the room that is left in another.
+        if records.len() <= SEGMENT && bytes <= BYTES && !self.fits(records.len(), bytes) {
+            self.begin();
+        }
+        let mut places = Places::new();
+        for record in records {
+            if !self.fits(1, record.bytes.len()) {
+                self.begin();
+            }
+            let last = self.segments.len() - 1;
+            let position = self.segments[last].len();
+            match places.last_mut() {
+                Some((segment, range)) if *segment == last => range.end += 1,
+                _ => places.push((last, position..position + 1)),
+            }
+            self.bytes += record.bytes.len();
+            self.segments[last].push(record);
+        }
+        self.waiting.push((places, tell));
     }
-    let done = ledger.write(&Caller::daemon("governance"), &[], Keep::new(&kept)).await;
-    for (range, tell) in answers {
-        let places = done.as_ref().map(|c| range.map(|position| Place { index: c.index, position }).collect());
-        let _ = tell.send(places.map_err(Clone::clone));
+
+    /// Whether the last segment takes as much more. An empty one takes anything.
+    fn fits(&self, records: usize, bytes: usize) -> bool {
+        let fits = |s: &Vec<Record>| s.is_empty() || s.len() + records <= SEGMENT && self.bytes + bytes <= BYTES;
+        self.segments.last().is_some_and(fits)
+    }
+
+    fn begin(&mut self) {
+        self.segments.push(Vec::new());
+        self.bytes = 0;
+    }
+
+    fn is_full(&self) -> bool {
+        self.segments.len() >= TOGETHER
+    }
+
+    async fn record(self, ledger: &Ledger) {
+        let daemon = Caller::daemon("governance");
+        let mut done = Vec::with_capacity(self.segments.len());
+        for together in self.segments.chunks(TOGETHER) {
+            done.extend(join_all(together.iter().map(|s| ledger.write(&daemon, &[], Keep::new(s)))).await);
+        }
+        for (segments, tell) in self.waiting {
+            let mut places = Ok(Vec::new());
+            for (segment, range) in segments {
+                match (&mut places, &done[segment]) {
+                    (Ok(places), Ok(c)) => places.extend(range.map(|position| Place { index: c.index, position })),
+                    (Ok(_), Err(refusal)) => places = Err(refusal.clone()),
+                    (Err(_), _) => {}
+                }
+            }
+            let _ = tell.send(places);
+        }
     }
 }
 
 /// Keeps a segment: a hot command, for it decides on nothing.
-pub(super) struct Keep {
-    segment: Segment,
-    /// They were answered before, while the store was away.
-    late: bool,
-    allowed: usize,
-    first: Uuid,
-    last: Uuid,
+struct Keep {
+    entry: Entry,
+    ids: Vec<Uuid>,
     framed: Vec<u8>,
 }
 
 impl Keep {
     fn new(records: &[Record]) -> Self {
-        let mut framed = Vec::with_capacity(records.iter().map(|r| r.bytes.len() + 4).sum());
-        for record in records {
-            framed.extend_from_slice(&u32::try_from(record.bytes.len()).unwrap_or(u32::MAX).to_be_bytes());
-            framed.extend_from_slice(&record.bytes);
-        }
-        Self {
-            segment: segment::over(records.iter().map(|r| r.bytes.as_slice())),
-            late: false,
-            allowed: records.iter().filter(|r| r.decision).count(),
-            first: records.iter().map(|r| r.id).min().unwrap_or_default(),
-            last: records.iter().map(|r| r.id).max().unwrap_or_default(),
-            framed,
-        }
+        let (entry, ids) = (entry(records), records.iter().map(|r| r.id).collect());
+        Self { entry, ids, framed: framed(records) }
     }
+}
 
-    /// Of what was answered while the store was away.
-    pub fn late(records: &[Record]) -> Self {
-        Self { late: true, ..Self::new(records) }
+/// The entry of a segment.
+fn entry(records: &[Record]) -> Entry {
+    let allowed = records.iter().filter(|r| r.decision).count();
+    let segment = segment::over(records.iter().map(|r| r.bytes.as_slice()));
+    Entry::ok("governance:evaluate", "bundle/active").change("allowed", allowed).segment(segment)
+}
+
+fn framed(records: &[Record]) -> Vec<u8> {
+    let mut framed = Vec::with_capacity(records.iter().map(|r| r.bytes.len() + 4).sum());
+    for record in records {
+        framed.extend_from_slice(&u32::try_from(record.bytes.len()).unwrap_or(u32::MAX).to_be_bytes());
+        framed.extend_from_slice(&record.bytes);
     }
+    framed
 }
 
 /// The records that were framed together.
@@ -156,6 +226,20 @@ pub(super) fn unframe(mut framed: &[u8]) -> Vec<&[u8]> {
         framed = rest;
     }
     records
+}
+
+/// The id of a record.
+fn id(record: &[u8]) -> Option<Uuid> {
+    #[derive(Deserialize)]
+    struct Named {
+        id: Uuid,
+    }
+    serde_json::from_slice::<Named>(record).ok().map(|named| named.id)
+}
+
+/// Where in a segment the record of this id is.
+pub(super) fn find<'a>(framed: &'a [u8], wanted: &Uuid) -> Option<(usize, &'a [u8])> {
+    unframe(framed).into_iter().enumerate().find(|(_, record)| id(record).as_ref() == Some(wanted))
 }
 
 impl Command for Keep {
@@ -170,20 +254,45 @@ impl Command for Keep {
     }
 
     fn decide(&mut self, _: Option<&Fact>, at: At) -> Result<Decided<()>, Refusal> {
-        let row = store::decisions::Segment {
-            index: at.index,
-            count: i64::try_from(self.segment.count).unwrap_or(i64::MAX),
-            first: self.first,
-            last: self.last,
-            records: self.framed.clone(),
-        };
-        let mut entry = Entry::ok("governance:evaluate", "bundle/active").change("allowed", self.allowed);
-        if self.late {
-            entry = entry.change("late", true).reason("they were answered while the store was away");
-        }
-        let entry = entry.segment(self.segment.clone());
-        Ok(Decided { value: (), entry, after: None, row: Some(Box::new(row)) })
+        // Copied: a run that is rolled back decides again.
+        let row = store::decisions::Segment::new(at.index, &self.ids, self.framed.clone());
+        Ok(Decided { value: (), entry: self.entry.clone(), after: None, row: Some(Box::new(row)) })
     }
+}
+
+/// Keeps what was answered before, while the store was away; how much of it that was.
+///
+/// Some of it may be in the record: an answer of the store that was lost, a crash after the commit. So each is looked for by its
+/// id, and under the head's lock, where no earlier attempt can be on its way any more. That is why it is not hot.
+pub(super) struct Late(pub Vec<Record>);
+
+impl Command for Late {
+    type Out = usize;
+
+    async fn apply(&mut self, tx: &mut Tx<'_>) -> Result<(usize, Entry), Failure> {
+        let mut seen = there(tx.read(), &self.0).await?;
+        let missing: Vec<Record> = self.0.iter().filter(|r| seen.insert(r.id)).cloned().collect();
+        if missing.is_empty() {
+            return Ok((0, Entry::nothing()));
+        }
+        let ids: Vec<Uuid> = missing.iter().map(|r| r.id).collect();
+        let row = store::decisions::Segment::new(tx.index(), &ids, framed(&missing));
+        store::decisions::keep(tx.write(), &row).await?;
+        let entry = entry(&missing).change("late", true).reason("they were answered while the store was away");
+        Ok((missing.len(), entry))
+    }
+}
+
+/// Which of these are in the record.
+async fn there(conn: &mut PgConnection, records: &[Record]) -> Result<HashSet<Uuid>, sqlx::Error> {
+    let ids: Vec<Uuid> = records.iter().map(|r| r.id).collect();
+    let wanted: HashSet<&Uuid> = ids.iter().collect();
+    let mut there = HashSet::new();
+    for index in store::decisions::holding(conn, &ids).await? {
+        let framed = store::decisions::records(conn, index).await?.unwrap_or_default();
+        there.extend(unframe(&framed).into_iter().filter_map(id).filter(|id| wanted.contains(id)));
+    }
+    Ok(there)
 }
 
 struct Segments;
@@ -222,5 +331,42 @@ impl Records for Decisions {
             let framed = store::decisions::records(&mut conn, index).await.map_err(|e| self.0.refusal(e))?;
             Ok(unframe(&framed.unwrap_or_default()).into_iter().map(<[u8]>::to_vec).collect())
         })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn records(n: usize, bytes: usize) -> Vec<Record> {
+        (0..n).map(|_| Record { id: Uuid::now_v7(), decision: true, bytes: vec![b'x'; bytes] }).collect()
+    }
+
+    /// The sizes of the segments that batches of these sizes make; each record is where it is said to be.
+    fn segments(batches: &[(usize, usize)]) -> Vec<usize> {
+        let (mut turn, mut ids) = (Turn::default(), Vec::new());
+        for (n, bytes) in batches {
+            let batch = records(*n, *bytes);
+            ids.push(batch.iter().map(|r| r.id).collect::<Vec<_>>());
+            turn.add((batch, oneshot::channel().0));
+        }
+        for (ids, (places, _)) in ids.iter().zip(&turn.waiting) {
+            let placed = places.iter().flat_map(|(s, range)| turn.segments[*s][range.clone()].iter().map(|r| r.id));
+            assert_eq!(placed.collect::<Vec<_>>(), *ids);
+        }
+        let bytes = |s: &Vec<Record>| s.iter().map(|r| r.bytes.len()).sum::<usize>();
+        assert!(turn.segments.iter().all(|s| s.len() == 1 || s.len() <= SEGMENT && bytes(s) <= BYTES));
+        turn.segments.iter().map(Vec::len).collect()
+    }
+
+    #[test]
+    fn batches_share_segments_and_are_torn_apart_only_where_none_takes_them() {
+        assert_eq!(segments(&[(50, 9); 30]), [1000, 500]);
+        assert_eq!(segments(&[(1, 9); 1001]), [1000, 1]);
+        assert_eq!(segments(&[(600, 9), (600, 9), (300, 9)]), [600, 900]);
+        assert_eq!(segments(&[(10, 9), (2500, 9), (10, 9)]), [1000, 1000, 520]);
+        assert_eq!(segments(&[(10, BYTES / 4)]), [4, 4, 2]);
+        assert_eq!(segments(&[(1, 9), (2, BYTES + 1), (1, 9)]), [1, 1, 1, 1]);
+        assert_eq!(segments(&[(1, 9), (0, 0)]), [1]);
     }
 }

@@ -115,7 +115,10 @@ impl Governance {
         let Parts { rules, ledger, store, url, data } = parts;
         let recorder = Recorder::start(ledger.clone(), tasks);
         let scheme = if url.starts_with("https:") { "https" } else { "http" };
-        let spool = Arc::new(Spool::new(data, rules.settings.spool_mb * 1024 * 1024));
+        let limit = rules.settings.spool_mb * 1024 * 1024;
+        let waiting = rules.metrics.spooled.clone();
+        // What an earlier run left is counted: that reads it.
+        let spool = Arc::new(tokio::task::block_in_place(|| Spool::start(data, limit, waiting)));
         let replays = Arc::new(Semaphore::new(replay::AT_ONCE));
         let room = Self { rules, ledger, store, recorder, spool, replays, scheme };
         room.ledger.approved_by(Arc::new(requests::Spend));

@@ -326,9 +326,10 @@ impl Governance {
         let uuid = Uuid::parse_str(id).map_err(|_| missing())?;
         let refusal = |e| self.store.refusal(e);
         let mut conn = self.connection().await?;
-        for (index, records) in rows::around(&mut conn, uuid).await.map_err(refusal)? {
-            let kept = Kept { index, leaf: Vec::new(), details: None, records: Some(records) };
-            if let Some(past) = of_entry(&kept).into_iter().find(|p| p.id == uuid.to_string()) {
+        for index in rows::holding(&mut conn, &[uuid]).await.map_err(refusal)? {
+            let records = rows::records(&mut conn, index).await.map_err(refusal)?.unwrap_or_default();
+            let found = decisions::find(&records, &uuid);
+            if let Some(past) = found.and_then(|(position, record)| of_record(index, position, record)) {
                 return Ok(past);
             }
         }

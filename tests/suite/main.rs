@@ -41,6 +41,7 @@ mod proxy;
 mod rollout;
 mod search;
 mod secrets;
+mod spool;
 mod state;
 mod state_history;
 mod state_leases;

@@ -248,7 +248,7 @@ async fn a_hierarchy_without_end_is_refused_and_harms_nobody() {
     record::check(&db).await;
 }
 
-const STALE: &str = r#"@id("view") @stale_ok("1h") permit (principal in group::"g", action == Action::"view", resource)
+pub const STALE: &str = r#"@id("view") @stale_ok("1h") permit (principal in group::"g", action == Action::"view", resource)
 when { resource.level <= 3 };
 @id("edit") permit (principal in group::"g", action == Action::"edit", resource);
 @id("never") @stale_ok("1s") forbid (principal, action == Action::"edit", resource) when { resource.level > 7 };"#;
@@ -318,6 +318,8 @@ async fn while_the_store_is_away_only_what_a_policy_allows_is_answered_and_recor
     assert_eq!(answers["evaluations"][1]["context"]["error"]["status"], 503, "{answers}");
     let in_batch = answers["evaluations"][0]["context"]["decision_id"].as_str().unwrap().to_owned();
     assert!(admin.put("x", "1").await.is_err(), "nothing is written");
+    let waiting = crate::spool::spooled(&daemon).await;
+    assert_eq!(waiting, Some(3), "how many wait is said while they do");
     // It dies before the store is back, and the record is complete all the same.
     daemon.kill().await;
     line.mend();

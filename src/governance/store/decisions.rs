@@ -9,27 +9,76 @@ use super::{EntityName, Row, row};
 
 /// A segment's part of the ledger's statement.
 pub(in crate::governance) const SEGMENTS: &str = ", decided AS (
-        INSERT INTO governance.segments (index, count, first, last, records)
-        SELECT s.index, s.count, s.first, s.last, s.records FROM head,
-               unnest({0}::int8[], {1}::int8[], {2}::uuid[], {3}::uuid[], {4}::bytea[]) AS s (index, count, first, last, records)
+        INSERT INTO governance.segments (index, count, span, marks, records)
+        SELECT s.index, s.count, int8range(s.first, s.last, '[]'), s.marks, s.records FROM head,
+               unnest({0}::int8[], {1}::int8[], {2}::int8[], {3}::int8[], {4}::bytea[], {5}::bytea[])
+               AS s (index, count, first, last, marks, records)
     )";
 
+/// Bytes of an id that a segment keeps beside its records.
+const MARK: usize = 4;
+
 /// A segment to be written.
+#[derive(Clone)]
 pub(in crate::governance) struct Segment {
     pub index: i64,
-    pub count: i64,
-    pub first: Uuid,
-    pub last: Uuid,
-    pub records: Vec<u8>,
+    count: i64,
+    first: i64,
+    last: i64,
+    marks: Vec<u8>,
+    records: Vec<u8>,
+}
+
+impl Segment {
+    /// Of records with these ids, in order; `index` is its entry's.
+    pub fn new(index: i64, ids: &[Uuid], records: Vec<u8>) -> Self {
+        let times = || ids.iter().map(time);
+        Self {
+            index,
+            count: i64::try_from(ids.len()).unwrap_or(i64::MAX),
+            first: times().min().unwrap_or_default(),
+            last: times().max().unwrap_or_default(),
+            marks: ids.iter().flat_map(mark).collect(),
+            records,
+        }
+    }
+}
+
+/// The part of an id that grows with time. For ids that were made here it is milliseconds; of any other it keeps the order.
+fn time(id: &Uuid) -> i64 {
+    id.as_bytes()[..6].iter().fold(0, |time, byte| time << 8 | i64::from(*byte))
+}
+
+/// The end of an id, which is random.
+fn mark(id: &Uuid) -> [u8; MARK] {
+    let mut mark = [0; MARK];
+    mark.copy_from_slice(&id.as_bytes()[16 - MARK..]);
+    mark
 }
 
 /// The columns of [`SEGMENTS`].
 pub(in crate::governance) fn columns(segments: Vec<Segment>) -> Vec<Column> {
     let ints = |f: fn(&Segment) -> i64| Column::Ints(segments.iter().map(f).collect());
-    let ids = |f: fn(&Segment) -> Uuid| Column::Ids(segments.iter().map(f).collect());
-    let (indexes, counts) = (ints(|s| s.index), ints(|s| s.count));
-    let (firsts, lasts) = (ids(|s| s.first), ids(|s| s.last));
-    vec![indexes, counts, firsts, lasts, Column::Bytes(segments.into_iter().map(|s| s.records).collect())]
+    let (indexes, counts, firsts, lasts) = (ints(|s| s.index), ints(|s| s.count), ints(|s| s.first), ints(|s| s.last));
+    let (marks, records) = segments.into_iter().map(|s| (s.marks, s.records)).unzip();
+    vec![indexes, counts, firsts, lasts, Column::Bytes(marks), Column::Bytes(records)]
+}
+
+/// Writes a segment by itself.
+pub(in crate::governance) async fn keep(conn: &mut PgConnection, segment: &Segment) -> Result<(), sqlx::Error> {
+    sqlx::query(
+        "INSERT INTO governance.segments (index, count, span, marks, records)
+         VALUES ($1, $2, int8range($3, $4, '[]'), $5, $6)",
+    )
+    .bind(segment.index)
+    .bind(segment.count)
+    .bind(segment.first)
+    .bind(segment.last)
+    .bind(&segment.marks)
+    .bind(&segment.records)
+    .execute(conn)
+    .await
+    .map(|_| ())
 }
 
 /// The records of a segment, as they were framed.
@@ -43,15 +92,18 @@ pub(in crate::governance) async fn records(
         .await
 }
 
-/// Segments that can hold this decision, the likeliest first.
-pub(in crate::governance) async fn around(
-    conn: &mut PgConnection,
-    id: Uuid,
-) -> Result<Vec<(i64, Vec<u8>)>, sqlx::Error> {
-    sqlx::query_as(
-        "SELECT index, records FROM (SELECT * FROM governance.segments WHERE last >= $1 ORDER BY last LIMIT 64) AS s WHERE first <= $1",
+/// Segments that can hold some of these decisions: none that does is left out, and hardly one that does not is among them.
+pub(in crate::governance) async fn holding(conn: &mut PgConnection, ids: &[Uuid]) -> Result<Vec<i64>, sqlx::Error> {
+    let times: Vec<i64> = ids.iter().map(time).collect();
+    let marks: Vec<Vec<u8>> = ids.iter().map(|id| mark(id).to_vec()).collect();
+    // Segments of older versions have no marks. A mark that is found across two others is one more segment to read.
+    sqlx::query_scalar(
+        "SELECT DISTINCT s.index FROM unnest($1::int8[], $2::bytea[]) AS wanted (time, mark)
+         JOIN governance.segments AS s ON s.span @> wanted.time
+         WHERE s.marks IS NULL OR position(wanted.mark IN s.marks) > 0 ORDER BY s.index",
     )
-    .bind(id)
+    .bind(times)
+    .bind(marks)
     .fetch_all(conn)
     .await
 }
