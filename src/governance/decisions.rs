@@ -22,6 +22,7 @@ use crate::store::Store;
 
 use super::authzen::Evaluation;
 use super::rules::Evaluated;
+use super::sieve::{self, About, Things};
 use super::store;
 
 /// Decisions that may wait.
@@ -45,6 +46,8 @@ pub(super) struct Record {
     pub id: Uuid,
     pub decision: bool,
     pub bytes: Vec<u8>,
+    /// What it is about, for the sieve of its segment; `None` where that cannot be read.
+    pub about: Option<Things>,
 }
 
 impl Record {
@@ -65,7 +68,15 @@ impl Record {
         record.member("request_id", &caller.request().id);
         record.member("salt", &crypto::base64(crypto::random::<16>()?));
         record.member("time", &now);
-        Ok(Self { id, decision, bytes: record.end() })
+        let about = About {
+            subject: &asked.subject.name.id,
+            action: &asked.action.0,
+            resource: &asked.resource.name.id,
+            policies: &evaluated.answered.policies,
+            bundles: &evaluated.bundles,
+            allowed: decision,
+        };
+        Ok(Self { id, decision, bytes: record.end(), about: Some(about.things()) })
     }
 }
 
@@ -192,12 +203,13 @@ struct Keep {
     entry: Entry,
     ids: Vec<Uuid>,
     framed: Vec<u8>,
+    sieve: Vec<u8>,
 }
 
 impl Keep {
     fn new(records: &[Record]) -> Self {
         let (entry, ids) = (entry(records), records.iter().map(|r| r.id).collect());
-        Self { entry, ids, framed: framed(records) }
+        Self { entry, ids, framed: framed(records), sieve: sieve_of(records) }
     }
 }
 
@@ -206,6 +218,16 @@ fn entry(records: &[Record]) -> Entry {
     let allowed = records.iter().filter(|r| r.decision).count();
     let segment = segment::over(records.iter().map(|r| r.bytes.as_slice()));
     Entry::ok("governance:evaluate", "bundle/active").change("allowed", allowed).segment(segment)
+}
+
+/// The sieve of a segment; empty if it may hold what cannot be read.
+fn sieve_of(records: &[Record]) -> Vec<u8> {
+    let mut all = Vec::with_capacity(records.len() * 8);
+    for record in records {
+        let Some(about) = &record.about else { return Vec::new() };
+        all.extend_from_slice(about);
+    }
+    sieve::make(all)
 }
 
 fn framed(records: &[Record]) -> Vec<u8> {
@@ -255,7 +277,7 @@ impl Command for Keep {
 
     fn decide(&mut self, _: Option<&Fact>, at: At) -> Result<Decided<()>, Refusal> {
         // Copied: a run that is rolled back decides again.
-        let row = store::decisions::Segment::new(at.index, &self.ids, self.framed.clone());
+        let row = store::decisions::Segment::new(at.index, &self.ids, self.framed.clone(), self.sieve.clone());
         Ok(Decided { value: (), entry: self.entry.clone(), after: None, row: Some(Box::new(row)) })
     }
 }
@@ -276,7 +298,7 @@ impl Command for Late {
             return Ok((0, Entry::nothing()));
         }
         let ids: Vec<Uuid> = missing.iter().map(|r| r.id).collect();
-        let row = store::decisions::Segment::new(tx.index(), &ids, framed(&missing));
+        let row = store::decisions::Segment::new(tx.index(), &ids, framed(&missing), sieve_of(&missing));
         store::decisions::keep(tx.write(), &row).await?;
         let entry = entry(&missing).change("late", true).reason("they were answered while the store was away");
         Ok((missing.len(), entry))
@@ -339,7 +361,7 @@ mod tests {
     use super::*;
 
     fn records(n: usize, bytes: usize) -> Vec<Record> {
-        (0..n).map(|_| Record { id: Uuid::now_v7(), decision: true, bytes: vec![b'x'; bytes] }).collect()
+        (0..n).map(|_| Record { id: Uuid::now_v7(), decision: true, bytes: vec![b'x'; bytes], about: None }).collect()
     }
 
     /// The sizes of the segments that batches of these sizes make; each record is where it is said to be.

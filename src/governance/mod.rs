@@ -36,6 +36,7 @@ mod scope;
 mod search;
 mod series;
 mod shadow;
+mod sieve;
 mod snapshot;
 mod spool;
 mod spread;

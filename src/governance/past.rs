@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
+use sqlx::PgConnection;
 use uuid::Uuid;
 
 use crate::kernel::web::{Ask, Caller, EntityName};
@@ -16,8 +17,8 @@ use super::authzen::{self, Evaluation, Thing};
 use super::engine::Force;
 use super::explain::{self, Explanation};
 use super::snapshot::{self, Given, Held, Slice};
-use super::store::decisions::{self as rows, Kept};
-use super::{Governance, decisions, rules, store};
+use super::store::decisions::{self as rows, Kept, Outline};
+use super::{Governance, decisions, rules, sieve, store};
 
 /// Entries looked at in one go.
 const STEP: i64 = 512;
@@ -27,6 +28,9 @@ const PATIENCE: Duration = Duration::from_millis(300);
 const NEAR: i64 = 20_000;
 /// How much the clocks of two daemons may differ, milliseconds.
 const SKEW: i64 = 5_000;
+
+/// The origin of what segments hold.
+const AUTHZEN: &str = "authzen";
 
 /// A decision as it was recorded.
 #[derive(Clone, Debug)]
@@ -212,7 +216,7 @@ fn of_record(index: i64, position: usize, record: &[u8]) -> Option<Past> {
         id: record.id,
         index,
         position: Some(position),
-        origin: "authzen",
+        origin: AUTHZEN,
         actor: record.actor,
         allowed: record.decision,
         policies: record.policies,
@@ -226,6 +230,20 @@ fn of_record(index: i64, position: usize, record: &[u8]) -> Option<Past> {
         resource: asked.resource.name.clone(),
         asked: Some(asked),
     })
+}
+
+/// What a record is about, for the sieve of its segment.
+pub(super) fn about(record: &[u8]) -> Option<sieve::Things> {
+    let past = of_record(0, 0, record)?;
+    let about = sieve::About {
+        subject: &past.subject.id,
+        action: &past.action,
+        resource: &past.resource.id,
+        policies: &past.policies,
+        bundles: &past.bundles,
+        allowed: past.allowed,
+    };
+    Some(about.things())
 }
 
 /// Most entries carry none, so this looks before it reads.
@@ -295,12 +313,12 @@ impl Governance {
         let mut conn = self.connection().await?;
         let first = filter.from.unwrap_or(0).max(0);
         let mut to = after.map_or(self.ledger.index(), |(index, _)| index).min(filter.to.unwrap_or(i64::MAX));
-        let mut found = Vec::new();
+        let (mut found, wanted) = (Vec::new(), sieve::wanted(filter));
         while to >= first {
             let from = (to - STEP + 1).max(first);
-            let entries = rows::between(&mut conn, from, to).await.map_err(|e| self.store.refusal(e))?;
-            for entry in entries.iter().rev() {
-                for p in of_entry(entry).into_iter().rev() {
+            let outlines = rows::outlines(&mut conn, from, to).await.map_err(|e| self.store.refusal(e))?;
+            for outline in outlines.iter().rev() {
+                for p in self.possible(&mut conn, outline, filter, &wanted).await?.into_iter().rev() {
                     let place = (p.index, p.position.unwrap_or(0));
                     if after.is_some_and(|a| place >= a) || !filter.fits(&p) {
                         continue;
@@ -310,13 +328,33 @@ impl Governance {
                         return Ok((found, Some(place)));
                     }
                 }
+                if self.rules.clock.elapsed().saturating_sub(began) > PATIENCE && outline.index > first {
+                    return Ok((found, Some((outline.index, 0))));
+                }
             }
             to = from - 1;
-            if self.rules.clock.elapsed().saturating_sub(began) > PATIENCE && to >= first {
-                return Ok((found, Some((from, 0))));
-            }
         }
         Ok((found, None))
+    }
+
+    /// The decisions of an entry that a list can want. The records of a segment are read only if its sieve lets that pass.
+    async fn possible(
+        &self,
+        conn: &mut PgConnection,
+        outline: &Outline,
+        filter: &Filter,
+        wanted: &[u64],
+    ) -> Result<Vec<Past>, Refusal> {
+        let Outline { index, leaf, details, sieve } = outline;
+        let Some(sieve) = sieve else {
+            return Ok(details.as_deref().and_then(|d| of_details(*index, leaf, d)).into_iter().collect());
+        };
+        if filter.origin.as_deref().is_some_and(|origin| origin != AUTHZEN) || !sieve::passes(sieve, wanted) {
+            return Ok(Vec::new());
+        }
+        let records = rows::records(conn, *index).await.map_err(|e| self.store.refusal(e))?;
+        let kept = Kept { index: *index, leaf: Vec::new(), details: None, records };
+        Ok(tokio::task::block_in_place(|| of_entry(&kept)))
     }
 
     /// One decision.
@@ -337,8 +375,10 @@ impl Governance {
         let mut from = not_before(&mut conn, time - SKEW, self.ledger.index()).await.map_err(refusal)?;
         let end = (from + NEAR).min(self.ledger.index());
         while from <= end {
-            let entries = rows::between(&mut conn, from, from + STEP - 1).await.map_err(refusal)?;
-            if let Some(past) = entries.iter().flat_map(of_entry).find(|p| p.id == uuid.to_string()) {
+            // Of segments it is none: they were looked at.
+            let outlines = rows::outlines(&mut conn, from, from + STEP - 1).await.map_err(refusal)?;
+            let carried = |o: &Outline| of_details(o.index, &o.leaf, o.details.as_deref()?);
+            if let Some(past) = outlines.iter().filter_map(carried).find(|p| p.id == uuid.to_string()) {
                 return Ok(past);
             }
             from += STEP;
@@ -384,7 +424,7 @@ impl Governance {
 }
 
 /// The first index whose entry is not earlier than this time, by halving: no entry is earlier than the one before it.
-async fn not_before(conn: &mut sqlx::PgConnection, time: i64, head: i64) -> Result<i64, sqlx::Error> {
+async fn not_before(conn: &mut PgConnection, time: i64, head: i64) -> Result<i64, sqlx::Error> {
     let (mut low, mut high) = (0, head + 1);
     while low < high {
         let middle = (low + high) / 2;

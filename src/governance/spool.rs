@@ -21,8 +21,8 @@ use crate::kernel::Refusal;
 use crate::kernel::supervisor::TaskError;
 use crate::kernel::web::Caller;
 
-use super::Governance;
 use super::decisions::{BYTES, Late, Record, SEGMENT};
+use super::{Governance, past};
 use frames::{End, Frames};
 
 /// The file that is written.
@@ -255,7 +255,8 @@ fn read(bytes: Vec<u8>) -> Option<Record> {
         decision: bool,
     }
     let Kept { id, decision } = serde_json::from_slice(&bytes).ok()?;
-    Some(Record { id, decision, bytes })
+    let about = past::about(&bytes);
+    Some(Record { id, decision, bytes, about })
 }
 
 impl Governance {
@@ -314,7 +315,7 @@ mod tests {
     fn record(n: u8) -> Record {
         let id = Uuid::from_bytes([n; 16]);
         let bytes = json!({"id": id.to_string(), "decision": n.is_multiple_of(2)}).to_string().into_bytes();
-        Record { id, decision: n.is_multiple_of(2), bytes }
+        Record { id, decision: n.is_multiple_of(2), bytes, about: None }
     }
 
     /// What a pass puts into the record.

@@ -9,10 +9,11 @@ use super::{EntityName, Row, row};
 
 /// A segment's part of the ledger's statement.
 pub(in crate::governance) const SEGMENTS: &str = ", decided AS (
-        INSERT INTO governance.segments (index, count, span, marks, records)
-        SELECT s.index, s.count, int8range(s.first, s.last, '[]'), s.marks, s.records FROM head,
-               unnest({0}::int8[], {1}::int8[], {2}::int8[], {3}::int8[], {4}::bytea[], {5}::bytea[])
-               AS s (index, count, first, last, marks, records)
+        INSERT INTO governance.segments (index, count, span, marks, sieve, records)
+        SELECT s.index, s.count, int8range(s.first, s.last, '[]'), s.marks, s.sieve, s.records
+        FROM head,
+               unnest({0}::int8[], {1}::int8[], {2}::int8[], {3}::int8[], {4}::bytea[], {5}::bytea[], {6}::bytea[])
+               AS s (index, count, first, last, marks, sieve, records)
     )";
 
 /// Bytes of an id that a segment keeps beside its records.
@@ -26,12 +27,13 @@ pub(in crate::governance) struct Segment {
     first: i64,
     last: i64,
     marks: Vec<u8>,
+    sieve: Vec<u8>,
     records: Vec<u8>,
 }
 
 impl Segment {
     /// Of records with these ids, in order; `index` is its entry's.
-    pub fn new(index: i64, ids: &[Uuid], records: Vec<u8>) -> Self {
+    pub fn new(index: i64, ids: &[Uuid], records: Vec<u8>, sieve: Vec<u8>) -> Self {
         let times = || ids.iter().map(time);
         Self {
             index,
@@ -39,6 +41,7 @@ impl Segment {
             first: times().min().unwrap_or_default(),
             last: times().max().unwrap_or_default(),
             marks: ids.iter().flat_map(mark).collect(),
+            sieve,
             records,
         }
     }
@@ -60,21 +63,27 @@ fn mark(id: &Uuid) -> [u8; MARK] {
 pub(in crate::governance) fn columns(segments: Vec<Segment>) -> Vec<Column> {
     let ints = |f: fn(&Segment) -> i64| Column::Ints(segments.iter().map(f).collect());
     let (indexes, counts, firsts, lasts) = (ints(|s| s.index), ints(|s| s.count), ints(|s| s.first), ints(|s| s.last));
-    let (marks, records) = segments.into_iter().map(|s| (s.marks, s.records)).unzip();
-    vec![indexes, counts, firsts, lasts, Column::Bytes(marks), Column::Bytes(records)]
+    let mut bytes = [const { Vec::new() }; 3];
+    for segment in segments {
+        bytes[0].push(segment.marks);
+        bytes[1].push(segment.sieve);
+        bytes[2].push(segment.records);
+    }
+    [indexes, counts, firsts, lasts].into_iter().chain(bytes.map(Column::Bytes)).collect()
 }
 
 /// Writes a segment by itself.
 pub(in crate::governance) async fn keep(conn: &mut PgConnection, segment: &Segment) -> Result<(), sqlx::Error> {
     sqlx::query(
-        "INSERT INTO governance.segments (index, count, span, marks, records)
-         VALUES ($1, $2, int8range($3, $4, '[]'), $5, $6)",
+        "INSERT INTO governance.segments (index, count, span, marks, sieve, records)
+         VALUES ($1, $2, int8range($3, $4, '[]'), $5, $6, $7)",
     )
     .bind(segment.index)
     .bind(segment.count)
     .bind(segment.first)
     .bind(segment.last)
     .bind(&segment.marks)
+    .bind(&segment.sieve)
     .bind(&segment.records)
     .execute(conn)
     .await
@@ -143,6 +152,44 @@ pub(in crate::governance) async fn between(
         })
     };
     rows.iter().map(kept).collect()
+}
+
+/// What an entry has of decisions, without the records of a segment.
+pub(in crate::governance) struct Outline {
+    pub index: i64,
+    pub leaf: Vec<u8>,
+    /// Of what is no segment.
+    pub details: Option<Vec<u8>>,
+    /// Of a segment; empty if it has none.
+    pub sieve: Option<Vec<u8>>,
+}
+
+/// Outlines of entries from one index to another.
+pub(in crate::governance) async fn outlines(
+    conn: &mut PgConnection,
+    from: i64,
+    to: i64,
+) -> Result<Vec<Outline>, sqlx::Error> {
+    let rows = sqlx::query(
+        "SELECT e.index, e.leaf, CASE WHEN s.index IS NULL THEN d.details END AS details,
+                CASE WHEN s.index IS NOT NULL THEN coalesce(s.sieve, '') END AS sieve FROM ledger.entries AS e
+         LEFT JOIN ledger.details AS d ON d.index = e.index AND d.index BETWEEN $1 AND $2
+         LEFT JOIN governance.segments AS s ON s.index = e.index AND s.index BETWEEN $1 AND $2
+         WHERE e.index BETWEEN $1 AND $2 ORDER BY e.index",
+    )
+    .bind(from)
+    .bind(to)
+    .fetch_all(conn)
+    .await?;
+    let outline = |r: &sqlx::postgres::PgRow| {
+        Ok(Outline {
+            index: r.try_get("index")?,
+            leaf: r.try_get("leaf")?,
+            details: r.try_get("details")?,
+            sieve: r.try_get("sieve")?,
+        })
+    };
+    rows.iter().map(outline).collect()
 }
 
 /// The leaf at or after an index.
