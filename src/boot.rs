@@ -19,6 +19,7 @@ use crate::kernel::crypto::MasterKey;
 use crate::kernel::supervisor::{Supervisor, Task};
 use crate::kernel::web::{Ask, Authority, Caller, Permit, RequestInfo};
 use crate::kernel::{BoxFuture, Clock, Refusal, jose, problem};
+use crate::ledger::verbs::Verbs;
 use crate::ledger::{self, Ledger};
 use crate::nexus::{self, Board, Nexus};
 use crate::state::{self, Hub, State};
@@ -230,6 +231,7 @@ impl<'a> Ground<'a> {
         token.decided_by(authority);
         gate.rules.vouched_by(Arc::new(token.clone()));
         token.served_by(served);
+        ledger.combines(Verbs::of([audit.verbs(), token.verbs(), state.verbs(), nexus.verbs()]));
         let routes = audit::http::routes(audit)
             .merge(governance::http::routes(governance))
             .merge(token::http::routes(token))

@@ -15,6 +15,7 @@ mod rate;
 mod refused;
 mod serve;
 mod tls;
+mod tx;
 mod whole;
 
 use std::sync::Arc;
@@ -121,7 +122,9 @@ pub fn router(parts: Parts, rooms: OpenApiRouter) -> Result<Router, Refusal> {
     parts.rate.start(&parts.tasks);
     shared.refused.start(&parts.ledger, parts.limits.refusals, &parts.tasks);
     let own = daemon::routes(parts.readiness, parts.tasks, parts.registry);
-    let (router, document) = OpenApiRouter::with_openapi(Document::openapi()).merge(rooms).merge(own).split_for_parts();
+    let all = OpenApiRouter::with_openapi(Document::openapi()).merge(rooms).merge(own);
+    let (router, mut document) = all.merge(tx::routes(parts.ledger.clone())).split_for_parts();
+    tx::describe(&mut document, parts.ledger.verbs());
     let router = router.merge(daemon::document(&document));
     Ok(edge::around(router, shared))
 }

@@ -59,34 +59,38 @@ impl Audit {
     /// # Errors
     /// 403 when one source is denied, 503 when the database is away.
     pub async fn keep(&self, caller: &Caller, events: &[Event]) -> Result<Committed<()>, Refusal> {
-        let mut sources: Vec<&str> = events.iter().map(|e| e.source.as_str()).collect();
-        sources.sort_unstable();
-        sources.dedup();
-        let asks: Vec<Ask> = sources.iter().map(|s| Ask::new(ACTION, "Event", *s)).collect();
-        let actor = caller.actor();
-        let record = |event: &Event| -> Result<Vec<u8>, Refusal> {
-            let record = Record {
-                actor,
-                event: std::str::from_utf8(&event.bytes).map_err(Refusal::internal)?,
-                request_id: &caller.request().id,
-                salt: crypto::base64(crypto::random::<16>()?),
-            };
-            serde_json::to_vec(&record).map_err(Refusal::internal)
-        };
-        let records = events.iter().map(record).collect::<Result<Vec<_>, _>>()?;
-        let segment = segment::over(records.iter().map(Vec::as_slice));
-        let mut types: Vec<&str> = events.iter().map(|e| e.kind.as_str()).collect();
-        types.sort_unstable();
-        types.dedup();
-        let resource = if let [one] = sources[..] { format!("event/{one}") } else { "event/".to_owned() };
-        let entry = Entry::ok(ACTION, resource)
-            .change("sources", named(&sources))
-            .change("types", named(&types))
-            .segment(segment);
-        let done = self.ledger.write(caller, &asks, Keep { entry, records: pack(&records) }).await?;
+        let (asks, keep) = keeping(caller, events)?;
+        let done = self.ledger.write(caller, &asks, keep).await?;
         self.metrics.events.inc_by(events.len() as u64);
         Ok(done)
     }
+}
+
+/// What keeping events asks, and the command.
+pub(super) fn keeping(caller: &Caller, events: &[Event]) -> Result<(Vec<Ask>, Keep), Refusal> {
+    let mut sources: Vec<&str> = events.iter().map(|e| e.source.as_str()).collect();
+    sources.sort_unstable();
+    sources.dedup();
+    let asks: Vec<Ask> = sources.iter().map(|s| Ask::new(ACTION, "Event", *s)).collect();
+    let actor = caller.actor();
+    let record = |event: &Event| -> Result<Vec<u8>, Refusal> {
+        let record = Record {
+            actor,
+            event: std::str::from_utf8(&event.bytes).map_err(Refusal::internal)?,
+            request_id: &caller.request().id,
+            salt: crypto::base64(crypto::random::<16>()?),
+        };
+        serde_json::to_vec(&record).map_err(Refusal::internal)
+    };
+    let records = events.iter().map(record).collect::<Result<Vec<_>, _>>()?;
+    let segment = segment::over(records.iter().map(Vec::as_slice));
+    let mut types: Vec<&str> = events.iter().map(|e| e.kind.as_str()).collect();
+    types.sort_unstable();
+    types.dedup();
+    let resource = if let [one] = sources[..] { format!("event/{one}") } else { "event/".to_owned() };
+    let entry =
+        Entry::ok(ACTION, resource).change("sources", named(&sources)).change("types", named(&types)).segment(segment);
+    Ok((asks, Keep { entry, records: pack(&records) }))
 }
 
 fn named(all: &[&str]) -> serde_json::Value {
@@ -95,7 +99,7 @@ fn named(all: &[&str]) -> serde_json::Value {
 }
 
 /// Keeps the records of one request. Hot: it decides on nothing.
-struct Keep {
+pub(super) struct Keep {
     entry: Entry,
     records: Vec<u8>,
 }
@@ -135,8 +139,15 @@ impl Hot for Segments {
     }
 
     fn columns(&self, rows: Vec<Row>) -> Vec<Column> {
-        let rows = rows.into_iter().filter_map(|r| r.downcast::<(i64, Vec<u8>)>().ok());
-        let (indexes, records) = rows.map(|r| *r).unzip();
+        let mut entries: Vec<(i64, Vec<u8>)> = Vec::new();
+        for (index, records) in rows.into_iter().filter_map(|r| r.downcast::<(i64, Vec<u8>)>().ok()).map(|r| *r) {
+            match entries.last_mut() {
+                // Of one transaction: records are packed one after the other.
+                Some((last, kept)) if *last == index => kept.extend(records),
+                _ => entries.push((index, records)),
+            }
+        }
+        let (indexes, records) = entries.into_iter().unzip();
         vec![Column::Ints(indexes), Column::Bytes(records)]
     }
 
@@ -168,7 +179,7 @@ pub struct Kept {
 /// # Errors
 /// 404 beyond the last, 500 when the records are not those the entry commits to.
 pub(super) fn pick(records: &[Vec<u8>], position: usize, index: i64, root: &[u8]) -> Result<Kept, Refusal> {
-    let Segment { root: found, count } = segment::over(records.iter().map(Vec::as_slice));
+    let Segment { root: found, count, .. } = segment::over(records.iter().map(Vec::as_slice));
     if found != root {
         return Err(Refusal::internal(format!("the records of entry {index} are not those it commits to")));
     }

@@ -24,6 +24,7 @@ mod start;
 mod store;
 pub mod tiles;
 mod tree;
+mod verbs;
 pub mod verify;
 mod witness;
 

@@ -7,7 +7,7 @@ use crate::kernel::crypto::{self, Hash};
 use crate::kernel::web::{Ask, Caller};
 use crate::kernel::{Refusal, problem};
 use crate::ledger::entry::commitment;
-use crate::ledger::{Entry, merkle};
+use crate::ledger::{Entry, TX, merkle};
 
 use crate::store::Store;
 
@@ -173,7 +173,8 @@ pub(super) async fn records_of(
     stored: &Stored,
 ) -> Result<Vec<Vec<u8>>, Refusal> {
     let action = stored.found().action;
-    if action == events::ACTION {
+    // Records of a transaction are those of the events in it.
+    if action == events::ACTION || action == TX {
         let mut conn = db.reader().acquire().await.map_err(|e| db.refusal(e))?;
         let packed = store::segments::records(&mut conn, stored.index).await.map_err(|e| db.refusal(e))?;
         // What cannot be taken apart is one record that is not what it was.

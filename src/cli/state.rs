@@ -8,7 +8,9 @@ use anyhow::{Context as _, bail};
 use clap::Subcommand;
 use percent_encoding::{AsciiSet, CONTROLS, utf8_percent_encode};
 use reqwest::Method;
-use serde_json::Value;
+use serde_json::{Value, json};
+
+use crate::kernel::crypto::base64;
 
 use super::client::{Client, Events};
 use super::{Global, say};
@@ -69,12 +71,17 @@ pub(crate) enum StateCommand {
         /// File with the transaction; `-` reads it from stdin
         file: String,
     },
+    /// Make several changes, of any rooms, as one: `{"operations": [{"state:put": {...}}, {"nexus:publish": {...}}, ...]}`
+    Tx {
+        /// File with the changes; `-` reads it from stdin
+        file: String,
+    },
 }
 
 pub(crate) async fn run(global: &Global, command: StateCommand) -> anyhow::Result<()> {
     let client = Client::find(global).await?;
     match command {
-        StateCommand::Get { key, at } => get(&client, &key, at).await,
+        StateCommand::Get { key, at } => get(global, &client, &key, at).await,
         StateCommand::Put { key, value, content_type, if_index } => {
             let bytes = match value.as_deref() {
                 None | Some("-") => stdin()?,
@@ -93,13 +100,17 @@ pub(crate) async fn run(global: &Global, command: StateCommand) -> anyhow::Resul
         StateCommand::Ls { prefix, at } => list(global, &client, &prefix, at).await,
         StateCommand::Watch { prefixes, key, after } => watch(global, &client, &prefixes, &key, after).await,
         StateCommand::Lock(lock) => lock::run(global, &client, lock).await,
-        StateCommand::Txn { file } => {
-            let body = if file == "-" { stdin()? } else { std::fs::read(&file).with_context(|| file.clone())? };
-            let request = client.request(Method::POST, "/v1/state/txn").header("content-type", "application/json");
-            say(client.json(request.body(body)).await?);
-            Ok(())
-        }
+        StateCommand::Txn { file } => post(&client, "/v1/state/txn", &file).await,
+        StateCommand::Tx { file } => post(&client, "/v1/tx", &file).await,
     }
+}
+
+/// Sends a file, or stdin, and prints what is answered.
+async fn post(client: &Client, path: &str, file: &str) -> anyhow::Result<()> {
+    let body = if file == "-" { stdin()? } else { std::fs::read(file).with_context(|| file.to_owned())? };
+    let request = client.request(Method::POST, path).header("content-type", "application/json");
+    say(client.json(request.body(body)).await?);
+    Ok(())
 }
 
 fn stdin() -> anyhow::Result<Vec<u8>> {
@@ -108,13 +119,28 @@ fn stdin() -> anyhow::Result<Vec<u8>> {
     Ok(bytes)
 }
 
-async fn get(client: &Client, key: &str, at: Option<i64>) -> anyhow::Result<()> {
+async fn get(global: &Global, client: &Client, key: &str, at: Option<i64>) -> anyhow::Result<()> {
     let mut request = client.request(Method::GET, &path(key));
     if let Some(at) = at {
         request = request.query(&[("at", at)]);
     }
-    let value = client.send(request).await?.bytes().await?;
-    std::io::stdout().write_all(&value)?;
+    let answer = client.send(request).await?;
+    if !global.json {
+        std::io::stdout().write_all(&answer.bytes().await?)?;
+        return Ok(());
+    }
+    let header = |name: &str| answer.headers().get(name).and_then(|v| v.to_str().ok()).map(str::to_owned);
+    let number = |text: Option<String>| text.and_then(|t| t.trim_matches('"').parse::<i64>().ok());
+    // As lists show it.
+    let mut item = json!({
+        "key": key, "content_type": header("content-type"), "index": number(header("etag")),
+        "created_index": number(header("sop-created-index")), "version": number(header("sop-version")),
+    });
+    if let Some(lease) = header("sop-lease") {
+        item["lease"] = lease.into();
+    }
+    item["value"] = base64(answer.bytes().await?).into();
+    say(item);
     Ok(())
 }
 

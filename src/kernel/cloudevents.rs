@@ -76,16 +76,14 @@ pub fn read(headers: &HeaderMap, body: &[u8]) -> Result<Brought, Refusal> {
     ))
 }
 
-fn structured(bytes: &[u8], at: &str) -> Result<Event, Refusal> {
-    let event: Map<String, Value> = parse_json(bytes).map_err(|r| moved(&r, at))?;
+/// Reads the JSON form of one event, which lies at `at` in the body.
+///
+/// # Errors
+/// 400 with a pointer to what does not fit.
+pub fn structured(bytes: &[u8], at: &str) -> Result<Event, Refusal> {
+    let event: Map<String, Value> = parse_json(bytes).map_err(|r| r.under(at))?;
     check(&event, at)?;
     Ok(Event::new(bytes.to_vec(), &event))
-}
-
-/// The same refusal, of an element of a list.
-fn moved(refusal: &Refusal, at: &str) -> Refusal {
-    let faults = refusal.errors().iter().map(|f| Fault::new(format!("{at}{}", f.pointer), f.detail.clone()));
-    Refusal::new(refusal.problem(), refusal.detail()).with_faults(faults)
 }
 
 /// Holds an event against the specification.

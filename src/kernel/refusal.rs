@@ -132,6 +132,17 @@ impl Refusal {
         self
     }
 
+    /// The same refusal, of a part of the request: its faults lie under `pointer`, and one without faults is a fault there.
+    #[must_use]
+    pub fn under(mut self, pointer: &str) -> Self {
+        if self.0.errors.is_empty() {
+            let detail = self.0.detail.clone();
+            return self.at(pointer, detail);
+        }
+        self.0.errors.iter_mut().for_each(|fault| fault.pointer.insert_str(0, pointer));
+        self
+    }
+
     /// Adds a member to the problem document.
     #[must_use]
     pub fn with(mut self, name: &str, value: impl Into<Value>) -> Self {
@@ -220,6 +231,13 @@ impl std::error::Error for Refusal {}
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_refusal_of_a_part_points_into_it() {
+        let at = |r: Refusal| r.under("/operations/3").errors()[0].pointer.clone();
+        assert_eq!(at(Refusal::malformed("/key", "a name is wanted")), "/operations/3/key");
+        assert_eq!(at(Refusal::not_found("such topic")), "/operations/3");
+    }
 
     #[test]
     fn a_refusal_survives_being_stored() {

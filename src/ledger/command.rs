@@ -87,6 +87,12 @@ impl<'c> Tx<'c> {
         self.now
     }
 
+    /// Where its entry will stand.
+    #[must_use]
+    pub fn at(&self) -> At {
+        At { index: self.index, now: self.now, position: 0 }
+    }
+
     /// For reading.
     pub fn read(&mut self) -> &mut PgConnection {
         self.conn

@@ -76,6 +76,8 @@ pub struct Segment {
     pub root: Hash,
     /// How many.
     pub count: usize,
+    /// The hash of each.
+    pub(super) hashes: Vec<Hash>,
 }
 
 impl Entry {
@@ -399,7 +401,7 @@ mod tests {
         });
         assert_eq!(written, canonical(&expected));
         let entry = Entry::ok("a:b", "c/d").reason("r").signal("info", "f").change("z", 1).change("a", "x");
-        let segment = Segment { root: [7; 32], count: 3 };
+        let segment = Segment { root: [7; 32], count: 3, hashes: Vec::new() };
         let sealed = entry
             .segment(segment)
             .with_decision(Some(written))

@@ -120,6 +120,19 @@ impl Rows {
         self.0.is_empty()
     }
 
+    /// How many there are of a kind.
+    pub fn of(&self, kind: &dyn Hot) -> usize {
+        self.0.iter().find(|(k, _)| k.name() == kind.name()).map_or(0, |(_, rows)| rows.len())
+    }
+
+    /// Writes them inside a transaction that holds the head.
+    pub async fn write(self, tx: &mut Tx<'_>) -> Result<(), sqlx::Error> {
+        for (kind, rows) in self.0 {
+            store::write_rows(tx.write(), kind, rows).await?;
+        }
+        Ok(())
+    }
+
     /// The rows as columns, by kind, so that the same kinds always give the same statement.
     pub fn columns(mut self) -> Vec<(&'static dyn Hot, Vec<Column>)> {
         self.0.sort_by_key(|(kind, _)| kind.name());
@@ -177,10 +190,10 @@ pub(super) fn numbered(parts: &str, first: usize) -> String {
 pub async fn alone<C: Command>(command: &mut C, tx: &mut Tx<'_>) -> Result<(C::Out, Entry), Failure> {
     let HotKey { kind, key } = command.hot().ok_or_else(|| Refusal::internal("a command that is not hot"))?;
     let found = kind.load(tx.read(), std::slice::from_ref(&key)).await?.pop();
-    let at = At { index: tx.index(), now: tx.now() };
+    let at = tx.at();
     let decided = command.decide(found.as_ref().map(|(_, fact)| fact), at)?;
     if let Some(row) = decided.row {
-        store::write_alone(tx.write(), kind, row).await?;
+        store::write_rows(tx.write(), kind, vec![row]).await?;
     }
     Ok((decided.value, decided.entry))
 }
@@ -192,6 +205,8 @@ pub struct At {
     pub index: i64,
     /// Its time.
     pub now: Timestamp,
+    /// How many rows of its kind stand before it in the same entry: 0, but for operations of a transaction.
+    pub position: i64,
 }
 
 #[cfg(test)]

@@ -1,6 +1,6 @@
 //! What the ledger counts.
 
-use prometheus::{Histogram, HistogramOpts, IntCounter, IntGauge, Registry};
+use prometheus::{Histogram, HistogramOpts, IntCounter, IntCounterVec, IntGauge, Opts, Registry};
 
 /// The ledger's metrics, `sop_ledger_*`.
 pub(super) struct Metrics {
@@ -20,6 +20,7 @@ pub(super) struct Metrics {
     pub refused_full: IntCounter,
     pub fenced: IntCounter,
     pub stale: IntCounter,
+    pub operations: IntCounterVec,
     pub followed: IntGauge,
     pub behind: IntGauge,
 }
@@ -41,7 +42,12 @@ impl Metrics {
         let behind =
             IntGauge::new("sop_ledger_record_behind", "1 when the record went backwards and nothing is written")?;
         registry.register(Box::new(behind.clone()))?;
+        let operations =
+            Opts::new("sop_ledger_tx_operations_total", "Operations of transactions that committed, by their verb");
+        let operations = IntCounterVec::new(operations, &["verb"])?;
+        registry.register(Box::new(operations.clone()))?;
         Ok(Self {
+            operations,
             entries: counter("sop_ledger_entries_total", "Entries this daemon committed")?,
             batch: histogram(
                 "sop_ledger_batch_commands",

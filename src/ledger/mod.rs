@@ -26,7 +26,9 @@ pub mod segment;
 mod signals;
 mod store;
 mod tasks;
+mod together;
 pub mod touch;
+pub mod verbs;
 mod vigil;
 mod writer;
 
@@ -53,6 +55,7 @@ pub use job::Fencing;
 pub use moments::newest_at;
 pub use signals::Signalled;
 pub use store::attached;
+pub use together::{TX, Together};
 pub use touch::{Touch, Touched, What};
 pub use vigil::{Sign, Vigil};
 
@@ -123,6 +126,8 @@ struct Shared {
     halted: std::sync::OnceLock<Refusal>,
     /// Who uses up the proposals that changes rest on.
     approvals: std::sync::OnceLock<Arc<dyn Approvals>>,
+    /// What can be combined in a transaction.
+    verbs: std::sync::OnceLock<verbs::Verbs>,
 }
 
 impl Shared {
@@ -182,6 +187,7 @@ impl Ledger {
             behind: AtomicBool::new(false),
             halted: std::sync::OnceLock::new(),
             approvals: std::sync::OnceLock::new(),
+            verbs: std::sync::OnceLock::new(),
         });
         shared.prepare().await.map_err(|e| shared.store.refusal(e))?;
         let mut follower = Follower::new(shared.clone(), parts.projections, heard, at_tx);

@@ -15,8 +15,19 @@ pub fn record(bytes: &[u8]) -> Hash {
 /// The segment over these records, in order.
 #[must_use]
 pub fn over<'a>(records: impl IntoIterator<Item = &'a [u8]>) -> Segment {
-    let hashes: Vec<Hash> = records.into_iter().map(record).collect();
-    Segment { root: merkle::root(&hashes), count: hashes.len() }
+    of(records.into_iter().map(record).collect())
+}
+
+fn of(hashes: Vec<Hash>) -> Segment {
+    Segment { root: merkle::root(&hashes), count: hashes.len(), hashes }
+}
+
+/// The segment over the records of both, one after the other.
+#[must_use]
+pub fn joined(first: Segment, second: &Segment) -> Segment {
+    let mut hashes = first.hashes;
+    hashes.extend_from_slice(&second.hashes);
+    of(hashes)
 }
 
 /// The path from record `position` to the root of `hashes`.
@@ -32,6 +43,14 @@ pub fn path(hashes: &[Hash], position: usize) -> Vec<Hash> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn two_segments_become_the_one_over_all_their_records() {
+        let (one, two) = (over([&b"a"[..]]), over([&b"b"[..], b"c"]));
+        let all = over([&b"a"[..], b"b", b"c"]);
+        let joined = joined(one, &two);
+        assert_eq!((joined.root, joined.count), (all.root, 3));
+    }
 
     #[test]
     fn every_record_of_a_segment_has_a_path_to_its_root() {

@@ -142,9 +142,9 @@ pub(super) async fn advance(conn: &mut PgConnection, texts: &Texts, batch: &Batc
     Ok(advanced)
 }
 
-/// Writes the row of one hot command inside a transaction that holds the head: there it need not be asked.
-pub(super) async fn write_alone(conn: &mut PgConnection, kind: &dyn Hot, row: Row) -> Result<(), sqlx::Error> {
-    let columns = kind.columns(vec![row]);
+/// Writes rows of hot commands inside a transaction that holds the head: there it need not be asked.
+pub(super) async fn write_rows(conn: &mut PgConnection, kind: &dyn Hot, rows: Vec<Row>) -> Result<(), sqlx::Error> {
+    let columns = kind.columns(rows);
     let text = format!("WITH head AS (SELECT 1){} SELECT 1", hot::numbered(kind.parts(), 1));
     columns.iter().fold(sqlx::query(AssertSqlSafe(text)), bind).execute(conn).await?;
     Ok(())

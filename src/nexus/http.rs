@@ -21,7 +21,8 @@ use crate::kernel::{Fault, Refusal, ids};
 use super::Nexus;
 
 use super::model::{
-    Beaten, Fitness, Group, GroupBody, Instance, Message, Published, Registration, Service, Topic, TopicBody,
+    Beaten, DELAY_MOST, Fitness, Group, GroupBody, Instance, Message, Published, Registration, Service, Topic,
+    TopicBody,
 };
 use super::topics::Word;
 use super::watch::{Event, Watch};
@@ -272,7 +273,7 @@ async fn publish(
 /// `Nexus-Delay`, in milliseconds.
 fn delay(headers: &HeaderMap) -> Result<i64, Refusal> {
     let Some(value) = headers.get("nexus-delay") else { return Ok(0) };
-    let seconds = value.to_str().ok().and_then(|v| v.parse::<f64>().ok()).filter(|s| (0.0..=2_592_000.0).contains(s));
+    let seconds = value.to_str().ok().and_then(|v| v.parse::<f64>().ok()).filter(|s| (0.0..=DELAY_MOST).contains(s));
     seconds
         .map(|s| (s * 1000.0) as i64)
         .ok_or_else(|| Refusal::malformed("", "Nexus-Delay is a number of seconds from 0 to 2592000"))

@@ -17,6 +17,7 @@ mod publish;
 mod services;
 mod store;
 mod topics;
+mod verbs;
 mod watch;
 
 use std::sync::Arc;

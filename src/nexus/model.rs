@@ -9,6 +9,9 @@ use crate::kernel::probe::Probe;
 use crate::kernel::web::faulty;
 use crate::kernel::{Fault, Refusal, ids};
 
+/// Seconds that a message may be held back, at most.
+pub(super) const DELAY_MOST: f64 = 2_592_000.0;
+
 /// What registers an instance.
 #[derive(Clone, Debug, Deserialize, Serialize, utoipa::ToSchema)]
 #[serde(deny_unknown_fields)]

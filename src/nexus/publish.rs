@@ -65,7 +65,7 @@ impl Command for Publish {
             let after = Some(Arc::new(Standing { first: Some(first) }) as Fact);
             return Ok(Decided { value: Published { duplicate: true, ..first }, entry, after, row: None });
         }
-        let published = Published { index: at.index, position: 0, id: self.id, duplicate: false };
+        let published = Published { index: at.index, position: at.position, id: self.id, duplicate: false };
         let entry = Entry::ok("nexus:publish", resource)
             .change("message", self.id.to_string())
             .change("size", self.event.bytes.len())

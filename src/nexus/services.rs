@@ -5,6 +5,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
+use sqlx::PgConnection;
 use tokio::sync::{Mutex, mpsc, oneshot};
 
 use crate::kernel::supervisor::{Supervisor, Task, TaskError};
@@ -44,12 +45,10 @@ pub struct Registered {
     pub instance: Instance,
 }
 
-impl Command for Register {
-    type Out = Registered;
-
-    async fn apply(&mut self, tx: &mut Tx<'_>) -> Result<(Registered, Entry), Failure> {
-        let was = store::one(tx.read(), &self.service, &self.id).await?;
-        let index = tx.index();
+impl Register {
+    /// What the instance will be, and the entry of it; nothing is written.
+    pub async fn decided(&self, conn: &mut PgConnection, index: i64) -> Result<(Registered, Entry), sqlx::Error> {
+        let was = store::one(conn, &self.service, &self.id).await?;
         let checks = &self.registration.checks;
         let same = was.as_ref().filter(|w| !checks.is_empty() && w.registration.checks == *checks);
         let instance = Instance {
@@ -62,12 +61,22 @@ impl Command for Register {
             index,
             created_index: was.as_ref().map_or(index, |w| w.created_index),
         };
-        store::put(tx.write(), &instance, &self.owner, "register").await?;
         let entry = Entry::ok("nexus:register", resource(&self.service, &self.id))
             .change("address", self.registration.address.clone())
             .change("ttl_ms", self.registration.ttl_ms())
             .touch(Touch::key(SERVICE, self.service.as_bytes()));
         Ok((Registered { new: was.is_none(), instance }, entry))
+    }
+}
+
+impl Command for Register {
+    type Out = Registered;
+
+    async fn apply(&mut self, tx: &mut Tx<'_>) -> Result<(Registered, Entry), Failure> {
+        let index = tx.index();
+        let (registered, entry) = self.decided(tx.read(), index).await?;
+        store::put(tx.write(), &registered.instance, &self.owner, "register").await?;
+        Ok((registered, entry))
     }
 }
 

@@ -46,28 +46,47 @@ impl Put {
         self.lease = lease.map(|id| (id, owner.to_owned()));
         self
     }
+
+    /// The fact it decides on.
+    pub(super) fn standing(&self) -> HotKey {
+        HotKey { kind: &KEYS, key: self.key.as_bytes().to_vec() }
+    }
+
+    /// Decides under the lock, where a lease can be looked up. What hangs on one is no row of its kind.
+    pub(super) async fn laid(
+        &mut self,
+        conn: &mut PgConnection,
+        fact: Option<&Fact>,
+        at: At,
+    ) -> Result<(Decided<Written>, Option<Change>), Failure> {
+        let Some((id, owner)) = self.lease.clone() else { return Ok((self.decide(fact, at)?, None)) };
+        if lease_rows::owned(conn, &[id], &owner).await?.is_empty() {
+            return Err(leases::absent(id).into());
+        }
+        let Decided { value, entry, after, row } = self.decide(fact, at)?;
+        let row = row.and_then(|row| row.downcast::<Change>().ok());
+        let row = row.ok_or_else(|| Refusal::internal("a put without a row"))?;
+        Ok((Decided { value, entry: entry.change("lease", id.to_string()), after, row: None }, Some(*row)))
+    }
 }
 
 impl Command for Put {
     type Out = Written;
 
     async fn apply(&mut self, tx: &mut Tx<'_>) -> Result<(Written, Entry), Failure> {
-        let Some((id, owner)) = self.lease.clone() else { return hot::alone(self, tx).await };
-        if lease_rows::owned(tx.read(), &[id], &owner).await?.is_empty() {
-            return Err(leases::absent(id).into());
+        if self.lease.is_none() {
+            return hot::alone(self, tx).await;
         }
-        let found = KEYS.load(tx.read(), &[self.key.as_bytes().to_vec()]).await?.pop();
-        let at = At { index: tx.index(), now: tx.now() };
-        let decided = self.decide(found.as_ref().map(|(_, fact)| fact), at)?;
-        let row = decided.row.and_then(|row| row.downcast::<Change>().ok());
-        let row = row.ok_or_else(|| Refusal::internal("a put without a row"))?;
-        store::txn::write(tx.write(), &[*row]).await?;
-        Ok((decided.value, decided.entry.change("lease", id.to_string())))
+        let found = KEYS.load(tx.read(), &[self.standing().key]).await?.pop();
+        let at = tx.at();
+        let (decided, leased) = self.laid(tx.read(), found.as_ref().map(|(_, fact)| fact), at).await?;
+        store::txn::write(tx.write(), leased.as_slice()).await?;
+        Ok((decided.value, decided.entry))
     }
 
     fn hot(&self) -> Option<HotKey> {
         // Whether there is that lease is looked up in the database.
-        self.lease.is_none().then(|| HotKey { kind: &KEYS, key: self.key.as_bytes().to_vec() })
+        self.lease.is_none().then(|| self.standing())
     }
 
     fn decide(&mut self, fact: Option<&Fact>, at: At) -> Result<Decided<Written>, Refusal> {

@@ -22,6 +22,7 @@ pub mod model;
 mod recent;
 mod store;
 mod txn;
+mod verbs;
 mod waiting;
 mod watch;
 

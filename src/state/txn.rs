@@ -19,7 +19,7 @@ use super::model::{Change, Item, Written, put_key};
 use super::store::txn::{self as rows, Compared};
 use super::store::{self, Standing, Wanted, leases as lease_rows};
 
-pub(super) use request::Request;
+pub(super) use request::{PutOperation, Request};
 
 /// Values that the gets of a transaction give at most, bytes.
 const READ_MOST: i64 = 4 * 1024 * 1024;

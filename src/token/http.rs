@@ -17,6 +17,8 @@ use utoipa_axum::routes;
 
 use crate::kernel::web::{Body, RequestInfo, SOP_INDEX};
 
+pub(super) use operations::UseBody;
+
 use super::Token;
 use super::form::{Form, OAuthError};
 use super::oauth::{CREDENTIALS, EXCHANGE};

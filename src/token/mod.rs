@@ -24,6 +24,7 @@ mod operations;
 mod prove;
 mod snapshot;
 mod store;
+mod verbs;
 mod wanted;
 
 use std::sync::atomic::{AtomicI64, Ordering};

@@ -88,7 +88,7 @@ pub(super) struct User {
 }
 
 impl User {
-    fn of(caller: &Caller, service: Option<String>) -> Self {
+    pub fn of(caller: &Caller, service: Option<String>) -> Self {
         let administrator = caller.scopes().iter().any(|s| s == "admin");
         Self { client: caller.actor().to_owned(), service, administrator }
     }
@@ -454,7 +454,7 @@ mod tests {
         let user = User { client: user.to_owned(), service: None, administrator: false };
         let mut command =
             Use { digest: [0; 32], operation: o.operation.clone(), resource: None, user, from: "unix".into() };
-        let at = At { index: 1, now: Timestamp::from_millis(now) };
+        let at = At { index: 1, now: Timestamp::from_millis(now), position: 0 };
         command.decide(Some(&fact), at).map(|d| d.value).map_err(|r| r.problem().slug)
     }
 

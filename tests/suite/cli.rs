@@ -230,3 +230,67 @@ async fn the_record_is_looked_into_from_the_command_line() {
     let line = tokio::time::timeout(std::time::Duration::from_secs(10), lines.next_line()).await.unwrap().unwrap();
     assert!(line.unwrap().contains("audit:event"));
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn keys_locks_and_changes_of_several_rooms_from_the_command_line() {
+    let db = database().await;
+    let daemon = Launch::on(db.url()).start().await;
+    let client = Client::of(&daemon);
+    let json = async |args: &[&str]| -> Value {
+        let (fine, said) = sop(&daemon, &[args, &["--json"]].concat()).await;
+        assert!(fine, "{said}");
+        serde_json::from_str(&said).unwrap_or_else(|e| panic!("{e}: {said}"))
+    };
+    let put = json(&["state", "put", "a/b", "höllo", "--content-type", "text/plain"]).await;
+    let index = put["index"].as_i64().unwrap();
+    let at = index.to_string();
+    assert_eq!(sop(&daemon, &["state", "get", "a/b"]).await, (true, "höllo".into()), "the very bytes");
+    let item = serde_json::json!({"key": "a/b", "value": sop::kernel::crypto::base64("höllo"), "content_type": "text/plain",
+        "index": index, "created_index": index, "version": 1});
+    assert_eq!(json(&["state", "get", "a/b"]).await, item);
+    assert!(sop(&daemon, &["state", "put", "a/b", "x", "--if-index", &at]).await.0);
+    assert_eq!(json(&["state", "get", "a/b", "--at", &at]).await, item, "as it was then");
+    assert!(!sop(&daemon, &["state", "put", "a/b", "y", "--if-index", &at]).await.0);
+    assert_eq!(json(&["state", "ls", "a/"]).await["version"], 2);
+    let mut command = tokio::process::Command::new(env!("CARGO_BIN_EXE_sop"));
+    command.args(["state", "watch", "a/", "--after", &at, "--json", "--data-dir"]).arg(&daemon.launch.dir);
+    let mut watch = command.stdout(std::process::Stdio::piped()).kill_on_drop(true).spawn().unwrap();
+    let mut lines = tokio::io::BufReader::new(watch.stdout.take().unwrap()).lines();
+    let mut heard = async || -> Value {
+        let line = tokio::time::timeout(std::time::Duration::from_secs(10), lines.next_line()).await;
+        serde_json::from_str(&line.expect("a change").unwrap().unwrap()).unwrap()
+    };
+    assert_eq!(heard().await["version"], 2);
+    // Held while a command runs, which finds the token in its environment.
+    assert_eq!(json(&["state", "lock", "l"]).await["holders"], serde_json::json!([]));
+    let (fine, said) = sop(&daemon, &["state", "lock", "l", "--", "sh", "-c", "echo $SOP_FENCING_TOKEN"]).await;
+    assert!(fine && said.starts_with("l="), "{said}");
+    assert!(!sop(&daemon, &["state", "lock", "l", "--", "false"]).await.0);
+    // Changes of two rooms as one.
+    let topic = serde_json::json!({"retention": 60});
+    assert_eq!(client.json(reqwest::Method::PUT, "/v1/nexus/topics/t", &topic).await.0, 201);
+    let file = daemon.launch.dir.join("tx.json");
+    let event = r#"{"specversion": "1.0", "id": "1", "source": "/s", "type": "t"}"#;
+    let work = format!(
+        r#"{{"operations": [{{"state:delete": {{"key": "a/b"}}}}, {{"nexus:publish": {{"topic": "t", "event": {event}}}}}]}}"#
+    );
+    std::fs::write(&file, &work).unwrap();
+    let path = file.display().to_string();
+    let done = json(&["state", "tx", &path]).await;
+    assert_eq!((&done["results"][0]["key"], &done["results"][1]["index"]), (&Value::from("a/b"), &done["index"]));
+    assert_eq!((&heard().await["event"], done["index"].as_i64() > Some(index)), (&Value::from("delete"), true));
+    let (fine, said) = sop(&daemon, &["state", "tx", &path]).await;
+    assert!(!fine && said.contains("there is no key a/b (404)"), "{said}");
+    let mut command = tokio::process::Command::new(env!("CARGO_BIN_EXE_sop"));
+    command.args(["state", "tx", "-", "--data-dir"]).arg(&daemon.launch.dir);
+    let mut child = command.stdin(std::process::Stdio::piped()).stdout(std::process::Stdio::piped()).spawn().unwrap();
+    let mut stdin = child.stdin.take().unwrap();
+    let work = r#"{"operations": [{"state:put": {"key": "a/c", "json": 1}}]}"#;
+    tokio::io::AsyncWriteExt::write_all(&mut stdin, work.as_bytes()).await.unwrap();
+    drop(stdin);
+    let said: Value = serde_json::from_slice(&child.wait_with_output().await.unwrap().stdout).unwrap();
+    assert_eq!(said["results"][0]["version"], 1);
+    assert!(sop(&daemon, &["state", "rm", "a/c"]).await.0);
+    assert_eq!(sop(&daemon, &["state", "ls"]).await, (true, String::new()));
+    record::check(&db).await;
+}

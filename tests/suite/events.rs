@@ -42,7 +42,7 @@ async fn text(client: &Client, path: &str) -> String {
 }
 
 /// Checks the receipt of a record with nothing but the key; the record.
-async fn proven(client: &Client, index: i64, position: i64) -> Value {
+pub async fn proven(client: &Client, index: i64, position: i64) -> Value {
     let key = VerifierKey::parse(&text(client, "/log/key").await).unwrap();
     let path = format!("/v1/audit/entries/{index}/records/{position}/receipt");
     let mut proof = Proof::parse(&text(client, &path).await).unwrap();

@@ -49,5 +49,7 @@ mod state_locks;
 mod state_txn;
 mod state_watch;
 mod token;
+mod tx;
+mod tx_refused;
 mod verify;
 mod witness;

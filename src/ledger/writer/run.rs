@@ -81,7 +81,7 @@ impl Run {
     }
 
     fn next(&self) -> At {
-        At { index: self.written + 1 + self.entries.len() as i64, now: self.time }
+        At { index: self.written + 1 + self.entries.len() as i64, now: self.time, position: 0 }
     }
 
     fn push(&mut self, sealed: Sealed) {

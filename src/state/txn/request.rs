@@ -61,20 +61,20 @@ enum Operation {
 #[derive(Debug, Deserialize, utoipa::ToSchema)]
 #[serde(deny_unknown_fields)]
 #[schema(as = TxnPut)]
-struct PutOperation {
-    key: String,
+pub(in crate::state) struct PutOperation {
+    pub key: String,
     /// Base64
     #[serde(default)]
-    value: Option<String>,
+    pub value: Option<String>,
     /// Any JSON, kept as it is written, as `application/json`
     #[serde(default)]
     #[schema(value_type = Object)]
-    json: Option<Box<RawValue>>,
+    pub json: Option<Box<RawValue>>,
     #[serde(default)]
-    content_type: Option<String>,
+    pub content_type: Option<String>,
     /// The key goes when this lease ends
     #[serde(default)]
-    lease: Option<Uuid>,
+    pub lease: Option<Uuid>,
 }
 
 /// A key, or all under a prefix
@@ -221,7 +221,7 @@ impl Operation {
 }
 
 impl PutOperation {
-    fn check(self, at: &str, faults: &mut Vec<Fault>) -> Option<Put> {
+    pub fn check(self, at: &str, faults: &mut Vec<Fault>) -> Option<Put> {
         if let Some(fault) = key_fault(&self.key) {
             faults.push(Fault::new(format!("{at}/key"), fault));
         }

@@ -59,14 +59,14 @@ async fn issue_operations(
 
 #[derive(Deserialize, utoipa::ToSchema)]
 #[serde(deny_unknown_fields)]
-struct UseBody {
+pub(in crate::token) struct UseBody {
     /// The token
-    token: String,
+    pub token: String,
     /// What it is used for
-    operation: String,
+    pub operation: String,
     /// On what
     #[serde(default)]
-    resource: Option<String>,
+    pub resource: Option<String>,
 }
 
 /// Use an operation token
