@@ -4,11 +4,12 @@ SHELL := /bin/bash
 .DEFAULT_GOAL := help
 DATA ?= ./data
 CARGO ?= cargo
+SOAK ?= 3600
 
 # Clients that nobody here wrote, pinned in tests/clients/requirements.txt and package-lock.json.
 CLIENTS := $(or $(CARGO_TARGET_DIR),target)/clients
 
-.PHONY: help run test test-clients lint fmt bench postgres clean
+.PHONY: help run test test-clients soak lint fmt bench postgres clean
 
 help: ## Show what there is
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -29,6 +30,9 @@ test-clients: postgres ## Clients of others against a real daemon (needs python3
 	mkdir -p $(CLIENTS)/node && rm -f $(CLIENTS)/node/*.mjs && cp tests/clients/package*.json tests/clients/*.mjs $(CLIENTS)/node
 	cd $(CLIENTS)/node && npm ci --silent --no-audit --no-fund && \
 	    SOP=$(abspath $(or $(CARGO_TARGET_DIR),target)/debug/sop) node --test --test-reporter=spec
+
+soak: postgres ## SOAK=3600 seconds of clients under kills and freezes, their histories checked to be linearizable
+	SOAK=$(SOAK) $(CARGO) test --locked --test suite state_linear:: -- --nocapture
 
 lint: ## rustfmt and clippy, warnings denied
 	$(CARGO) fmt --check

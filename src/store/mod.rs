@@ -172,8 +172,25 @@ impl Store {
     /// # Errors
     /// When the database is newer than this binary, or a migration fails.
     pub async fn migrate(&self) -> Result<(), String> {
-        let mut conn = self.dedicated("migrate").await.map_err(|e| e.to_string())?;
+        let mut conn = self.started().await.map_err(|e| e.to_string())?;
         migrate::run(&mut conn).await
+    }
+
+    /// A connection to a server that may be on its way up, after a crash or with the machine: that is waited for.
+    async fn started(&self) -> Result<PgConnection, sqlx::Error> {
+        let clock = Clock::system();
+        let began = clock.elapsed();
+        loop {
+            let error = match self.dedicated("migrate").await {
+                Ok(conn) => return Ok(conn),
+                Err(error) => error,
+            };
+            let starting = error.as_database_error().is_some_and(|e| e.code().as_deref() == Some(STARTING));
+            if !starting || clock.elapsed().saturating_sub(began) > START {
+                return Err(error);
+            }
+            tokio::time::sleep(Duration::from_millis(100)).await;
+        }
     }
 
     /// What [`migrate`](Self::migrate) would do.
@@ -254,6 +271,10 @@ impl Moved {
         moved.is_none_or(|at| age < self.clock.elapsed().saturating_sub(at))
     }
 }
+
+/// How long a server may take to start, and the SQLSTATE by which it says that it does (`cannot_connect_now`).
+const START: Duration = Duration::from_secs(30);
+const STARTING: &str = "57P03";
 
 /// How long a new connection may take.
 const CONNECT: Duration = Duration::from_secs(3);

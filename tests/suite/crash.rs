@@ -92,7 +92,7 @@ fn kill(pid: i32) {
     let _ = kill_process(Pid::from_raw(pid).expect("a pid"), Signal::KILL);
 }
 
-async fn verify(daemon: &Daemon) {
+pub async fn verify(daemon: &Daemon) {
     let mut command = tokio::process::Command::new(env!("CARGO_BIN_EXE_sop"));
     command.args(["verify", "--json", "--data-dir"]).arg(&daemon.launch.dir);
     let done = command.output().await.expect("sop verify runs");

@@ -82,6 +82,23 @@ impl Launch {
 
     /// Starts it and waits (30 s) for the line that says where it listens.
     pub async fn start(self) -> Daemon {
+        self.tried().await.unwrap_or_else(|log| panic!("the daemon does not listen:\n{log}"))
+    }
+
+    /// Starts it as a service manager does: again, when it ended because what it needs was away.
+    pub async fn managed(self) -> Daemon {
+        let began = std::time::Instant::now();
+        loop {
+            match self.clone().tried().await {
+                Ok(daemon) => return daemon,
+                Err(log) => assert!(began.elapsed() < Duration::from_secs(30), "it does not listen:\n{log}"),
+            }
+            tokio::time::sleep(Duration::from_millis(100)).await;
+        }
+    }
+
+    /// Starts it; what it said if it does not listen.
+    async fn tried(self) -> Result<Daemon, String> {
         let mut child = Command::new(env!("CARGO_BIN_EXE_sop"))
             .args(["serve", "--listen", "127.0.0.1:0", "--data-dir"])
             .arg(&self.dir)
@@ -114,9 +131,13 @@ impl Launch {
             None
         };
         let url = tokio::time::timeout(Duration::from_secs(30), listening).await.ok().flatten();
-        let url = url.unwrap_or_else(|| panic!("the daemon does not listen:\n{}", log.lock().expect("lock")));
+        let Some(url) = url else {
+            let _ = child.kill().await;
+            reaper::down(pid);
+            return Err(log.lock().expect("lock").clone());
+        };
         tokio::spawn(async move { while let Ok(Some(_)) = lines.next_line().await {} });
-        Daemon { launch: self, child, pid, url, log }
+        Ok(Daemon { launch: self, child, pid, url, log })
     }
 }
 

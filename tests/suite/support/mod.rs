@@ -9,6 +9,8 @@
 
 pub mod client;
 pub mod daemon;
+pub mod dice;
+pub mod history;
 pub mod postgres;
 pub mod proxy;
 pub mod reaper;
