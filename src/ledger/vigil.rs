@@ -127,4 +127,46 @@ mod tests {
         assert!(seen.silent(s(62), sign(7)).is_empty());
         assert_eq!(seen.silent(s(64), sign(7)), [("a", 7)]);
     }
+
+    /// A wall clock that jumps by `jump` after 30 seconds, beside one that only passes; and a lease that falls silent at 20.
+    struct Jumps {
+        jump: i64,
+        boot: std::sync::atomic::AtomicI64,
+    }
+
+    impl crate::kernel::clock::Source for Jumps {
+        fn wall(&self) -> i64 {
+            let boot = self.boot();
+            1_800_000_000 * SECOND + boot + if boot >= 30 * SECOND { self.jump } else { 0 }
+        }
+        fn boot(&self) -> i64 {
+            self.boot.load(std::sync::atomic::Ordering::SeqCst)
+        }
+    }
+
+    const SECOND: i64 = 1_000_000_000;
+
+    #[test]
+    fn a_clock_that_jumps_ends_nothing_early_and_keeps_nothing_alive() {
+        use crate::kernel::Timestamp;
+        use crate::kernel::clock::Source as _;
+        for jump in [0, 3600 * SECOND, -3600 * SECOND, 86_400 * SECOND, -86_400 * SECOND] {
+            let source = std::sync::Arc::new(Jumps { jump, boot: 0.into() });
+            let clock = Clock::from_source(source.clone());
+            let mut seen = Seen { since: HashMap::new(), looked: clock.elapsed() };
+            let mut ended = None;
+            for half in 1..600 {
+                source.boot.store(half * SECOND / 2, std::sync::atomic::Ordering::SeqCst);
+                // The database jumps along, so that the step is believed in the end.
+                clock.discipline(Some(Timestamp::from_millis(source.wall() / 1_000_000)));
+                let lease = Sign { of: "a", beat: half.min(40), ttl: Duration::from_secs(120) };
+                if !seen.silent(clock.elapsed(), [lease]).is_empty() {
+                    ended = ended.or(Some(half));
+                }
+            }
+            let after = (clock.now().millis() - 1_800_000_000_000 - 299_500) * 1_000_000;
+            assert_eq!(after, jump, "the step was taken while the lease ran");
+            assert_eq!(ended, Some(40 + 2 * 120 + 1), "it ends its time after its last sign, by {jump}");
+        }
+    }
 }

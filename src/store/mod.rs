@@ -157,6 +157,11 @@ impl Store {
                 tracing::warn!(error = %db, "the database broke off");
                 Refusal::unavailable("the database broke off; nothing was changed")
             }
+            // No room on its disk, no memory, no connection left.
+            sqlx::Error::Database(db) if db.code().is_some_and(|c| c.starts_with("53")) => {
+                tracing::error!(error = %db, "the database is out of something");
+                Refusal::unavailable("the database has no room for this now; nothing was changed")
+            }
             e => Refusal::internal(e),
         }
     }

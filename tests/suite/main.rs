@@ -44,6 +44,7 @@ mod search;
 mod secrets;
 mod spool;
 mod state;
+mod state_faults;
 mod state_history;
 mod state_leases;
 mod state_linear;

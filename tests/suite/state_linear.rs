@@ -175,7 +175,10 @@ impl Want {
                 (if unknown { Answer::Unknown } else { Answer::Never }, Vec::new(), 0, ANY)
             }
             (_, 504) => return None,
-            (_, other) => panic!("{other}: {}", answer.text().await.unwrap_or_default()),
+            (_, other) => {
+                let of = format!("{} {:?}", answer.url(), answer.headers());
+                panic!("{other} of {of}: {}", answer.text().await.unwrap_or_default());
+            }
         };
         Some(told)
     }

@@ -408,3 +408,37 @@ async fn a_command_runs_under_a_lock() {
     assert!(!fine && said.contains("the lock was lost"), "{said}");
     record::check(&db).await;
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_frozen_sop_lock_is_fenced_off_and_ends_its_command_when_it_wakes() {
+    let (db, daemon, client) = start().await;
+    let script = "while :; do curl -s -o /dev/null -w '%{http_code}\\n' -X PUT -H \"authorization: Bearer $TOKEN\" \
+        -H \"if-fencing-token: $SOP_FENCING_TOKEN\" --data x $KEY; sleep 0.1; done";
+    let mut command = tokio::process::Command::new(env!("CARGO_BIN_EXE_sop"));
+    command.args(["--data-dir"]).arg(&daemon.launch.dir).args(["state", "lock", "cli/f", "--ttl", "1.5", "--"]);
+    command.args(["sh", "-c", script]).env("TOKEN", client.token().await);
+    command.env("KEY", format!("{}/v1/state/kv/cli/at", daemon.url));
+    command.stdout(std::process::Stdio::piped()).stderr(std::process::Stdio::piped()).kill_on_drop(true);
+    let mut child = command.spawn().unwrap();
+    let mut lines = tokio::io::AsyncBufReadExt::lines(tokio::io::BufReader::new(child.stdout.take().unwrap()));
+    assert_eq!(lines.next_line().await.unwrap().as_deref(), Some("200"), "its command writes under its token");
+    // What renews is stopped; what writes goes on.
+    let pid = rustix::process::Pid::from_raw(i32::try_from(child.id().unwrap()).unwrap()).unwrap();
+    rustix::process::kill_process(pid, rustix::process::Signal::STOP).unwrap();
+    let (status, next) = lock(&client, "cli/f", json!({"ttl": 60, "wait": 30})).await;
+    assert_eq!(status, 200, "{next}");
+    let at = client.put("cli/at", "of the next").await.unwrap();
+    let refused = async { while lines.next_line().await.unwrap().as_deref() != Some("412") {} };
+    tokio::time::timeout(Duration::from_secs(10), refused).await.expect("its command is refused");
+    rustix::process::kill_process(pid, rustix::process::Signal::CONT).unwrap();
+    // The end of the lines is the end of the command, which is stopped along.
+    let rest = async { while lines.next_line().await.unwrap().is_some_and(|said| said == "412") {} };
+    tokio::time::timeout(Duration::from_secs(15), rest).await.expect("it ends its command");
+    let done = tokio::time::timeout(Duration::from_secs(15), child.wait_with_output()).await.expect("it ends").unwrap();
+    let said = String::from_utf8_lossy(&done.stderr).into_owned();
+    assert!(!done.status.success() && said.contains("the lock was lost"), "{said}");
+    let read = client.request(Method::GET, "/v1/state/kv/cli/at").await.send().await.unwrap();
+    assert_eq!(read.headers()["etag"].to_str().unwrap(), format!("\"{at}\""), "nothing of it came through");
+    assert_eq!(unlock(&client, "cli/f", &next).await, 200, "who holds it now still does");
+    record::check(&db).await;
+}

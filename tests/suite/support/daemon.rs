@@ -19,12 +19,13 @@ pub struct Launch {
     url: String,
     env: Vec<(String, String)>,
     config: Option<PathBuf>,
+    small: Option<u32>,
 }
 
 impl Launch {
     /// In a new data folder, on the database at this URL (of `Database::url` or `url_via`).
     pub fn on(url: String) -> Self {
-        Self { dir: reaper::folder("d"), url, env: Vec::new(), config: None }
+        Self { dir: reaper::folder("d"), url, env: Vec::new(), config: None, small: None }
     }
 
     /// With a configuration key: `SOP__TOKEN__TTL`.
@@ -36,6 +37,12 @@ impl Launch {
     /// The same folder, on another database.
     pub fn database(mut self, url: String) -> Self {
         self.url = url;
+        self
+    }
+
+    /// Its folder is a file system of its own, of so many MiB, which goes with the daemon. Only root can do this.
+    pub fn small(mut self, megabytes: u32) -> Self {
+        self.small = Some(megabytes);
         self
     }
 
@@ -53,7 +60,7 @@ impl Launch {
 
     /// On a private PostgreSQL in its data folder.
     pub fn alone() -> Self {
-        Self { dir: reaper::folder("d"), url: String::new(), env: Vec::new(), config: None }
+        Self { dir: reaper::folder("d"), url: String::new(), env: Vec::new(), config: None, small: None }
     }
 
     /// Runs another command on the same folder and database: whether it was content, and what it said.
@@ -97,9 +104,20 @@ impl Launch {
         }
     }
 
+    fn program(&self) -> Command {
+        let Some(megabytes) = self.small else { return Command::new(env!("CARGO_BIN_EXE_sop")) };
+        // A name space of mounts that only it and its children are in; it stays the same process through both `exec`.
+        let mut command = Command::new("unshare");
+        let script = r#"mount -t tmpfs -o size="$1"m none "$2" && shift 2 && exec "$@""#;
+        command.args(["--mount", "sh", "-c", script, "sh", &megabytes.to_string()]).arg(&self.dir);
+        command.arg(env!("CARGO_BIN_EXE_sop"));
+        command
+    }
+
     /// Starts it; what it said if it does not listen.
     async fn tried(self) -> Result<Daemon, String> {
-        let mut child = Command::new(env!("CARGO_BIN_EXE_sop"))
+        let mut child = self
+            .program()
             .args(["serve", "--listen", "127.0.0.1:0", "--data-dir"])
             .arg(&self.dir)
             .args(self.config.iter().flat_map(|file| ["--config".into(), file.clone()]))
@@ -156,6 +174,11 @@ impl Daemon {
         kill_process(pid, signal).expect("it runs");
     }
 
+    /// Its process id.
+    pub fn pid(&self) -> u32 {
+        self.pid
+    }
+
     /// SIGSTOP.
     pub fn freeze(&self) {
         self.signal(Signal::STOP);
@@ -198,7 +221,9 @@ impl Daemon {
 
     /// The first administrator's `(client_id, client_secret)`, if this daemon's folder has it.
     pub fn admin(&self) -> Option<(String, String)> {
-        let text = std::fs::read(self.launch.dir.join("admin.json")).ok()?;
+        let name = self.launch.dir.join("admin.json");
+        let seen = PathBuf::from(format!("/proc/{}/root", self.pid)).join(name.strip_prefix("/").ok()?);
+        let text = std::fs::read(if self.launch.small.is_some() { seen } else { name }).ok()?;
         let json: serde_json::Value = serde_json::from_slice(&text).ok()?;
         Some((json["client_id"].as_str()?.to_owned(), json["client_secret"].as_str()?.to_owned()))
     }
