@@ -2,7 +2,7 @@
 //!
 //! A server that answers before a body has arrived, and closes, makes the kernel reset the connection: the client may lose the
 //! very answer that says what was wrong, and a request it sent after it. So what is left of a body is read and thrown away,
-//! up to the limit of bodies; the time it may take is limited as ever.
+//! up to the limit of the largest bodies; the time it may take is limited as ever.
 
 use std::pin::Pin;
 use std::task::{Context, Poll};

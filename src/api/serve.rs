@@ -15,6 +15,7 @@ use tokio_util::task::TaskTracker;
 use tower::ServiceExt as _;
 
 use crate::kernel::supervisor::{self, Stop};
+use crate::kernel::web::LARGE;
 
 use super::linger::Linger;
 use super::refused::{Layer, Refused};
@@ -185,7 +186,8 @@ where
             let mut request = request.map(|body| {
                 let body = axum::body::Body::new(tower_http::timeout::TimeoutBody::new(arrival, body));
                 // Most requests have none, and are left alone.
-                if body.is_end_stream() { body } else { axum::body::Body::new(Linger::new(body, limits.body)) }
+                let most = limits.body.saturating_mul(LARGE);
+                if body.is_end_stream() { body } else { axum::body::Body::new(Linger::new(body, most)) }
             });
             request.extensions_mut().insert(peer);
             router.oneshot(request).await
