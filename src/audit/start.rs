@@ -2,7 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
-use sqlx::PgConnection;
+use sqlx::{Connection as _, PgConnection, Postgres, Transaction};
 
 use crate::kernel::Refusal;
 use crate::kernel::crypto::{self, Hash};
@@ -45,6 +45,7 @@ pub struct Halt {
 /// When there is nothing to start on: the log is gone, or cannot be read.
 pub async fn check_at_start(store: &Store, data: &Path) -> Result<Option<Halt>, String> {
     let mut conn = connection(store).await?;
+    let mut conn = still(&mut conn).await?;
     let Some(head) = store::head(&mut conn).await.map_err(failed)? else {
         // A log that was signed here and is gone is the largest loss of all, not a first start.
         return kept_note(data)?.map_or(Ok(None), |_| Err(emptied()));
@@ -99,6 +100,7 @@ pub async fn accept(ledger: &Ledger, store: &Store, found: &[String], reason: &s
 /// When there is no record at all, or it contradicts itself.
 pub async fn lost(store: &Store, data: &Path) -> Result<Option<Lost>, String> {
     let mut conn = connection(store).await?;
+    let mut conn = still(&mut conn).await?;
     let head = store::head(&mut conn).await.map_err(failed)?.ok_or_else(emptied)?;
     consistent(&mut conn, head).await?;
     against_kept(&mut conn, data, head).await
@@ -130,6 +132,11 @@ pub async fn resume(
 
 async fn connection(store: &Store) -> Result<PgConnection, String> {
     store.dedicated("check").await.map_err(failed)
+}
+
+/// All that is compared is of one moment: other daemons write and publish meanwhile.
+async fn still(conn: &mut PgConnection) -> Result<Transaction<'_, Postgres>, String> {
+    conn.begin_with("BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY").await.map_err(failed)
 }
 
 fn failed(e: sqlx::Error) -> String {

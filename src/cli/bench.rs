@@ -162,31 +162,37 @@ const KEYS: usize = 10_000;
 pub(crate) async fn run(global: &Global, args: BenchArgs) -> anyhow::Result<()> {
     // Ours is a daemon of its own in a folder that is thrown away, with PostgreSQL waiting for the disk as ever.
     let ours = Sop::start("bench").await?;
+    // Whatever comes of it, the daemon is stopped, and with it its PostgreSQL.
+    let measured = measure(global, &args, &ours).await;
+    ours.stop().await;
+    measured
+}
+
+async fn measure(global: &Global, args: &BenchArgs, ours: &Sop) -> anyhow::Result<()> {
     let client = Client::find(&Global { data_dir: Some(ours.dir().to_owned()), ..global.clone() }).await?;
-    let requests = ours_requests(args.what, &client, &ours).await?;
+    let requests = ours_requests(args.what, &client, ours).await?;
     if !global.json {
         say(format!("\n## {}\n", args.what.to_possible_value().map(|v| v.get_name().to_owned()).unwrap_or_default()));
     }
     match args.what {
         What::Checkpoint => record::checkpoint(global, &client, args.seconds).await?,
-        What::Record => record::large(global, &ours, client, &requests, args.seconds).await?,
-        What::Proofs => record::proofs(global, &ours, client).await?,
-        What::Verify => record::whole(global, &ours, client, &requests, args.seconds).await?,
-        What::Verification => token::verification(global, &ours, client, args.seconds).await?,
-        What::StateKeys => state::keys(global, &args, &ours, &client).await?,
-        What::StateWatch => state::watchers(global, &ours, &client, args.seconds * 2).await?,
-        What::StateIdle => state::idle(global, &ours, &client).await?,
-        What::StateLeases => state::leases(global, &ours, &client).await?,
+        What::Record => record::large(global, ours, client, &requests, args.seconds).await?,
+        What::Proofs => record::proofs(global, ours, client).await?,
+        What::Verify => record::whole(global, ours, client, &requests, args.seconds).await?,
+        What::Verification => token::verification(global, ours, client, args.seconds).await?,
+        What::StateKeys => state::keys(global, args, ours, &client).await?,
+        What::StateWatch => state::watchers(global, ours, &client, args.seconds * 2).await?,
+        What::StateIdle => state::idle(global, ours, &client).await?,
+        What::StateLeases => state::leases(global, ours, &client).await?,
         What::StateLocks => state::locks(global, &client, args.seconds).await?,
-        What::EvaluateSizes => decide::sizes(global, &args, &policy::Office::open(&ours, &client).await?).await?,
-        What::Evaluations => decide::batches(global, &args, &policy::Office::open(&ours, &client).await?).await?,
-        What::Search => decide::search(global, &policy::Office::open(&ours, &client).await?).await?,
-        What::Replay => decide::replay(global, &policy::Office::open(&ours, &client).await?).await?,
-        What::Shadow => decide::shadow(global, &args, &policy::Office::open(&ours, &client).await?).await?,
-        What::Swap => decide::swap(global, &args, &policy::Office::open(&ours, &client).await?).await?,
-        _ => load(global, &args, &ours, &requests).await?,
+        What::EvaluateSizes => decide::sizes(global, args, &policy::Office::open(ours, &client).await?).await?,
+        What::Evaluations => decide::batches(global, args, &policy::Office::open(ours, &client).await?).await?,
+        What::Search => decide::search(global, &policy::Office::open(ours, &client).await?).await?,
+        What::Replay => decide::replay(global, &policy::Office::open(ours, &client).await?).await?,
+        What::Shadow => decide::shadow(global, args, &policy::Office::open(ours, &client).await?).await?,
+        What::Swap => decide::swap(global, args, &policy::Office::open(ours, &client).await?).await?,
+        _ => load(global, args, ours, &requests).await?,
     }
-    ours.stop().await;
     Ok(())
 }
 

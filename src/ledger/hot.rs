@@ -9,6 +9,7 @@ use std::collections::HashMap;
 use std::fmt::Write as _;
 use std::sync::{Arc, Mutex, PoisonError};
 
+use smallvec::SmallVec;
 use sqlx::PgConnection;
 
 use crate::kernel::{BoxFuture, Refusal, Timestamp};
@@ -62,6 +63,24 @@ pub struct HotKey {
     pub key: Vec<u8>,
 }
 
+/// The kind of a command, and all facts it decides on.
+pub(super) struct HotKeys {
+    pub kind: &'static dyn Hot,
+    pub keys: SmallVec<[Vec<u8>; 1]>,
+}
+
+/// What a hot command came to that decides on several facts.
+pub struct DecidedMany<T> {
+    /// What the caller is told.
+    pub value: T,
+    /// The entry of it; [`Entry::nothing`] where it changed nothing.
+    pub entry: Entry,
+    /// The facts for whoever comes next, in the order of the keys; `None`: it is gone.
+    pub after: Vec<Option<Fact>>,
+    /// What is to be written.
+    pub rows: Vec<Row>,
+}
+
 /// What a hot command came to.
 pub struct Decided<T> {
     /// What the caller is told.
@@ -77,8 +96,8 @@ pub struct Decided<T> {
 /// The same of a job, with its entry made.
 pub(super) struct Made {
     pub sealed: Sealed,
-    pub after: Option<Fact>,
-    pub row: Option<Row>,
+    pub after: SmallVec<[Option<Fact>; 1]>,
+    pub rows: SmallVec<[Row; 1]>,
 }
 
 /// Commands that decide on nothing and leave nothing but their entry.

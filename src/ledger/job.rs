@@ -5,6 +5,7 @@ use std::sync::Arc;
 use prometheus::IntCounter;
 use serde::{Deserialize, Serialize};
 use serde_json::value::RawValue;
+use smallvec::{SmallVec, smallvec};
 use sqlx::PgConnection;
 use tokio::sync::oneshot;
 use uuid::Uuid;
@@ -16,7 +17,7 @@ use crate::kernel::{BoxFuture, Refusal, Timestamp};
 
 use super::command::{Approvals, Command, Committed, Failure, Tx};
 use super::entry::{self, Entry, Sealed};
-use super::hot::{At, Decided, Fact, HotKey, Made};
+use super::hot::{At, Fact, HotKey, HotKeys, Made};
 use super::store;
 
 /// Whether a fencing token is good, seen by a connection: why not, if not. Given at boot by the room that has locks.
@@ -38,10 +39,10 @@ pub(super) trait Job: Send {
     fn permit(&self) -> &Permit;
     /// Runs it. `Ok(None)` took no index: it was refused, or its outcome was stored before.
     fn run<'a>(&'a mut self, tx: &'a mut Tx<'_>, means: &'a Means) -> BoxFuture<'a, Result<Option<Sealed>, Failure>>;
-    /// The fact it decides on, if it is hot.
-    fn hot(&self) -> Option<HotKey>;
-    /// Decides in memory. `None`: it was refused.
-    fn decide(&mut self, fact: Option<&Fact>, at: At) -> Result<Option<Made>, Failure>;
+    /// The facts it decides on, if it is hot.
+    fn hot(&self) -> Option<HotKeys>;
+    /// Decides in memory, on these facts. `None`: it was refused, or changed nothing.
+    fn decide(&mut self, facts: &[Option<&Fact>], at: At) -> Result<Option<Made>, Failure>;
     /// Forgets what a run came to, because it was rolled back.
     fn reset(&mut self);
     /// Refuses it, whatever a run came to.
@@ -209,19 +210,37 @@ impl<C: Command> Job for Ticket<C> {
         Box::pin(self.execute(tx, means))
     }
 
-    fn hot(&self) -> Option<HotKey> {
+    fn hot(&self) -> Option<HotKeys> {
         // A stored outcome, a proposal, and who holds a lock, is looked up in the database: a command that needs that is not hot.
         let request = self.caller.request();
         let looks = self.keyed && (request.idempotency.is_some() || request.fencing.is_some());
-        if looks || self.approved.is_some() { None } else { self.command.hot() }
+        if looks || self.approved.is_some() {
+            return None;
+        }
+        let HotKey { kind, key } = self.command.hot()?;
+        let mut keys = SmallVec::from_buf([key]);
+        keys.extend(self.command.also());
+        Some(HotKeys { kind, keys })
     }
 
-    fn decide(&mut self, fact: Option<&Fact>, at: At) -> Result<Option<Made>, Failure> {
-        match self.command.decide(fact, at) {
-            Ok(Decided { value, entry, after, row }) => {
+    fn decide(&mut self, facts: &[Option<&Fact>], at: At) -> Result<Option<Made>, Failure> {
+        let decided = match facts {
+            [fact] => self
+                .command
+                .decide(*fact, at)
+                .map(|d| (d.value, d.entry, smallvec![d.after], d.row.into_iter().collect())),
+            many => self.command.decide_many(many, at).map(|d| (d.value, d.entry, d.after.into(), d.rows.into())),
+        };
+        match decided {
+            Ok((value, entry, ..)) if entry.is_nothing() => {
+                // It holds at the index before: that it does is found out with the head.
+                self.state = State::Done(Committed { index: at.index - 1, time: at.now, value, replayed: false });
+                Ok(None)
+            }
+            Ok((value, entry, after, rows)) => {
                 let sealed = entry.with_decision(self.decision.clone()).seal(&self.caller, at.now)?;
                 self.state = State::Done(Committed { index: at.index, time: at.now, value, replayed: false });
-                Ok(Some(Made { sealed, after, row }))
+                Ok(Some(Made { sealed, after, rows }))
             }
             Err(refusal) => {
                 self.state = State::Refused(refusal);

@@ -85,8 +85,11 @@ impl State {
     pub(super) async fn lock_stands(&self, name: &str) -> Result<(Vec<Hold>, Vec<Waiter>), Refusal> {
         let refusal = |e| self.store.refusal(e);
         let mut conn = self.connection().await?;
+        // The queue first: whoever comes to hold it between the two is in both then, and not in neither.
+        let mut queue = rows::queue(&mut conn, name).await.map_err(refusal)?;
         let holds = rows::holds(&mut conn, name).await.map_err(refusal)?;
-        Ok((holds, rows::queue(&mut conn, name).await.map_err(refusal)?))
+        queue.retain(|w| !holds.iter().any(|h| h.lease == w.lease));
+        Ok((holds, queue))
     }
 
     /// Acquires a lock, and waits for it as long as is wished; the answer and its index.

@@ -152,7 +152,8 @@ impl Watch {
                 return Ok(Event::Changes(changes));
             }
             if self.sent < self.seat.joined {
-                self.read_history().await?;
+                // In boxes of their own, this and what is asked at a bookmark: ten thousand who only wait pay for neither.
+                Box::pin(self.read_history()).await?;
                 continue;
             }
             // Read before the box is looked into: everything up to it is in the box already.
@@ -171,7 +172,7 @@ impl Watch {
                     }
                 }
                 _ = self.bookmark.tick() => {
-                    self.state.ledger.permit(&self.caller, &self.asks).await?;
+                    Box::pin(self.state.ledger.permit(&self.caller, &self.asks)).await?;
                     self.sent = self.sent.max(reflected);
                     return Ok(Event::Bookmark(self.sent));
                 }

@@ -442,3 +442,27 @@ async fn a_frozen_sop_lock_is_fenced_off_and_ends_its_command_when_it_wakes() {
     assert_eq!(unlock(&client, "cli/f", &next).await, 200, "who holds it now still does");
     record::check(&db).await;
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_lock_that_changes_hands_at_once_loses_nobody_who_waits() {
+    let (db, daemon, client) = start().await;
+    let second = Launch::beside(&daemon, db.url()).start().await;
+    let there = client.also_of(&second);
+    let began = Instant::now();
+    let contend = async |who: &Client| {
+        let mut tokens = Vec::new();
+        while began.elapsed() < Duration::from_secs(3) {
+            let (status, held) = lock(who, "wanted", json!({"ttl": 30, "wait": 30})).await;
+            assert_eq!(status, 200, "whoever waits gets it: {held}");
+            tokens.push(token(&held));
+            assert_eq!(unlock(who, "wanted", &held).await, 200);
+        }
+        tokens
+    };
+    let all = join_all((0..16).map(|i| contend(if i % 2 == 0 { &client } else { &there }))).await.concat();
+    let mut once = all.clone();
+    once.sort_unstable();
+    once.dedup();
+    assert_eq!(once.len(), all.len(), "no two had the same token");
+    record::check(&db).await;
+}

@@ -278,7 +278,7 @@ async fn index(client: &Client) -> anyhow::Result<i64> {
 pub(super) async fn leases(global: &Global, ours: &Sop, client: &Client) -> anyhow::Result<()> {
     let mut ids = Vec::new();
     for _ in 0..LEASES / CONTENDERS {
-        let grant = || client.json(client.request(Method::POST, "/v1/state/leases").json(&json!({"ttl": 10})));
+        let grant = || client.json(client.request(Method::POST, "/v1/state/leases").json(&json!({"ttl": 15})));
         for lease in try_join_all((0..CONTENDERS).map(|_| grant())).await? {
             ids.push(lease["id"].as_str().context("a lease has no id")?.to_owned());
         }

@@ -4,7 +4,7 @@
 //! goes backwards: if it succeeds, nobody wrote between the moment our facts are of and the commit. So facts that were read on
 //! the way were read at that very index. If it does not, nothing was written, and the turn is taken again under the lock.
 
-use crate::ledger::hot::HotKey;
+use crate::ledger::hot::HotKeys;
 use crate::ledger::job::Job;
 use crate::ledger::store;
 
@@ -24,7 +24,7 @@ impl Writer {
     /// Tries a turn without the lock. Not for commands that run SQL of their own.
     pub(super) async fn optimistic(&mut self, s: &mut Session, mut jobs: Vec<Box<dyn Job>>) -> Tried {
         self.drain(&mut jobs);
-        let keys: Vec<HotKey> = jobs.iter().map_while(|j| j.hot()).collect();
+        let keys: Vec<HotKeys> = jobs.iter().map_while(|j| j.hot()).collect();
         let Some(place) = self.place.as_ref().filter(|_| keys.len() == jobs.len()) else { return Tried::Lock(jobs) };
         let mut run = Run::new(place, self.shared.clock.now());
         if let Err(e) = run.learn(&mut s.conn, place, &keys).await {

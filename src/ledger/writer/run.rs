@@ -1,5 +1,6 @@
 //! Running the commands of a turn: what they decide, in order of arrival, and the statement that writes it.
 
+use smallvec::SmallVec;
 use sqlx::PgConnection;
 use uuid::Uuid;
 
@@ -7,7 +8,7 @@ use crate::kernel::{Refusal, Timestamp, ids};
 use crate::ledger::command::{Failure, Tx};
 use crate::ledger::entry::Sealed;
 use crate::ledger::facts::AuthzFacts;
-use crate::ledger::hot::{At, Hot, HotKey, Rows, Texts};
+use crate::ledger::hot::{At, Hot, HotKeys, Made, Rows, Texts};
 use crate::ledger::job::Job;
 use crate::ledger::known::Overlay;
 use crate::ledger::merkle::Frontier;
@@ -92,9 +93,9 @@ impl Run {
 
     /// Reads the facts that these commands decide on and that are not known, one statement a kind. They go into the overlay:
     /// only a commit proves that they were read at the place we think we are.
-    pub async fn learn(&mut self, conn: &mut PgConnection, place: &Place, keys: &[HotKey]) -> Result<(), sqlx::Error> {
+    pub async fn learn(&mut self, conn: &mut PgConnection, place: &Place, keys: &[HotKeys]) -> Result<(), sqlx::Error> {
         let mut unknown: Vec<(&'static dyn Hot, Vec<Vec<u8>>)> = Vec::new();
-        for HotKey { kind, key } in keys {
+        for (kind, key) in keys.iter().flat_map(|all| all.keys.iter().map(move |key| (&all.kind, key))) {
             if self.overlay.get(&place.known, kind.name(), key).is_some() {
                 continue;
             }
@@ -114,15 +115,17 @@ impl Run {
     }
 
     /// Decides a hot command.
-    pub fn decide(&mut self, place: &Place, job: &mut dyn Job, HotKey { kind, key }: HotKey) -> Result<(), Failure> {
-        let at = self.next();
-        let fact = self.overlay.get(&place.known, kind.name(), &key).and_then(Option::as_ref);
-        if let Some(made) = job.decide(fact, at)? {
-            self.overlay.set(kind, key, made.after);
-            if let Some(row) = made.row {
-                self.rows.push(kind, row);
-            }
-            self.push(made.sealed);
+    pub fn decide(&mut self, place: &Place, job: &mut dyn Job, on: HotKeys) -> Result<(), Failure> {
+        let (at, HotKeys { kind, keys }) = (self.next(), on);
+        let made = {
+            let fact = |key: &Vec<u8>| self.overlay.get(&place.known, kind.name(), key).and_then(Option::as_ref);
+            let facts: SmallVec<[_; 1]> = keys.iter().map(fact).collect();
+            job.decide(&facts, at)?
+        };
+        if let Some(Made { sealed, after, rows }) = made {
+            keys.into_iter().zip(after).for_each(|(key, after)| self.overlay.set(kind, key, after));
+            rows.into_iter().for_each(|row| self.rows.push(kind, row));
+            self.push(sealed);
         }
         Ok(())
     }
@@ -172,7 +175,7 @@ impl Writer {
         let mut i = 0;
         while i < jobs.len() {
             // Hot commands that follow each other read what they do not know in one statement.
-            let mut keys: Vec<HotKey> = jobs[i..].iter().map_while(|j| j.hot()).collect();
+            let mut keys: Vec<HotKeys> = jobs[i..].iter().map_while(|j| j.hot()).collect();
             if !keys.is_empty() {
                 run.learn(conn, place, &keys).await.map_err(|e| (i, e.into()))?;
                 for key in keys.drain(..) {
