@@ -200,7 +200,7 @@ impl<'a> Ground<'a> {
         let governance = Governance::start(parts, &self.tasks).await;
         let token = self.token(ledger, views.clients, url).await?;
         files::admin(&self.config.data.dir, url, &token).await?;
-        let state = self.state(ledger, views.keys)?;
+        let state = self.state(ledger, views.keys, url).await?;
         let parts = nexus::Parts {
             ledger: ledger.clone(),
             store: self.store.clone(),
@@ -241,7 +241,7 @@ impl<'a> Ground<'a> {
         Ok((gate, routes))
     }
 
-    fn state(&self, ledger: &Ledger, hub: Arc<Hub>) -> Result<State, String> {
+    async fn state(&self, ledger: &Ledger, hub: Arc<Hub>, url: &str) -> Result<State, String> {
         let parts = state::Parts {
             ledger: ledger.clone(),
             store: self.store.clone(),
@@ -249,8 +249,9 @@ impl<'a> Ground<'a> {
             hub,
             metrics: state::Metrics::new(&self.registry).map_err(|e| e.to_string())?,
             history: self.config.state.history,
+            url,
         };
-        Ok(State::start(parts, &self.tasks))
+        State::start(parts, &self.tasks).await.map_err(said)
     }
 
     async fn token(&self, ledger: &Ledger, clients: Arc<token::Snapshot>, url: &str) -> Result<Token, String> {

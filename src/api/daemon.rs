@@ -15,6 +15,7 @@ use utoipa_axum::routes;
 
 use crate::kernel::supervisor::Supervisor;
 use crate::kernel::web::Path;
+use crate::kernel::web::gateway::ETCD;
 use crate::kernel::{BoxFuture, Refusal, problem};
 
 /// One thing that must be so: its name, and a look at it. `Err` says what is wrong.
@@ -146,12 +147,16 @@ async fn metrics(State(own): State<Own>) -> Result<Response, Refusal> {
 struct Version {
     name: &'static str,
     version: &'static str,
+    /// The release of etcd whose gateway `/v3` speaks as: its clients look for it here
+    etcdserver: &'static str,
+    /// The same, of the cluster
+    etcdcluster: &'static str,
 }
 
 /// Which build this is
 #[utoipa::path(get, path = "/version", tag = "daemon", responses((status = 200, body = Version)))]
 async fn version() -> Json<Version> {
-    Json(Version { name: "sop", version: env!("CARGO_PKG_VERSION") })
+    Json(Version { name: "sop", version: env!("CARGO_PKG_VERSION"), etcdserver: ETCD, etcdcluster: ETCD })
 }
 
 /// What a problem type means and what to do about it

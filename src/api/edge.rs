@@ -1,5 +1,6 @@
 //! The layers around every request, in the order they act.
 
+use std::borrow::Cow;
 use std::panic::AssertUnwindSafe;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -7,7 +8,7 @@ use std::time::Duration;
 
 use axum::Router;
 use axum::extract::{MatchedPath, Request, State};
-use axum::http::{HeaderMap, HeaderName, HeaderValue, Method, header};
+use axum::http::{Extensions, HeaderMap, HeaderName, HeaderValue, Method, StatusCode, Version, header};
 use axum::middleware::{self, Next};
 use axum::response::{IntoResponse, Response};
 use futures_util::FutureExt as _;
@@ -16,6 +17,7 @@ use tower_http::compression::predicate::{DefaultPredicate, Predicate as _, SizeA
 use tracing::Instrument as _;
 
 use crate::kernel::quota::{self, Limit, Quotas};
+use crate::kernel::web::gateway::{self, Grpc, Live};
 use crate::kernel::web::{Away, BodyLimit, Caller, Reason, RequestInfo, SOP_INDEX, pairs, problem_response};
 use crate::kernel::{Clock, Refusal, ids, problem};
 use crate::ledger::Ledger;
@@ -73,7 +75,14 @@ pub(super) fn around(router: Router, shared: Arc<Shared>) -> Router {
             Refusal::new(&problem::METHOD_NOT_ALLOWED, format!("this path does not take {method}; see Allow"))
         })
         .layer(middleware::from_fn_with_state(shared, edge))
-        .layer(CompressionLayer::new().compress_when(DefaultPredicate::new().and(SizeAbove::new(COMPRESS_ABOVE))))
+        .layer(
+            CompressionLayer::new().compress_when(
+                // What comes in pieces would wait for each other in a compressor.
+                DefaultPredicate::new()
+                    .and(SizeAbove::new(COMPRESS_ABOVE))
+                    .and(|_: StatusCode, _: Version, _: &HeaderMap, said: &Extensions| said.get::<Live>().is_none()),
+            ),
+        )
 }
 
 /// Counts a request while it is answered.
@@ -102,6 +111,7 @@ impl Drop for InFlight<'_> {
 /// The outermost layer: names the request, lets it through, and sees to what every answer has.
 async fn edge(State(shared): State<Arc<Shared>>, mut request: Request, next: Next) -> Response {
     let began = shared.clock.elapsed();
+    let bare = !request.headers().contains_key(header::AUTHORIZATION);
     let method = request.method().clone();
     let matched = request.extensions().get::<MatchedPath>().cloned();
     let route = matched.as_ref().map_or("unmatched", MatchedPath::as_str);
@@ -141,11 +151,7 @@ async fn edge(State(shared): State<Arc<Shared>>, mut request: Request, next: Nex
     if let Some(refusal) = response.extensions_mut().remove::<Refusal>() {
         reason = refusal.problem().slug;
         let allow = response.headers().get(header::ALLOW).cloned();
-        response = if refusal.problem() == &problem::PROPOSED {
-            proposed(&refusal)
-        } else {
-            problem_response(&refusal, Some(&info.path))
-        };
+        response = refused(refusal, &info.path, bare);
         if let Some(allow) = allow {
             response.headers_mut().insert(header::ALLOW, allow);
         }
@@ -167,6 +173,18 @@ async fn edge(State(shared): State<Arc<Shared>>, mut request: Request, next: Nex
     let _in = span.entered();
     tracing::debug!(status = status.as_u16(), ms = took.as_secs_f64() * 1e3, "{method} {}", info.path);
     response
+}
+
+/// A refusal in the words of who is spoken to; `bare`: the request brought no token.
+fn refused(refusal: Refusal, path: &str, bare: bool) -> Response {
+    if refusal.problem() == &problem::PROPOSED {
+        return proposed(&refusal);
+    }
+    if !gateway::speaks(path) {
+        return problem_response(&refusal, Some(path));
+    }
+    let nobody = bare && refusal.problem() == &problem::UNAUTHENTICATED;
+    if nobody { Grpc::nobody(refusal) } else { Grpc::from(refusal) }.into_response()
 }
 
 /// A change that was proposed instead of made: 202 with the proposal.
@@ -214,8 +232,12 @@ async fn inside(
     }
     let whole = Whole::of(&request)?;
     let authorization = request.headers().get(header::AUTHORIZATION).cloned();
-    let authorization = authorization.as_ref().and_then(|a| a.to_str().ok());
-    let caller = match shared.identify(authorization, &info, reads).await {
+    let mut authorization = authorization.as_ref().and_then(|a| a.to_str().ok()).map(Cow::Borrowed);
+    // Clients of etcd send the token and nothing else.
+    if gateway::speaks(request.uri().path()) {
+        authorization = authorization.map(|a| if a.contains(' ') { a } else { format!("Bearer {a}").into() });
+    }
+    let caller = match shared.identify(authorization.as_deref(), &info, reads).await {
         Ok(caller) => caller,
         // Whether something else vouches for them is for the handler to see.
         Err(_) if wants == Wants::Perhaps => {
@@ -336,7 +358,13 @@ fn wants_caller(method: &Method, path: &str, public_entries: bool) -> Wants {
         return if method == Method::POST && client.len() < 2 { Wants::Somebody } else { Wants::Perhaps };
     }
     let entries = path.starts_with("/log/tile/entries") && !public_entries;
-    if path.starts_with("/v1/") || path.starts_with("/access/") || entries { Wants::Somebody } else { Wants::Nobody }
+    // By these a client of etcd finds the daemon, and gets its token.
+    let etcd = gateway::speaks(path) && !matches!(path, "/v3/auth/authenticate" | "/v3/cluster/member/list");
+    if path.starts_with("/v1/") || path.starts_with("/access/") || entries || etcd {
+        Wants::Somebody
+    } else {
+        Wants::Nobody
+    }
 }
 
 /// Waits for `min_index`; answers whether the read is content with what this daemon knows.

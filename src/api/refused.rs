@@ -51,6 +51,8 @@ impl Layer {
             429 => Some(Self::Limits),
             503 if reason == problem::OVERLOADED.slug => Some(Self::Limits),
             503 => Some(Self::Audit),
+            // As etcd answers those who bring no token.
+            400 if reason == problem::UNAUTHENTICATED.slug => Some(Self::Authentication),
             400 | 413 | 414 | 415 | 422 => Some(Self::Schema),
             _ => None,
         }

@@ -25,6 +25,7 @@ pub fn routes(state: State) -> OpenApiRouter {
     OpenApiRouter::new()
         .routes(routes!(list))
         .routes(routes!(get, head, put, delete))
+        .merge(super::etcd::routes())
         .merge(leases::routes())
         .merge(locks::routes())
         .merge(txn::routes())

@@ -11,6 +11,7 @@ use crate::ledger::{Command, Entry, Failure, Touch, Tx};
 
 use super::leases;
 use super::model::{Change, Condition, Deleted, Item, Written};
+use super::span::shown;
 use super::store::{self, Standing, leases as lease_rows};
 
 /// The kind of touch of a key.
@@ -18,8 +19,10 @@ pub const KEY: &str = "kv";
 
 /// Puts a value under a key.
 pub struct Put {
-    /// The key, a name.
+    /// The key, as policies and the record name it.
     pub key: String,
+    /// Its bytes.
+    bytes: Vec<u8>,
     /// Any bytes.
     pub value: Vec<u8>,
     /// Kept and given back.
@@ -33,11 +36,17 @@ pub struct Put {
 }
 
 impl Put {
-    /// A put of `value`.
+    /// A put of `value` under a name.
     #[must_use]
     pub fn new(key: String, value: Vec<u8>, content_type: String, condition: Condition) -> Self {
-        let digest = crypto::base64(crypto::sha256(&value));
-        Self { key, value, content_type, condition, lease: None, digest }
+        let (digest, bytes) = (crypto::base64(crypto::sha256(&value)), key.clone().into_bytes());
+        Self { key, bytes, value, content_type, condition, lease: None, digest }
+    }
+
+    /// A put of `value` under any key.
+    pub(super) fn of_bytes(bytes: Vec<u8>, value: Vec<u8>, content_type: String) -> Self {
+        let key = shown(&bytes);
+        Self { bytes, ..Self::new(key, value, content_type, Condition::None) }
     }
 
     /// The same on a lease of `owner`'s.
@@ -49,7 +58,7 @@ impl Put {
 
     /// The fact it decides on.
     pub(super) fn standing(&self) -> HotKey {
-        HotKey { kind: &KEYS, key: self.key.as_bytes().to_vec() }
+        HotKey { kind: &KEYS, key: self.bytes.clone() }
     }
 
     /// Decides under the lock, where a lease can be looked up. What hangs on one is no row of its kind.
@@ -95,7 +104,7 @@ impl Command for Put {
         check(&self.condition, was, &self.key)?;
         let (created_index, version) = was.map_or((at.index, 1), |w| (w.created_index, w.version + 1));
         let item = Item {
-            key: self.key.clone().into_bytes(),
+            key: self.bytes.clone(),
             index: at.index,
             created_index,
             version,
@@ -107,7 +116,7 @@ impl Command for Put {
             .change("size", self.value.len())
             .change("version", version)
             .change("sha256", self.digest.clone())
-            .touch(Touch::key(KEY, self.key.as_bytes()));
+            .touch(Touch::key(KEY, self.bytes.as_slice()));
         let value = Written {
             key: self.key.clone(),
             index: at.index,
@@ -153,9 +162,9 @@ impl Command for Delete {
 }
 
 /// The kind of hot command that all changes of keys are.
-struct Keys;
+pub(super) struct Keys;
 
-static KEYS: Keys = Keys;
+pub(super) static KEYS: Keys = Keys;
 
 impl Hot for Keys {
     fn name(&self) -> &'static str {

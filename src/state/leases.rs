@@ -44,6 +44,31 @@ pub(super) fn absent(id: Uuid) -> Refusal {
     Refusal::not_found(format!("lease {id} of yours: it ended, or was granted to another"))
 }
 
+/// What a lease whose number its client chose begins with; the others are UUIDv7.
+const CHOSEN: [u8; 6] = *b"etcd\0\0";
+/// The bits of a UUID after its variant.
+const LOW: u64 = (1 << 62) - 1;
+
+/// The number of a lease, for who has numbers where we have ids: of one that was granted by number that, of any other its random
+/// bits. A lease that ended has it too, so history can tell what a key hung on.
+#[must_use]
+pub(super) fn number(id: Uuid) -> i64 {
+    let (high, low) = id.as_u64_pair();
+    let top = if id.as_bytes().starts_with(&CHOSEN) { (high & 3) << 62 } else { 0 };
+    (top | (low & LOW)).cast_signed()
+}
+
+/// The lease that is granted by a number.
+#[must_use]
+pub(super) fn chosen(number: i64) -> Uuid {
+    let n = number.cast_unsigned();
+    let mut high = [0; 8];
+    high[..6].copy_from_slice(&CHOSEN);
+    // Version 8 of RFC 9562: what is in it is our own affair.
+    let (high, low) = (u64::from_be_bytes(high) | 0x8000 | (n >> 62), (1 << 63) | (n & LOW));
+    Uuid::from_u64_pair(high, low)
+}
+
 pub(super) fn seconds(ms: i64) -> f64 {
     ms as f64 / 1000.0
 }
@@ -51,6 +76,8 @@ pub(super) fn seconds(ms: i64) -> f64 {
 /// Grants a lease.
 pub(super) struct Grant {
     pub id: Uuid,
+    /// Whether the client chose its number: then it may be taken.
+    pub chosen: bool,
     pub owner: String,
     pub ttl_ms: i64,
 }
@@ -60,6 +87,9 @@ impl Command for Grant {
 
     async fn apply(&mut self, tx: &mut Tx<'_>) -> Result<(Lease, Entry), Failure> {
         let (id, ttl_ms, index) = (self.id, self.ttl_ms, tx.index());
+        if self.chosen && !rows::numbered(tx.read(), &[number(id)]).await?.is_empty() {
+            return Err(Refusal::new(&problem::CONFLICT, "etcdserver: lease already exists").into());
+        }
         let row = Row {
             id,
             owner: self.owner.clone(),
@@ -318,4 +348,19 @@ async fn look(store: &Store, ledger: &Ledger, metrics: &Metrics, vigil: &mut Vig
         }
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    proptest! {
+        #[test]
+        fn a_lease_of_a_chosen_number_has_that_number(n in any::<i64>()) {
+            let id = chosen(n);
+            prop_assert_eq!(number(id), n);
+            prop_assert_eq!((id.get_version_num(), id.get_variant()), (8, uuid::Variant::RFC4122));
+        }
+    }
 }

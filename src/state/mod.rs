@@ -12,6 +12,7 @@
 mod board;
 mod compaction;
 mod election;
+mod etcd;
 pub mod http;
 mod hub;
 pub mod kv;
@@ -19,7 +20,9 @@ mod leases;
 mod locks;
 mod metrics;
 pub mod model;
+mod range;
 mod recent;
+mod span;
 mod store;
 mod txn;
 mod verbs;
@@ -47,7 +50,7 @@ use txn::{Answered, Txn};
 pub use waiting::fenced;
 
 /// What the room is made from.
-pub struct Parts {
+pub struct Parts<'a> {
     /// Where it writes.
     pub ledger: Ledger,
     /// Where it reads.
@@ -60,6 +63,8 @@ pub struct Parts {
     pub metrics: Metrics,
     /// How much of the past is kept.
     pub history: History,
+    /// The address that was bound.
+    pub url: &'a str,
 }
 
 /// How a read chooses its moment.
@@ -78,6 +83,7 @@ pub struct State {
     hub: Arc<Hub>,
     metrics: Metrics,
     renewals: Renewals,
+    face: etcd::Face,
 }
 
 /// The table of the room that is partitioned by index as the entries are.
@@ -121,13 +127,16 @@ struct Cursor {
 
 impl State {
     /// Opens the room and starts its tasks.
-    #[must_use]
-    pub fn start(parts: Parts, tasks: &Supervisor) -> Self {
-        let Parts { ledger, store, clock, hub, metrics, history } = parts;
+    ///
+    /// # Errors
+    /// When the database is away.
+    pub async fn start(parts: Parts<'_>, tasks: &Supervisor) -> Result<Self, Refusal> {
+        let Parts { ledger, store, clock, hub, metrics, history, url } = parts;
+        let face = etcd::Face::settled(&ledger, url).await?;
         let renewals = Renewals::start(ledger.clone(), metrics.clone(), tasks);
         leases::expire(store.clone(), ledger.clone(), clock.clone(), metrics.clone(), tasks);
         compaction::start(store.clone(), ledger.clone(), clock.clone(), metrics.clone(), history, tasks);
-        Self { ledger, store, clock, hub, metrics, renewals }
+        Ok(Self { ledger, store, clock, hub, metrics, renewals, face })
     }
 
     /// Puts a value.
@@ -284,5 +293,5 @@ fn not_compacted(at: i64, mark: i64) -> Result<(), Refusal> {
 }
 
 fn compacted(mark: i64) -> Refusal {
-    Refusal::new(&problem::COMPACTED, format!("history before index {mark} was compacted"))
+    Refusal::new(&problem::COMPACTED, format!("history before index {mark} was compacted")).with("before", mark)
 }

@@ -3,6 +3,7 @@
 pub(super) mod history;
 pub(super) mod leases;
 pub(super) mod locks;
+pub(super) mod ranges;
 pub(super) mod txn;
 
 use std::collections::HashMap;
@@ -67,6 +68,11 @@ pub(super) async fn current(conn: &mut PgConnection, key: &[u8]) -> Result<Optio
     .fetch_optional(conn)
     .await?;
     row.as_ref().map(item).transpose()
+}
+
+/// The database's size, bytes.
+pub(super) async fn size(conn: &mut PgConnection) -> Result<i64, sqlx::Error> {
+    sqlx::query_scalar("SELECT pg_database_size(current_database())").fetch_one(conn).await
 }
 
 /// The head's index.

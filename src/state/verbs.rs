@@ -152,10 +152,12 @@ impl State {
         if let Some(refusal) = faulty(faults) {
             return Err(refusal);
         }
-        let put = put.ok_or_else(|| Refusal::internal("a put without a fault and without a value"))?;
+        let given = put.and_then(|put| put.value);
+        let given = given.ok_or_else(|| Refusal::internal("a put without a fault and without a value"))?;
+        let (value, content_type) = given;
         let ask = Ask::new("state:put", "Key", key.clone());
         let once = format!("key {key}");
-        let put = Put::new(key, put.value, put.content_type, condition).leased(lease, caller.actor());
+        let put = Put::new(key, value, content_type, condition).leased(lease, caller.actor());
         Ok(self.counted("put", Operation::new(vec![ask], PutStep { put, leased: None }).once(once)))
     }
 

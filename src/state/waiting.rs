@@ -9,7 +9,7 @@ use crate::kernel::web::{Ask, Caller};
 use crate::kernel::{BoxFuture, Refusal, ids, problem, supervisor};
 use crate::ledger::Committed;
 
-use super::leases::{End, Ended, Grant, Lease};
+use super::leases::{End, Ended, Grant, Lease, chosen, seconds};
 use super::locks::{Acquire, Asked, Held, Hold, Release, Released, Terms, Waiter, taken};
 use super::store::{leases as lease_rows, locks as rows};
 use super::{State, model};
@@ -52,10 +52,16 @@ impl Drop for Place {
 }
 
 impl State {
-    pub(super) async fn grant(&self, caller: &Caller, ttl_ms: i64) -> Result<Committed<Lease>, Refusal> {
+    /// Grants a lease; by a number, if its client has chosen one.
+    pub(super) async fn grant(
+        &self,
+        caller: &Caller,
+        ttl_ms: i64,
+        number: Option<i64>,
+    ) -> Result<Committed<Lease>, Refusal> {
         let ask = Ask::new("state:lease-grant", "Lease", "");
-        let (id, owner) = (ids::new_id(self.clock.now()), caller.actor().to_owned());
-        let done = self.ledger.write(caller, &[ask], Grant { id, owner, ttl_ms }).await?;
+        let (id, owner) = (number.map_or_else(|| ids::new_id(self.clock.now()), chosen), caller.actor().to_owned());
+        let done = self.ledger.write(caller, &[ask], Grant { id, chosen: number.is_some(), owner, ttl_ms }).await?;
         self.metrics.count("lease-grant");
         Ok(done)
     }
@@ -79,6 +85,12 @@ impl State {
     pub(super) async fn lease(&self, id: Uuid) -> Result<Option<lease_rows::Row>, Refusal> {
         let mut conn = self.connection().await?;
         lease_rows::one(&mut conn, id).await.map_err(|e| self.store.refusal(e))
+    }
+
+    /// About how many seconds a lease has left.
+    pub(super) fn remaining(&self, lease: &lease_rows::Row) -> f64 {
+        let ttl = seconds(lease.ttl_ms);
+        (ttl - self.clock.now().since(lease.renewed).as_secs_f64()).clamp(0.0, ttl)
     }
 
     /// Who holds a lock, and who waits for it.

@@ -11,6 +11,7 @@ use crate::kernel::supervisor::Stop;
 use crate::kernel::web::{Ask, Caller};
 
 use super::hub::{Group, Seat, Selection};
+use super::span::shown;
 use super::store::history;
 use super::{State, compacted};
 
@@ -51,7 +52,7 @@ pub(super) struct Watch {
 
 fn asks(selection: &Selection) -> Vec<Ask> {
     let names = selection.keys.iter().chain(&selection.prefixes);
-    names.map(|name| Ask::new("state:watch", "Key", String::from_utf8_lossy(name))).collect()
+    names.map(|name| Ask::new("state:watch", "Key", shown(name))).collect()
 }
 
 impl State {
@@ -106,6 +107,11 @@ impl Drop for Watch {
 }
 
 impl Watch {
+    /// Every change after this index comes as it is made.
+    pub fn joined(&self) -> i64 {
+        self.seat.joined
+    }
+
     /// What comes next; `None` after the end.
     pub async fn next(&mut self) -> Option<Event> {
         if self.ended {

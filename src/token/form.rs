@@ -62,6 +62,12 @@ impl OAuthError {
         }
     }
 
+    /// The status it is answered with.
+    #[must_use]
+    pub fn status(&self) -> StatusCode {
+        self.status
+    }
+
     /// Whether it is [`changed`](Self::changed).
     #[must_use]
     pub fn is_changed(&self) -> bool {
@@ -138,6 +144,11 @@ impl Form {
             }
         }
         Ok(Self(all))
+    }
+
+    /// Of these parameters.
+    pub(super) fn of<const N: usize>(parameters: [(&str, String); N]) -> Self {
+        Self(parameters.into_iter().map(|(name, value)| (name.to_owned(), value)).collect())
     }
 
     /// A parameter; one without a value counts as absent (RFC 6749, 3.2).

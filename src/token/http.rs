@@ -1,6 +1,7 @@
 //! The room's routes: here those of OAuth; registrations, keys and operation tokens have files of their own.
 
 mod clients;
+mod etcd;
 mod keys;
 mod manage;
 mod operations;
@@ -32,6 +33,7 @@ pub fn routes(token: Token) -> OpenApiRouter {
         .routes(routes!(metadata))
         .routes(routes!(jwks));
     own.merge(clients::routes())
+        .merge(etcd::routes())
         .merge(keys::routes())
         .merge(manage::routes())
         .merge(operations::routes())

@@ -44,6 +44,8 @@ mod search;
 mod secrets;
 mod spool;
 mod state;
+mod state_etcd;
+mod state_etcd_live;
 mod state_faults;
 mod state_history;
 mod state_leases;

@@ -10,6 +10,7 @@
 mod caller;
 pub mod cursor;
 mod extract;
+pub mod gateway;
 mod optional;
 mod respond;
 

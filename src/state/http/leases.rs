@@ -97,7 +97,7 @@ pub(super) fn ttl_ms(ttl: f64) -> Result<i64, Refusal> {
 /// Grant a lease: keys and locks hang on it, and go when it is not renewed
 #[utoipa::path(post, path = "/v1/state/leases", tag = "state", request_body = Wanted, responses((status = 201, body = Lease)))]
 async fn grant(Room(state): Room<State>, caller: Caller, Json(wanted): Json<Wanted>) -> Result<Answer<Lease>, Refusal> {
-    let done = state.grant(&caller, ttl_ms(wanted.ttl)?).await?;
+    let done = state.grant(&caller, ttl_ms(wanted.ttl)?, None).await?;
     Ok(Answer::created(done.value).at(done.index))
 }
 
@@ -129,13 +129,12 @@ async fn renew_all(
 
 impl Shown {
     fn of(state: &State, row: Row, keys: Option<&[Vec<u8>]>) -> Self {
-        let passed = state.clock.now().since(row.renewed).as_secs_f64();
-        let ttl = seconds(row.ttl_ms);
+        let (ttl, remaining) = (seconds(row.ttl_ms), state.remaining(&row));
         Self {
             id: row.id,
             owner: row.owner,
             ttl,
-            remaining: ((ttl - passed).clamp(0.0, ttl) * 1000.0).round() / 1000.0,
+            remaining: (remaining * 1000.0).round() / 1000.0,
             granted_index: row.granted_index,
             renewed_index: row.beat,
             lock: row.lock,

@@ -9,6 +9,7 @@ use uuid::Uuid;
 
 use crate::kernel::Timestamp;
 use crate::ledger::Sign;
+use crate::state::leases::number;
 
 /// A lease as it stands.
 #[derive(Clone, Debug)]
@@ -66,9 +67,22 @@ pub(in crate::state) async fn owned(
         .await
 }
 
+/// Leases of these numbers, with them.
+pub(in crate::state) async fn numbered(
+    conn: &mut PgConnection,
+    numbers: &[i64],
+) -> Result<HashMap<i64, Uuid>, sqlx::Error> {
+    let rows = sqlx::query("SELECT number, id FROM state.leases WHERE number = ANY ($1)")
+        .bind(numbers)
+        .fetch_all(conn)
+        .await?;
+    rows.iter().map(|r| Ok((r.try_get("number")?, r.try_get("id")?))).collect()
+}
+
 pub(in crate::state) async fn grant(conn: &mut PgConnection, lease: &Row) -> Result<(), sqlx::Error> {
     sqlx::query(
-        "INSERT INTO state.leases (id, owner, ttl_ms, granted_index, beat, renewed, lock) VALUES ($1, $2, $3, $4, $5, $6, $7)",
+        "INSERT INTO state.leases (id, owner, ttl_ms, granted_index, beat, renewed, lock, number)
+         VALUES ($1, $2, $3, $4, $5, $6, $7, $8)",
     )
     .bind(lease.id)
     .bind(&lease.owner)
@@ -77,6 +91,7 @@ pub(in crate::state) async fn grant(conn: &mut PgConnection, lease: &Row) -> Res
     .bind(lease.beat)
     .bind(lease.renewed.to_offset())
     .bind(&lease.lock)
+    .bind(number(lease.id))
     .execute(conn)
     .await?;
     Ok(())

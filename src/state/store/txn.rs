@@ -3,19 +3,21 @@
 use sqlx::{PgConnection, Row as _};
 
 use crate::state::model::Change;
+use crate::state::span::Span;
+use crate::state::txn::{Compare, Operand, Relation, Target};
 
-use super::prefix_end;
-
-/// Keys that a prefix deletes in one statement: another daemon that waits for the head sees that work goes on.
+/// Keys that a span deletes in one statement: another daemon that waits for the head sees that work goes on.
 const STEP: i64 = 5_000;
 
 /// What a comparison looks at.
+#[derive(Default)]
 pub(in crate::state) struct Compared {
     pub index: i64,
     pub created_index: i64,
     pub version: i64,
     /// The value against the operand, if the key is there and one was given: -1, 0, 1.
     pub value: Option<i32>,
+    pub lease: Option<uuid::Uuid>,
 }
 
 /// Looks at keys, each with a value to hold against its own; in the order they are given.
@@ -28,7 +30,8 @@ pub(in crate::state) async fn compared(
         "SELECT coalesce(k.index, 0) AS index, coalesce(k.created_index, 0) AS created_index,
                 coalesce(k.version, 0) AS version,
                 CASE WHEN c.operand IS NULL OR k.key IS NULL THEN NULL WHEN k.value = c.operand THEN 0
-                     WHEN k.value < c.operand THEN -1 ELSE 1 END AS value
+                     WHEN k.value < c.operand THEN -1 ELSE 1 END AS value,
+                k.lease
          FROM unnest($1::bytea[], $2::bytea[]) WITH ORDINALITY AS c (key, operand, n)
          LEFT JOIN state.kv AS k ON k.key = c.key ORDER BY c.n",
     )
@@ -43,42 +46,61 @@ pub(in crate::state) async fn compared(
                 created_index: r.try_get("created_index")?,
                 version: r.try_get("version")?,
                 value: r.try_get("value")?,
+                lease: r.try_get("lease")?,
             })
         })
         .collect()
 }
 
-/// Bytes of the values of up to `limit` keys under a prefix.
-pub(in crate::state) async fn weight(conn: &mut PgConnection, prefix: &[u8], limit: i64) -> Result<i64, sqlx::Error> {
-    sqlx::query_scalar(
-        "SELECT coalesce(sum(size), 0)::int8 FROM (
-             SELECT octet_length(value) AS size FROM state.kv WHERE key >= $1 AND ($2::bytea IS NULL OR key < $2)
-             ORDER BY key LIMIT $3
-         ) AS sizes",
-    )
-    .bind(prefix)
-    .bind(prefix_end(prefix))
-    .bind(limit)
-    .fetch_one(conn)
-    .await
+/// How many keys of a span there are, and whether a comparison holds of each.
+pub(in crate::state) async fn compared_all(
+    conn: &mut PgConnection,
+    compare: &Compare,
+) -> Result<(i64, bool), sqlx::Error> {
+    let of = match compare.target {
+        Target::Index => "k.index",
+        Target::CreatedIndex => "k.created_index",
+        Target::Version => "k.version",
+        Target::Exists => "1",
+        Target::Lease => "coalesce(l.number, 0)",
+        Target::Value => "k.value",
+    };
+    let how = match compare.relation {
+        Relation::Eq => "=",
+        Relation::Ne => "<>",
+        Relation::Lt => "<",
+        Relation::Gt => ">",
+    };
+    let sql = format!(
+        "SELECT count(*) AS number, coalesce(bool_and({of} {how} $3), true) AS holds
+         FROM state.kv AS k LEFT JOIN state.leases AS l ON l.id = k.lease
+         WHERE k.key >= $1 AND ($2::bytea IS NULL OR k.key < $2)"
+    );
+    let query = sqlx::query(sqlx::AssertSqlSafe(sql)).bind(&compare.keys.from).bind(&compare.keys.end);
+    let query = match &compare.operand {
+        Operand::Number(n) => query.bind(*n),
+        Operand::Bytes(b) => query.bind(b.clone()),
+    };
+    let row = query.fetch_one(conn).await?;
+    Ok((row.try_get("number")?, row.try_get("holds")?))
 }
 
-/// Whether there is a key under a prefix.
-pub(in crate::state) async fn any(conn: &mut PgConnection, prefix: &[u8]) -> Result<bool, sqlx::Error> {
+/// Whether there is a key of a span.
+pub(in crate::state) async fn any(conn: &mut PgConnection, keys: &Span) -> Result<bool, sqlx::Error> {
     sqlx::query_scalar("SELECT EXISTS (SELECT FROM state.kv WHERE key >= $1 AND ($2::bytea IS NULL OR key < $2))")
-        .bind(prefix)
-        .bind(prefix_end(prefix))
+        .bind(&keys.from)
+        .bind(&keys.end)
         .fetch_one(conn)
         .await
 }
 
-/// Deletes all keys under a prefix at `index`; how many there were.
-pub(in crate::state) async fn delete_prefix(
+/// Deletes all keys of a span at `index`; how many there were.
+pub(in crate::state) async fn delete_span(
     conn: &mut PgConnection,
-    prefix: &[u8],
+    keys: &Span,
     index: i64,
 ) -> Result<i64, sqlx::Error> {
-    let (mut from, end, mut deleted) = (prefix.to_vec(), prefix_end(prefix), 0);
+    let (mut from, end, mut deleted) = (keys.from.clone(), keys.end.clone(), 0);
     loop {
         let next: Option<Vec<u8>> = sqlx::query_scalar(
             "SELECT key FROM state.kv WHERE key >= $1 AND ($2::bytea IS NULL OR key < $2) ORDER BY key OFFSET $3 LIMIT 1",

@@ -1,16 +1,18 @@
 //! A transaction as it is sent, and what is wrong with it.
 
 use serde::Deserialize;
-use serde_json::Value;
 use serde_json::value::RawValue;
+use serde_json::{Map, Value, json};
 use uuid::Uuid;
 
 use crate::kernel::crypto::from_base64;
 use crate::kernel::web::faulty;
 use crate::kernel::{Fault, Refusal};
 
-use super::super::model::{key_fault, prefix_fault};
-use super::{Compare, Get, Op, Operand, Put, Relation, Target, Txn};
+use super::super::model::{Written, key_fault, prefix_fault, put_key};
+use super::super::range::Range;
+use super::super::span::{Span, shown};
+use super::{Compare, Delete, Lease, Op, Operand, Outcome, Put, Relation, Target, Txn};
 
 /// Conditions, and operations of a branch, at most.
 pub(super) const MOST: usize = 128;
@@ -119,6 +121,7 @@ impl Request {
             then: branch("then", self.then, &mut faults),
             otherwise: branch("else", self.otherwise, &mut faults),
             owner: String::new(),
+            tell,
         };
         faulty(faults).map_or(Ok(txn), Err)
     }
@@ -137,7 +140,9 @@ impl Condition {
             }
             Target::Exists => self.operand.as_bool().map(|b| Operand::Number(i64::from(b))),
             Target::Value => self.operand.as_str().and_then(from_base64).map(Operand::Bytes),
-            Target::Index | Target::CreatedIndex | Target::Version => self.operand.as_i64().map(Operand::Number),
+            Target::Index | Target::CreatedIndex | Target::Version | Target::Lease => {
+                self.operand.as_i64().map(Operand::Number)
+            }
         };
         if operand.is_none() {
             let wanted = match self.target {
@@ -147,7 +152,7 @@ impl Condition {
             };
             faults.push(Fault::new(format!("/if/{i}/operand"), wanted));
         }
-        Some(Compare { key: self.key.into_bytes(), target: self.target, relation: self.op, operand: operand? })
+        Some(Compare { keys: Span::one(self.key), target: self.target, relation: self.op, operand: operand? })
     }
 }
 
@@ -167,24 +172,16 @@ fn branch(name: &str, operations: Vec<Operation>, faults: &mut Vec<Fault>) -> Ve
 }
 
 fn clash(a: &Op, b: &Op) -> bool {
-    match (a, b) {
-        (Op::Get(_), _) | (_, Op::Get(_)) => false,
-        (Op::DeletePrefix(p), Op::DeletePrefix(q)) => p.starts_with(q) || q.starts_with(p),
-        (Op::DeletePrefix(p), Op::Put(Put { key, .. }) | Op::Delete(key))
-        | (Op::Put(Put { key, .. }) | Op::Delete(key), Op::DeletePrefix(p)) => key.starts_with(p),
-        (Op::Put(Put { key, .. }) | Op::Delete(key), Op::Put(Put { key: other, .. }) | Op::Delete(other)) => {
-            key == other
-        }
-    }
+    let changed = |op: &Op| match op {
+        Op::Get(_) => None,
+        Op::Put(put) => Some(Span::one(put.key.clone())),
+        Op::Delete(delete) => Some(delete.keys.clone()),
+    };
+    matches!((changed(a), changed(b)), (Some(a), Some(b)) if a.overlaps(&b))
 }
 
 /// A key or a prefix: exactly one of them.
-enum Which {
-    Key(Vec<u8>),
-    Prefix(Vec<u8>),
-}
-
-fn which(key: Option<String>, prefix: Option<String>, at: &str, faults: &mut Vec<Fault>) -> Option<Which> {
+fn which(key: Option<String>, prefix: Option<String>, at: &str, faults: &mut Vec<Fault>) -> Option<Span> {
     let fault = match (&key, &prefix) {
         (Some(key), None) => key_fault(key).map(|f| (format!("{at}/key"), f)),
         (None, Some(prefix)) => prefix_fault(prefix).map(|f| (format!("{at}/prefix"), f)),
@@ -194,27 +191,24 @@ fn which(key: Option<String>, prefix: Option<String>, at: &str, faults: &mut Vec
         faults.push(Fault::new(pointer, fault));
         return None;
     }
-    key.map(|k| Which::Key(k.into_bytes())).or(prefix.map(|p| Which::Prefix(p.into_bytes())))
+    key.map(Span::one).or(prefix.map(Span::prefix))
 }
 
 impl Operation {
     fn check(self, at: &str, faults: &mut Vec<Fault>) -> Option<Op> {
         match self {
             Self::Put(put) => put.check(&format!("{at}/put"), faults).map(Op::Put),
-            Self::Delete(delete) => match which(delete.key, delete.prefix, &format!("{at}/delete"), faults)? {
-                Which::Key(key) => Some(Op::Delete(key)),
-                Which::Prefix(prefix) => Some(Op::DeletePrefix(prefix)),
-            },
+            Self::Delete(delete) => {
+                let keys = which(delete.key, delete.prefix, &format!("{at}/delete"), faults)?;
+                Some(Op::Delete(Delete { keys, before: false }))
+            }
             Self::Get(get) => {
                 let limit = get.limit.unwrap_or(GET_MOST);
                 if !(1..=GET_MOST).contains(&limit) {
                     faults.push(Fault::new(format!("{at}/get/limit"), "limit is from 1 to 1000"));
                 }
-                let (name, prefix) = match which(get.key, get.prefix, &format!("{at}/get"), faults)? {
-                    Which::Key(key) => (key, false),
-                    Which::Prefix(prefix) => (prefix, true),
-                };
-                Some(Op::Get(Get { name, prefix, values: !get.keys_only, limit }))
+                let keys = which(get.key, get.prefix, &format!("{at}/get"), faults)?;
+                Some(Op::Get(Range { limit, values: !get.keys_only, ..Range::of(keys) }))
             }
         }
     }
@@ -244,7 +238,35 @@ impl PutOperation {
             }
         };
         let content_type = self.content_type.unwrap_or_else(|| default.to_owned());
-        Some(Put { key: self.key.into_bytes(), value, content_type, lease: self.lease })
+        let (value, lease) = (Some((value, content_type)), Lease::On(self.lease));
+        Some(Put { key: self.key.into_bytes(), value, lease, before: false })
+    }
+}
+
+/// What an operation came to, as the answer has it.
+fn tell(outcome: &Outcome<'_>, _: i64) -> Value {
+    match outcome {
+        Outcome::Put { item, .. } => {
+            let (key, lease) = (shown(&item.key), item.lease.map(|l| l.to_string()));
+            let (index, created_index, version) = (item.index, item.created_index, item.version);
+            json!({"put": Written { key, index, created_index, version, lease }})
+        }
+        Outcome::Delete { keys, deleted, previous, .. } => {
+            let mut answer = Map::new();
+            match keys.single() {
+                Some(key) => put_key(&mut answer, key),
+                None => drop(answer.insert("prefix".into(), shown(&keys.from).into())),
+            }
+            answer.insert("deleted".into(), (*deleted).into());
+            if let Some(previous) = previous {
+                answer.insert("previous_index".into(), (*previous).into());
+            }
+            json!({"delete": answer})
+        }
+        Outcome::Get { range, found } => {
+            let items: Vec<_> = found.items.iter().map(|i| i.to_json(range.values)).collect();
+            json!({"get": {"items": items, "more": found.more}})
+        }
     }
 }
 
@@ -292,7 +314,8 @@ mod tests {
         let body = br#"{"then": [{"put": {"key": "a", "json": {"b": 1.50, "a":  null}}}, {"get": {"key": "a"}}]}"#;
         let txn = crate::kernel::web::parse_json::<Request>(body).unwrap().check().unwrap();
         let Op::Put(put) = &txn.then[0] else { panic!("a put") };
-        assert_eq!(put.value, br#"{"b": 1.50, "a":  null}"#);
-        assert_eq!(put.content_type, "application/json");
+        let (value, content_type) = put.value.clone().unwrap();
+        assert_eq!(value, br#"{"b": 1.50, "a":  null}"#);
+        assert_eq!(content_type, "application/json");
     }
 }
