@@ -20,7 +20,7 @@ run: postgres ## Build and serve on a private PostgreSQL in ./data
 test: postgres lint ## Everything: format, lints, all tests (they start PostgreSQL themselves)
 	$(CARGO) test --locked --all-targets
 
-test-clients: postgres ## Clients of others against a real daemon (needs python3, node 20 with npm, and the network to install them)
+test-clients: postgres ## Clients of others against a real daemon (needs python3, node 20 with npm, and the network to install them; with etcd, beside it)
 	@command -v npm >/dev/null && node -e 'process.exit(parseInt(process.versions.node) < 20 ? 1 : 0)' || \
 	    { echo "the clients of others need node, 20 or later, with npm; nothing was run" >&2; exit 1; }
 	$(CARGO) build --locked
