@@ -14,6 +14,7 @@ use tokio::task::JoinSet;
 use crate::support::client::Client;
 use crate::support::daemon::{Daemon, Launch};
 use crate::support::postgres::database_alone;
+use crate::support::proxy::{Fault, Proxy};
 use crate::support::record::{self, Acknowledged};
 
 const WRITERS: usize = 32;
@@ -243,4 +244,26 @@ async fn a_changed_database_is_found_out_at_start_and_by_verify() {
     assert_eq!(ready.status(), 503, "it may be read, and writes nothing");
     let said = ready.text().await.unwrap();
     assert!(said.contains("record-damaged") && said.contains("the database was changed from outside"), "{said}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_daemon_that_starts_beside_one_that_publishes_sees_no_loss() {
+    let db = database_alone().await;
+    let one = Launch::on(db.url()).start().await;
+    let client = Client::of(&one);
+    client.put("k", "before").await.unwrap();
+    let proxy = Proxy::before(&db);
+    // It has read where the head is, and goes on when the other has written and published past that.
+    let held = proxy.arm(Fault::hold_after().on("SELECT index, root FROM ledger.head"));
+    let two = tokio::spawn(Launch::beside(&one, db.url_via(&proxy)).start());
+    held.hit().await;
+    let index = client.put("k", "meanwhile").await.unwrap();
+    let covered = || async { checkpoint_size(&client).await.is_some_and(|s| s > u64::try_from(index).unwrap()) };
+    crate::support::until("the checkpoint", Duration::from_secs(10), covered).await;
+    held.release();
+    let two = two.await.unwrap();
+    let there = client.clone_at(&two.url);
+    there.put("k", "after").await.expect("nothing was lost, and it writes");
+    assert!(there.bare(Method::GET, "/readyz").send().await.unwrap().status().is_success());
+    record::check(&db).await;
 }

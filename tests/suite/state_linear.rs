@@ -192,7 +192,7 @@ struct Scene {
     base: String,
     clock: Instant,
     values: Arc<AtomicU64>,
-    /// Answers of each daemon.
+    /// Answers of each daemon that are more than that it cannot.
     answers: Arc<[AtomicU64; 2]>,
     stop: Arc<AtomicBool>,
 }
@@ -241,7 +241,8 @@ impl Worker {
         let from = self.now();
         let told = match request.send().await {
             Ok(answer) => {
-                self.scene.answers[which].fetch_add(1, Ordering::Relaxed);
+                let well = u64::from(answer.status().as_u16() < 500);
+                self.scene.answers[which].fetch_add(well, Ordering::Relaxed);
                 want.understood(answer).await
             }
             // Nobody has heard of it.
@@ -351,6 +352,23 @@ impl Stage {
         }
     }
 
+    /// Until both daemons take changes; the index of one that was before any that comes.
+    async fn serve(&self, client: &Client) -> i64 {
+        let mut last = 0;
+        for daemon in &self.daemons {
+            let (client, began) = (client.clone_at(&daemon.url), Instant::now());
+            last = loop {
+                let said = match client.put("lin/start", "v").await {
+                    Ok(index) => break index,
+                    Err(said) => said,
+                };
+                assert!(began.elapsed() < Duration::from_secs(30), "{} takes no changes: {said}", daemon.url);
+                tokio::time::sleep(Duration::from_millis(20)).await;
+            };
+        }
+        last
+    }
+
     /// Until both daemons have answered so much more.
     async fn go_on(&self, answers: &[AtomicU64; 2], more: u64) {
         let count = |which: usize| answers[which].load(Ordering::Relaxed);
@@ -362,9 +380,8 @@ impl Stage {
 
 /// All changes of the keys of an episode, as one daemon tells them who watches from `after` on.
 async fn told(client: &Client, base: &str, mut after: i64) -> Record {
-    let (status, _) = client.get(&format!("/v1/state/kv?prefix={base}")).await;
-    assert_eq!(status, 200);
     let answer = client.request(Method::GET, "/v1/state/kv?limit=1").await.send().await.unwrap();
+    assert_eq!(answer.status(), 200);
     let (head, mut record) = (header(&answer, "sop-index"), Record::default());
     while after < head {
         let (status, page) = client.get(&format!("/v1/state/watch?prefix={base}&after={after}&wait=5")).await;
@@ -428,7 +445,8 @@ async fn act(stage: &mut Stage, dice: &mut Dice, episode: usize, seed: u64, faul
     // Its tokens are good for an episode.
     let client = Client::of(&stage.daemons[0]);
     let base = format!("lin/{episode}/");
-    let start = client.put("lin/start", &episode.to_string()).await.unwrap();
+    let start = stage.serve(&client).await;
+    client.token().await;
     let scene = Scene {
         client: Arc::new(client),
         urls: [stage.urls[0].subscribe(), stage.urls[1].subscribe()],
@@ -458,6 +476,7 @@ async fn act(stage: &mut Stage, dice: &mut Dice, episode: usize, seed: u64, faul
     scene.stop.store(true, Ordering::Release);
     let mut ops: Vec<Operation> = workers.join_all().await.into_iter().flatten().collect();
     ops.sort_by_key(|op| op.from);
+    stage.serve(&scene.client).await;
     let url = |which: usize| scene.urls[which].borrow().clone();
     let record = told(&scene.client.clone_at(&url(0)), &scene.base, start).await;
     let other = told(&scene.client.clone_at(&url(1)), &scene.base, start).await;
