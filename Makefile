@@ -9,7 +9,7 @@ SOAK ?= 3600
 # Clients that nobody here wrote, pinned in tests/clients/requirements.txt and package-lock.json.
 CLIENTS := $(or $(CARGO_TARGET_DIR),target)/clients
 
-.PHONY: help run test test-clients soak lint fmt bench postgres clean
+.PHONY: help run test test-clients test-patroni soak lint fmt bench postgres clean
 
 help: ## Show what there is
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -33,6 +33,12 @@ test-clients: postgres ## Clients of others against a real daemon (needs python3
 
 soak: postgres ## SOAK=3600 seconds of clients under kills and freezes, their histories checked to be linearizable
 	SOAK=$(SOAK) $(CARGO) test --locked --test suite state_linear:: -- --nocapture
+
+test-patroni: postgres ## Patroni with the daemon for its etcd (needs python3, and the network to install it)
+	$(CARGO) build --locked
+	python3 -m venv $(CLIENTS) && $(CLIENTS)/bin/pip install -q --disable-pip-version-check -r tests/clients/patroni.txt
+	cd tests/clients && PATRONI=1 SOP=$(abspath $(or $(CARGO_TARGET_DIR),target)/debug/sop) PYTHONDONTWRITEBYTECODE=1 \
+	    $(abspath $(CLIENTS))/bin/python -m unittest -v test_patroni
 
 lint: ## rustfmt and clippy, warnings denied
 	$(CARGO) fmt --check
