@@ -16,6 +16,7 @@ $sop bench state-put --clients 1 --peer bare --seconds "$seconds"
 $sop bench state-get --clients 1,8,32,128 "${peer[@]}" --seconds "$seconds"
 $sop bench state-put --daemons 2 --clients 128 --seconds "$seconds"
 $sop bench state-txn --clients 32,128 "${peer[@]}" --seconds "$seconds"
+$sop bench state-txn-gets --clients 128 "${peer[@]}" --seconds "$seconds"
 $sop bench state-keys --seconds "$seconds"
 $sop bench state-watch --seconds "$seconds"
 # Ten thousand watchers are ten thousand files, here and in the daemon.

@@ -28,8 +28,10 @@ enum What {
     StatePut,
     /// Linearizable gets of them
     StateGet,
-    /// Transactions of one comparison and eight operations, six of which put
+    /// Transactions of one comparison and eight puts
     StateTxn,
+    /// The same with two gets in the place of puts
+    StateTxnGets,
     /// Puts, pages and reads as of an index, with 1,000 keys and with a million
     StateKeys,
     /// 1,000 watchers, 100 events a second, each for 100 of them
@@ -324,7 +326,8 @@ async fn ours_requests(what: What, client: &Client, ours: &Sop) -> anyhow::Resul
         What::StateKeys | What::StateWatch | What::StateIdle | What::StateLeases | What::StateLocks => {
             Request::new(|_| Vec::new())
         }
-        What::StateTxn => state::transactions(client)?,
+        What::StateTxn => state::transactions(client, 0)?,
+        What::StateTxnGets => state::transactions(client, 2)?,
         What::Token | What::Introspect | What::OperationUse | What::OperationHot | What::Verification => {
             token::requests(what, client, ours.dir()).await?
         }
@@ -347,7 +350,8 @@ fn etcd_requests(what: What) -> Option<Request> {
                 &json!({"key": base64(format!("bench/{}", n % 1000))}).to_string(),
             )
         })),
-        What::StateTxn => Some(state::etcd_transactions()),
+        What::StateTxn => Some(state::etcd_transactions(0)),
+        What::StateTxnGets => Some(state::etcd_transactions(2)),
         _ => None,
     }
 }

@@ -46,28 +46,33 @@ fn bearer(client: &Client) -> anyhow::Result<String> {
     Ok(format!("Authorization: Bearer {}\r\n", client.token().context("the bench has no token")?))
 }
 
-/// One comparison and eight operations, six of which put.
-pub(super) fn transactions(client: &Client) -> anyhow::Result<Request> {
+/// Operations of a transaction.
+const OPERATIONS: usize = 8;
+
+/// One comparison and eight operations, of which so many get; the others put.
+pub(super) fn transactions(client: &Client, gets: usize) -> anyhow::Result<Request> {
     use crate::kernel::crypto::base64;
     let headers = format!("{}Content-Type: application/json\r\n", bearer(client)?);
     Ok(Request::new(move |n| {
-        let key = |i: usize| format!("bench/{}", (n * 8 + i) % super::KEYS);
+        let key = |i: usize| format!("bench/{}", (n * OPERATIONS + i) % super::KEYS);
         let put = |i: usize| json!({"put": {"key": key(i), "value": base64(value(n))}});
         let get = |i: usize| json!({"get": {"key": key(i)}});
-        let then: Vec<Value> = (0..6).map(put).chain((6..8).map(get)).collect();
+        let puts = OPERATIONS - gets;
+        let then: Vec<Value> = (0..puts).map(put).chain((puts..OPERATIONS).map(get)).collect();
         let condition = json!({"key": key(0), "target": "index", "op": "gt", "operand": -1});
         load::http("POST", "/v1/state/txn", &headers, &json!({"if": [condition], "then": then, "else": []}).to_string())
     }))
 }
 
 /// The same for etcd.
-pub(super) fn etcd_transactions() -> Request {
+pub(super) fn etcd_transactions(gets: usize) -> Request {
     use crate::kernel::crypto::base64;
     Request::new(move |n| {
-        let key = |i: usize| base64(format!("bench/{}", (n * 8 + i) % super::KEYS));
+        let key = |i: usize| base64(format!("bench/{}", (n * OPERATIONS + i) % super::KEYS));
         let put = |i: usize| json!({"requestPut": {"key": key(i), "value": base64(value(n))}});
         let get = |i: usize| json!({"requestRange": {"key": key(i)}});
-        let success: Vec<Value> = (0..6).map(put).chain((6..8).map(get)).collect();
+        let puts = OPERATIONS - gets;
+        let success: Vec<Value> = (0..puts).map(put).chain((puts..OPERATIONS).map(get)).collect();
         let compare = json!({"key": key(0), "target": "MOD", "result": "GREATER", "mod_revision": "-1"});
         let body = json!({"compare": [compare], "success": success});
         load::http("POST", "/v3/kv/txn", "Content-Type: application/json\r\n", &body.to_string())
