@@ -174,6 +174,8 @@ impl Want {
                 let unknown = text.contains("is not known");
                 (if unknown { Answer::Unknown } else { Answer::Never }, Vec::new(), 0, ANY)
             }
+            // One that was being counted when its daemon froze is counted against the time when that woke up.
+            (_, 429) => (Answer::Never, Vec::new(), 0, ANY),
             (_, 504) => return None,
             (_, other) => {
                 let of = format!("{} {:?}", answer.url(), answer.headers());
