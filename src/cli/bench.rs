@@ -186,7 +186,7 @@ async fn measure(global: &Global, args: &BenchArgs, ours: &Sop) -> anyhow::Resul
         What::StateWatch => state::watchers(global, ours, &client, args.seconds * 2).await?,
         What::StateIdle => state::idle(global, ours, &client).await?,
         What::StateLeases => state::leases(global, ours, &client).await?,
-        What::StateLocks => state::locks(global, &client, args.seconds).await?,
+        What::StateLocks => state::locks(global, ours, &client, args.seconds).await?,
         What::EvaluateSizes => decide::sizes(global, args, &policy::Office::open(ours, &client).await?).await?,
         What::Evaluations => decide::batches(global, args, &policy::Office::open(ours, &client).await?).await?,
         What::Search => decide::search(global, &policy::Office::open(ours, &client).await?).await?,

@@ -4,6 +4,7 @@ use std::collections::{BTreeSet, HashMap, HashSet};
 use std::ops::Bound;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, RwLock};
+use std::time::Duration;
 
 use arc_swap::ArcSwap;
 use cedar_policy::Entity;
@@ -11,7 +12,7 @@ use serde_json::Value;
 use sqlx::PgConnection;
 
 use crate::kernel::web::EntityName;
-use crate::kernel::{BoxFuture, Refusal, problem};
+use crate::kernel::{BoxFuture, Refusal, problem, supervisor};
 use crate::ledger::{AUTHZ, Projection, Touched, What};
 
 use super::canary::Canary;
@@ -21,6 +22,9 @@ use super::{engine, store};
 
 /// How many entities one question may reach; more is a web of references nobody can have meant.
 pub(super) const REACH: usize = 1000;
+
+/// How long what was in force is kept, for questions that are on their way.
+const LEFT: Duration = Duration::from_secs(2);
 
 /// How many names are looked through one by one; a set of more pays.
 const FEW: usize = 16;
@@ -193,8 +197,14 @@ impl Snapshot {
             Canary::new(force, id, row.percent, row.stop_at)
         });
         let active = Arc::new(Force::new(system, application));
-        self.force.store(Arc::new(InForce { active, canary, index: row.index }));
+        let old = self.force.swap(Arc::new(InForce { active, canary, index: row.index }));
         self.changed();
+        // What was in force has thousands of sets of policies made: to let go of them takes milliseconds. Neither the follower pays
+        // for that, nor the last request that was decided by them.
+        supervisor::detach(async move {
+            tokio::time::sleep(LEFT).await;
+            tokio::task::block_in_place(|| drop(old));
+        });
         Ok(())
     }
 

@@ -218,7 +218,7 @@ impl Writer {
                     return again(jobs, e);
                 }
                 if jobs.len() == 1 {
-                    jobs[culprit].refuse(refusal_of(failure));
+                    jobs[culprit].refuse(self.refusal(failure));
                     jobs.into_iter().for_each(Job::settle);
                     return Turn::Fine;
                 }
@@ -289,6 +289,14 @@ impl Writer {
         }
     }
 
+    /// What whoever asked is told of a failure that was found to be theirs.
+    fn refusal(&self, failure: Failure) -> Refusal {
+        match failure {
+            Failure::Refused(r) => r,
+            Failure::Database(e) => self.shared.store.refusal(e),
+        }
+    }
+
     /// Why nothing may be written now, if so.
     fn refuse_all(&self, head: &Head) -> Option<Refusal> {
         if self.shared.store.storage_full() {
@@ -329,12 +337,5 @@ fn is_broken(e: &sqlx::Error) -> bool {
         }
         sqlx::Error::Io(_) | sqlx::Error::Tls(_) | sqlx::Error::Protocol(_) | sqlx::Error::WorkerCrashed => true,
         _ => false,
-    }
-}
-
-fn refusal_of(failure: Failure) -> Refusal {
-    match failure {
-        Failure::Refused(r) => r,
-        Failure::Database(e) => Refusal::internal(e),
     }
 }

@@ -181,6 +181,29 @@ pub(super) fn quantile(latencies: impl IntoIterator<Item = Duration>, q: f64) ->
     all.get(at).map_or(f64::NAN, |d| d.as_secs_f64() * 1e3)
 }
 
+/// A client of its own: one connection, one request at a time, whose answers are read.
+pub(super) struct Wire {
+    stream: TcpStream,
+    buffer: Vec<u8>,
+}
+
+impl Wire {
+    pub async fn to(address: &str) -> anyhow::Result<Self> {
+        Ok(Self { stream: connect(address).await?, buffer: Vec::new() })
+    }
+
+    /// The JSON that a request is answered with, which must succeed.
+    pub async fn json(&mut self, request: &[u8]) -> anyhow::Result<serde_json::Value> {
+        self.stream.write_all(request).await?;
+        let status = answer(&mut self.stream, &mut self.buffer).await?;
+        if !(200..300).contains(&status) {
+            bail!("{status}: {}", String::from_utf8_lossy(&self.buffer));
+        }
+        let body = self.buffer.windows(4).position(|w| w == b"\r\n\r\n").map_or(0, |end| end + 4);
+        Ok(serde_json::from_slice(&self.buffer[body..])?)
+    }
+}
+
 async fn connect(address: &str) -> anyhow::Result<TcpStream> {
     let stream = TcpStream::connect(address).await.with_context(|| format!("{address} does not answer"))?;
     stream.set_nodelay(true)?;

@@ -281,15 +281,20 @@ async fn index(client: &Client) -> anyhow::Result<i64> {
 
 /// Leases that are renewed by many requests, and by few.
 pub(super) async fn leases(global: &Global, ours: &Sop, client: &Client) -> anyhow::Result<()> {
-    let mut ids = Vec::new();
-    for _ in 0..LEASES / CONTENDERS {
-        let grant = || client.json(client.request(Method::POST, "/v1/state/leases").json(&json!({"ttl": 15})));
-        for lease in try_join_all((0..CONTENDERS).map(|_| grant())).await? {
-            ids.push(lease["id"].as_str().context("a lease has no id")?.to_owned());
-        }
-    }
     let bearer = bearer(client)?;
     let typed = format!("{bearer}Content-Type: application/json\r\n");
+    let headers = typed.clone();
+    let grant = Request::new(move |_| load::http("POST", "/v1/state/leases", &headers, r#"{"ttl": 60}"#));
+    load::fill(ours.address(), &grant, CONTENDERS, LEASES).await?;
+    let (mut ids, mut after) = (Vec::new(), String::new());
+    while ids.len() < LEASES {
+        let path = format!("/v1/state/leases?limit=1000{after}");
+        let page = client.json(client.request(Method::GET, &path)).await?;
+        let items = page["items"].as_array().context("a page has no items")?;
+        ids.extend(items.iter().filter_map(|lease| lease["id"].as_str()).map(str::to_owned));
+        after = format!("&after={}", page["next"].as_str().unwrap_or_default());
+        ensure!(ids.len() >= LEASES || page["next"].is_string(), "{} of {LEASES} leases are there", ids.len());
+    }
     let ids = Arc::new(ids);
     let (one, many) = (ids.clone(), ids.clone());
     let each = Request::new(move |n| {
@@ -319,15 +324,17 @@ pub(super) async fn leases(global: &Global, ours: &Sop, client: &Client) -> anyh
 }
 
 /// A lock that many want: how often it changes hands.
-pub(super) async fn locks(global: &Global, client: &Client, seconds: u64) -> anyhow::Result<()> {
+pub(super) async fn locks(global: &Global, ours: &Sop, client: &Client, seconds: u64) -> anyhow::Result<()> {
     let (clock, newest, count) = (Clock::system(), AtomicUsize::new(0), AtomicUsize::new(0));
     let (began, length) = (clock.elapsed(), Duration::from_secs(seconds));
+    let bearer = bearer(client)?;
+    let typed = format!("{bearer}Content-Type: application/json\r\n");
+    let wanted = load::http("POST", "/v1/state/locks/wanted", &typed, r#"{"ttl": 30, "wait": 30}"#);
     let contend = async || {
-        let mut waits = Vec::new();
+        let (mut waits, mut wire) = (Vec::new(), load::Wire::to(ours.address()).await?);
         while clock.elapsed().saturating_sub(began) < length {
             let from = clock.elapsed();
-            let wanted = client.request(Method::POST, "/v1/state/locks/wanted").json(&json!({"ttl": 30, "wait": 30}));
-            let held = client.json(wanted).await?;
+            let held = wire.json(&wanted).await?;
             waits.push(clock.elapsed().saturating_sub(from));
             let token = held["fencing_token"].as_u64().context("a lock has no token")? as usize;
             if newest.fetch_max(token, Ordering::AcqRel) >= token {
@@ -335,7 +342,8 @@ pub(super) async fn locks(global: &Global, client: &Client, seconds: u64) -> any
             }
             count.fetch_add(1, Ordering::Relaxed);
             let lease = held["lease"].as_str().context("a lock has no lease")?;
-            client.send(client.request(Method::DELETE, &format!("/v1/state/locks/wanted?lease={lease}"))).await?;
+            let path = format!("/v1/state/locks/wanted?lease={lease}");
+            wire.json(&load::http("DELETE", &path, &bearer, "")).await?;
         }
         anyhow::Ok(waits)
     };
