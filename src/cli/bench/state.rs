@@ -284,7 +284,7 @@ pub(super) async fn leases(global: &Global, ours: &Sop, client: &Client) -> anyh
     let bearer = bearer(client)?;
     let typed = format!("{bearer}Content-Type: application/json\r\n");
     let headers = typed.clone();
-    let grant = Request::new(move |_| load::http("POST", "/v1/state/leases", &headers, r#"{"ttl": 60}"#));
+    let grant = Request::new(move |_| load::http("POST", "/v1/state/leases", &headers, r#"{"ttl": 600}"#));
     load::fill(ours.address(), &grant, CONTENDERS, LEASES).await?;
     let (mut ids, mut after) = (Vec::new(), String::new());
     while ids.len() < LEASES {
