@@ -10,7 +10,7 @@ use uuid::Uuid;
 use crate::kernel::{BoxFuture, Refusal, Timestamp};
 
 use super::Entry;
-use super::hot::{At, Decided, DecidedMany, ENTRIES, Fact, HotKey};
+use super::hot::{At, Decided, DecidedMany, ENTRIES, Fact, HotKey, HotKeys};
 
 /// A change of one room. It decides on rows it reads under the head's lock, writes them, and yields the entry of it.
 ///
@@ -40,18 +40,20 @@ pub trait Command: Send + 'static {
         Err(Refusal::internal("a command that is not hot was asked to decide"))
     }
 
-    /// Further facts of the same kind that it decides on, each once. If there are any, [`decide_many`](Self::decide_many) is
-    /// called instead of `decide`.
-    fn also(&self) -> Vec<Vec<u8>> {
-        Vec::new()
+    /// The facts it decides on, if it is hot: one, unless it says otherwise.
+    fn hot_keys(&self) -> Option<HotKeys> {
+        self.hot().map(HotKeys::from)
     }
 
-    /// Decides on several facts: that of `hot`, then those of `also`, in their order.
+    /// Decides on these facts, in the order of `hot_keys`: by [`decide`](Self::decide), where it is one.
     ///
     /// # Errors
     /// What it refuses.
-    fn decide_many(&mut self, _: &[Option<&Fact>], _: At) -> Result<DecidedMany<Self::Out>, Refusal> {
-        Err(Refusal::internal("a command of one fact was asked to decide on several"))
+    fn decide_many(&mut self, facts: &[Option<&Fact>], at: At) -> Result<DecidedMany<Self::Out>, Refusal> {
+        match facts {
+            [fact] => self.decide(*fact, at).map(DecidedMany::from),
+            _ => Err(Refusal::internal("a command of one fact was asked to decide on several")),
+        }
     }
 }
 

@@ -63,10 +63,18 @@ pub struct HotKey {
     pub key: Vec<u8>,
 }
 
-/// The kind of a command, and all facts it decides on.
-pub(super) struct HotKeys {
+/// The kind of a command, and the facts it decides on, each once.
+pub struct HotKeys {
+    /// The same value for all commands of the kind.
     pub kind: &'static dyn Hot,
+    /// Which facts.
     pub keys: SmallVec<[Vec<u8>; 1]>,
+}
+
+impl From<HotKey> for HotKeys {
+    fn from(HotKey { kind, key }: HotKey) -> Self {
+        Self { kind, keys: SmallVec::from_buf([key]) }
+    }
 }
 
 /// What a hot command came to that decides on several facts.
@@ -76,9 +84,15 @@ pub struct DecidedMany<T> {
     /// The entry of it; [`Entry::nothing`] where it changed nothing.
     pub entry: Entry,
     /// The facts for whoever comes next, in the order of the keys; `None`: it is gone.
-    pub after: Vec<Option<Fact>>,
+    pub after: SmallVec<[Option<Fact>; 1]>,
     /// What is to be written.
-    pub rows: Vec<Row>,
+    pub rows: SmallVec<[Row; 1]>,
+}
+
+impl<T> From<Decided<T>> for DecidedMany<T> {
+    fn from(Decided { value, entry, after, row }: Decided<T>) -> Self {
+        Self { value, entry, after: SmallVec::from_buf([after]), rows: row.into_iter().collect() }
+    }
 }
 
 /// What a hot command came to.

@@ -5,7 +5,6 @@ use std::sync::Arc;
 use prometheus::IntCounter;
 use serde::{Deserialize, Serialize};
 use serde_json::value::RawValue;
-use smallvec::{SmallVec, smallvec};
 use sqlx::PgConnection;
 use tokio::sync::oneshot;
 use uuid::Uuid;
@@ -17,7 +16,7 @@ use crate::kernel::{BoxFuture, Refusal, Timestamp};
 
 use super::command::{Approvals, Command, Committed, Failure, Tx};
 use super::entry::{self, Entry, Sealed};
-use super::hot::{At, Fact, HotKey, HotKeys, Made};
+use super::hot::{At, DecidedMany, Fact, HotKeys, Made};
 use super::store;
 
 /// Whether a fencing token is good, seen by a connection: why not, if not. Given at boot by the room that has locks.
@@ -217,27 +216,17 @@ impl<C: Command> Job for Ticket<C> {
         if looks || self.approved.is_some() {
             return None;
         }
-        let HotKey { kind, key } = self.command.hot()?;
-        let mut keys = SmallVec::from_buf([key]);
-        keys.extend(self.command.also());
-        Some(HotKeys { kind, keys })
+        self.command.hot_keys()
     }
 
     fn decide(&mut self, facts: &[Option<&Fact>], at: At) -> Result<Option<Made>, Failure> {
-        let decided = match facts {
-            [fact] => self
-                .command
-                .decide(*fact, at)
-                .map(|d| (d.value, d.entry, smallvec![d.after], d.row.into_iter().collect())),
-            many => self.command.decide_many(many, at).map(|d| (d.value, d.entry, d.after.into(), d.rows.into())),
-        };
-        match decided {
-            Ok((value, entry, ..)) if entry.is_nothing() => {
+        match self.command.decide_many(facts, at) {
+            Ok(DecidedMany { value, entry, .. }) if entry.is_nothing() => {
                 // It holds at the index before: that it does is found out with the head.
                 self.state = State::Done(Committed { index: at.index - 1, time: at.now, value, replayed: false });
                 Ok(None)
             }
-            Ok((value, entry, after, rows)) => {
+            Ok(DecidedMany { value, entry, after, rows }) => {
                 let sealed = entry.with_decision(self.decision.clone()).seal(&self.caller, at.now)?;
                 self.state = State::Done(Committed { index: at.index, time: at.now, value, replayed: false });
                 Ok(Some(Made { sealed, after, rows }))

@@ -13,7 +13,7 @@ use uuid::Uuid;
 
 use crate::kernel::Refusal;
 use crate::kernel::web::Ask;
-use crate::ledger::hot::{At, Decided, DecidedMany, Fact, HotKey};
+use crate::ledger::hot::{At, DecidedMany, Fact, HotKeys};
 use crate::ledger::{Command, Entry, Failure, Tx};
 
 use super::leases::number;
@@ -287,17 +287,8 @@ impl Command for Txn {
         Ok((Answered { succeeded, index, results }, entry))
     }
 
-    fn hot(&self) -> Option<HotKey> {
-        self.first()
-    }
-
-    fn also(&self) -> Vec<Vec<u8>> {
-        self.others()
-    }
-
-    fn decide(&mut self, fact: Option<&Fact>, at: At) -> Result<Decided<Answered>, Refusal> {
-        let DecidedMany { value, entry, mut after, mut rows } = self.decided(&[fact], at)?;
-        Ok(Decided { value, entry, after: after.pop().flatten(), row: rows.pop() })
+    fn hot_keys(&self) -> Option<HotKeys> {
+        self.decided_on()
     }
 
     fn decide_many(&mut self, facts: &[Option<&Fact>], at: At) -> Result<DecidedMany<Answered>, Refusal> {

@@ -175,6 +175,7 @@ impl Done {
         };
         let (created_index, version) = was.map_or((self.index, 1), |w| (w.created_index, w.version + 1));
         let (key, index) = (put.key.clone(), self.index);
+        self.known.standings.insert(key.clone(), Standing { index, created_index, version });
         let item = Item { key, index, created_index, version, content_type, value, lease };
         self.touched.push(Touch::key(KEY, put.key.clone()));
         self.put.push(shown(&put.key).into());
@@ -216,7 +217,7 @@ impl Done {
         (i64::from(was.is_some()), was.map(|w| w.index))
     }
 
-    /// Where a key stands, as far as that was known before.
+    /// Where a key stands by now.
     pub fn standing(&self, key: &[u8]) -> Option<Standing> {
         self.known.standings.get(key).copied()
     }

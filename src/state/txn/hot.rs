@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use crate::kernel::Refusal;
 use crate::ledger::Failure;
-use crate::ledger::hot::{At, DecidedMany, Fact, HotKey, Row};
+use crate::ledger::hot::{At, DecidedMany, Fact, HotKeys, Row};
 
 use super::doing::{Done, Known};
 use super::{Answered, Lease, Op, Target, Txn};
@@ -34,15 +34,10 @@ impl Txn {
         all.filter(|key| seen.insert(*key)).collect()
     }
 
-    /// The first of its keys, if it is hot.
-    pub(super) fn first(&self) -> Option<HotKey> {
-        let first = self.is_hot().then(|| self.keys().first().map(|key| key.to_vec()))??;
-        Some(HotKey { kind: &KEYS, key: first })
-    }
-
-    /// Its other keys.
-    pub(super) fn others(&self) -> Vec<Vec<u8>> {
-        self.keys().into_iter().skip(1).map(<[u8]>::to_vec).collect()
+    /// Where its keys stand, if that is all it has to know.
+    pub(super) fn decided_on(&self) -> Option<HotKeys> {
+        let keys = self.is_hot().then(|| self.keys()).filter(|keys| !keys.is_empty())?;
+        Some(HotKeys { kind: &KEYS, keys: keys.into_iter().map(<[u8]>::to_vec).collect() })
     }
 
     /// Decides it, on where its keys stand.
@@ -69,17 +64,8 @@ impl Txn {
                 Op::Get(_) => return Err(Refusal::internal("a transaction that gets was decided in memory")),
             }
         }
-        let changes = done.changes();
-        let now = |key: &&[u8]| match changes.iter().rev().find(|c| c.item.key == *key) {
-            Some(c) if c.deleted => None,
-            Some(c) => {
-                let (index, created_index, version) = (c.item.index, c.item.created_index, c.item.version);
-                Some(Arc::new(Standing { index, created_index, version }) as Fact)
-            }
-            None => facts.iter().zip(&keys).find(|(_, k)| *k == key).and_then(|(fact, _)| fact.cloned()),
-        };
-        let after = keys.iter().map(now).collect();
-        let rows = changes.into_iter().map(|change| Box::new(change) as Row).collect();
+        let after = keys.iter().map(|key| done.standing(key).map(|now| Arc::new(now) as Fact)).collect();
+        let rows = done.changes().into_iter().map(|change| Box::new(change) as Row).collect();
         let (results, entry) = done.entry(succeeded);
         let index = if entry.is_nothing() { at.index - 1 } else { at.index };
         Ok(DecidedMany { value: Answered { succeeded, index, results }, entry, after, rows })
