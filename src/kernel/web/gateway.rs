@@ -4,14 +4,14 @@
 use std::fmt;
 
 use axum::extract::{FromRequest, Request};
-use axum::http::{HeaderName, HeaderValue, StatusCode, header};
+use axum::http::{StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use serde::Deserialize;
 use serde::de::{DeserializeOwned, Deserializer, Visitor};
 use serde_json::{Map, Value, json};
 
 use super::extract::{Body, BodyLimit};
-use super::respond::{Reason, SOP_INDEX};
+use super::respond::{Reason, told_beside};
 use crate::kernel::crypto::from_base64;
 use crate::kernel::{Problem, Refusal, problem};
 
@@ -159,19 +159,8 @@ impl IntoResponse for Grpc {
         let json = [(header::CONTENT_TYPE, "application/json")];
         let mut response = (self.status(), json, Value::Object(m).to_string()).into_response();
         response.extensions_mut().insert(Reason(self.slug()));
-        let headers = response.headers_mut();
-        if let Some(refusal) = self.refusal {
-            if let Some(seconds) = refusal.retry_after_seconds() {
-                headers.insert(header::RETRY_AFTER, seconds.into());
-            }
-            if let Some(index) = refusal.index() {
-                headers.insert(SOP_INDEX, index.into());
-            }
-            for (name, value) in refusal.headers() {
-                if let (Ok(name), Ok(value)) = (HeaderName::try_from(name), HeaderValue::try_from(value)) {
-                    headers.insert(name, value);
-                }
-            }
+        if let Some(refusal) = &self.refusal {
+            told_beside(refusal, response.headers_mut());
         }
         response
     }

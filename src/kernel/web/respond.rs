@@ -1,6 +1,6 @@
 //! Answers: a refusal as a problem document (RFC 9457), a value with its index and its tag.
 
-use axum::http::{HeaderName, HeaderValue, StatusCode, header};
+use axum::http::{HeaderMap, HeaderName, HeaderValue, StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use serde::Serialize;
 use serde_json::{Map, Value};
@@ -39,7 +39,12 @@ pub fn problem_response(refusal: &Refusal, instance: Option<&str>) -> Response {
     let status = StatusCode::from_u16(refusal.problem().status).unwrap_or(StatusCode::INTERNAL_SERVER_ERROR);
     let body = serde_json::to_vec(&problem_document(refusal, instance)).unwrap_or_default();
     let mut response = (status, [(header::CONTENT_TYPE, "application/problem+json")], body).into_response();
-    let headers = response.headers_mut();
+    told_beside(refusal, response.headers_mut());
+    response
+}
+
+/// What a refusal says in header fields, whatever its body speaks.
+pub(super) fn told_beside(refusal: &Refusal, headers: &mut HeaderMap) {
     if let Some(seconds) = refusal.retry_after_seconds() {
         headers.insert(header::RETRY_AFTER, seconds.into());
     }
@@ -51,7 +56,6 @@ pub fn problem_response(refusal: &Refusal, instance: Option<&str>) -> Response {
             headers.insert(name, value);
         }
     }
-    response
 }
 
 impl IntoResponse for Refusal {
