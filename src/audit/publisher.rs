@@ -3,10 +3,14 @@
 //! It only ever derives what the head's root already commits to, so it may be repeated, and run on several daemons at once:
 //! whoever is later writes the same bytes. Before it signs, the root it computed must be the head's.
 
-use std::path::PathBuf;
+use std::fs::OpenOptions;
+use std::io::Write as _;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
+use rustix::fs::{CWD, RenameFlags, renameat_with};
+use rustix::io::Errno;
 use sqlx::{Connection as _, PgConnection};
 use tokio::sync::Mutex;
 
@@ -110,12 +114,25 @@ impl Publisher {
         self.keys.refresh(&mut conn, now).await?.map_err(|e| e.detail().to_owned())?;
         let note = self.keys.sign(size, root);
         keep(&mut conn, &tiles, size, &root, &note, now).await?;
-        let beside = self.file.with_extension("new");
-        std::fs::write(&beside, &note)?;
-        std::fs::rename(&beside, &self.file)?;
+        put(&self.file, note.as_bytes())?;
         self.metrics.published.set(i64::try_from(size).unwrap_or(i64::MAX));
         self.place = Some(place);
         Ok(())
+    }
+}
+
+/// Replaces a small file whole, many times a second. The two files trade names, and the one that was set aside is written over
+/// the next time: a rename onto a file would free its block each time, and where the filesystem tells the disk so at once
+/// (mount option `discard`) everything else that writes waits for it, 20 ms here and at worst 140.
+fn put(file: &Path, content: &[u8]) -> std::io::Result<()> {
+    let beside = file.with_extension("new");
+    let mut aside = OpenOptions::new().create(true).truncate(false).write(true).open(&beside)?;
+    aside.write_all(content)?;
+    aside.set_len(content.len() as u64)?;
+    match renameat_with(CWD, &beside, CWD, file, RenameFlags::EXCHANGE) {
+        // There is none yet, or the filesystem cannot exchange names.
+        Err(Errno::NOENT | Errno::INVAL | Errno::NOSYS) => std::fs::rename(&beside, file),
+        done => Ok(done?),
     }
 }
 
@@ -177,4 +194,19 @@ async fn resume(conn: &mut PgConnection) -> Result<Place, TaskError> {
         level += 1;
     }
     Ok(Place { frontier, unfinished })
+}
+
+#[cfg(test)]
+mod tests {
+    #[test]
+    fn a_file_is_replaced_whole_also_by_a_shorter_one() {
+        let dir = std::env::temp_dir().join(format!("sop-put-{}", uuid::Uuid::new_v4()));
+        std::fs::create_dir(&dir).unwrap();
+        let file = dir.join("checkpoint");
+        for content in ["first", "the second, which is longer", "third", "4"] {
+            super::put(&file, content.as_bytes()).unwrap();
+            assert_eq!(std::fs::read_to_string(&file).unwrap(), content);
+        }
+        std::fs::remove_dir_all(dir).unwrap();
+    }
 }
