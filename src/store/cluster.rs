@@ -114,6 +114,8 @@ impl Cluster {
             ("wal_buffers", "16MB"),
             ("wal_level", "replica"),
             ("max_wal_size", "1GB"),
+            // A segment that is written over stalls nobody; a new one is 16 MiB of zeros that every commit waits for.
+            ("min_wal_size", "256MB"),
             ("fsync", sync),
             ("synchronous_commit", "on"),
             ("jit", "off"),
