@@ -175,7 +175,15 @@ where
     supervisor::detach(tracker.track_future(work));
 }
 
-async fn connection<S>(stream: S, peer: Peer, router: Router, limits: Connection, stop: Stop)
+/// Not an `async fn`: that would keep room for what it was given and for what it made of it, both, as long as the connection
+/// is open, and ten thousand are.
+fn connection<S>(
+    stream: S,
+    peer: Peer,
+    router: Router,
+    limits: Connection,
+    stop: Stop,
+) -> impl Future<Output = ()> + Send + 'static
 where
     S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
 {
@@ -190,20 +198,22 @@ where
                 if body.is_end_stream() { body } else { axum::body::Body::new(Linger::new(body, most)) }
             });
             request.extensions_mut().insert(peer);
-            router.oneshot(request).await
+            // Hyper keeps the room of this future until the next request; what an answer took is given back with it.
+            Box::pin(router.oneshot(request)).await
         }
     });
     let mut http = hyper::server::conn::http1::Builder::new();
     // Answers are gathered into one write. `pipeline_flush` would do so too, and take the limit off what waits to be written:
     // an answer without end, to a client that does not read, would be held in memory.
     http.timer(TokioTimer::new()).header_read_timeout(arrival).max_buf_size(64 * 1024).writev(false);
-    let connection = http.serve_connection(TokioIo::new(stream), service);
-    tokio::pin!(connection);
-    tokio::select! {
-        done = &mut connection => ended(done, peer, &refused),
-        () = stop.cancelled() => {
-            connection.as_mut().graceful_shutdown();
-            ended(connection.await, peer, &refused);
+    let mut connection = Box::pin(http.serve_connection(TokioIo::new(stream), service));
+    async move {
+        tokio::select! {
+            done = &mut connection => ended(done, peer, &refused),
+            () = stop.cancelled() => {
+                connection.as_mut().graceful_shutdown();
+                ended(connection.await, peer, &refused);
+            }
         }
     }
 }

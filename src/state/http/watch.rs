@@ -111,9 +111,10 @@ async fn watch(
         let items: Vec<Value> = groups.iter().flatten().map(|c| told(c)).collect();
         return Ok(Answer::ok(json!({"items": items, "index": index})).at(index).into_response());
     }
+    // In a box: the stream would keep room for it twice.
     let events = stream::unfold(
-        (watch, Vec::new().into_iter()),
-        |(mut watch, mut queued): (Watch, std::vec::IntoIter<Sse>)| async move {
+        (Box::new(watch), Vec::new().into_iter()),
+        |(mut watch, mut queued): (Box<Watch>, std::vec::IntoIter<Sse>)| async move {
             loop {
                 if let Some(event) = queued.next() {
                     return Some((Ok::<_, Infallible>(event), (watch, queued)));
