@@ -39,7 +39,7 @@ pub(super) struct Observed {
 impl State {
     pub(super) async fn observe(&self, caller: &Caller, name: String) -> Result<Observed, Refusal> {
         self.ledger.permit(caller, &[Ask::new("state:lock-read", "Lock", name.clone())]).await?;
-        let news = self.hub.locks.hear(&name);
+        let news = self.hub.locks.lock(&name);
         let mut bookmark = interval(BOOKMARK);
         bookmark.set_missed_tick_behavior(MissedTickBehavior::Delay);
         let (state, caller) = (self.clone(), caller.clone());

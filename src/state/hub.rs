@@ -13,7 +13,7 @@ use crate::kernel::{BoxFuture, Refusal};
 use crate::ledger::{Projection, Touched, What};
 
 use super::board::Board;
-use super::locks::LOCK;
+use super::locks::{LOCK, TURN};
 use super::model::Change;
 use super::recent::Recent;
 use super::{kv, store};
@@ -269,7 +269,7 @@ impl Projection for Hub {
     }
 
     fn kinds(&self) -> &'static [&'static str] {
-        &[kv::KEY, LOCK]
+        &[kv::KEY, LOCK, TURN]
     }
 
     fn load<'a>(&'a self, _: &'a mut PgConnection, at: i64) -> BoxFuture<'a, Result<(), sqlx::Error>> {

@@ -156,19 +156,13 @@ pub(super) async fn end(tx: &mut Tx<'_>, lease: &Row, entry: Entry) -> Result<(E
         }
     }
     let mut entry = entry.change("owner", lease.owner.clone());
-    let (locks, passed) = locks::lease_ended(tx, lease.id).await?;
+    let (locks, said) = locks::lease_ended(tx, lease.id, entry).await?;
+    entry = said;
     rows::remove(tx.write(), lease.id).await?;
     if !keys.is_empty() {
         entry = entry.change("keys", keys.len());
     }
-    if !locks.is_empty() {
-        entry = entry.change("locks", locks.clone());
-    }
-    if !passed.is_empty() {
-        entry = entry.change("passed_to", passed);
-    }
-    let ended = Ended { id: lease.id, keys: keys.len(), locks: locks.clone() };
-    entry = locks.into_iter().fold(entry, |e, name| e.touch(Touch::key(locks::LOCK, name)));
+    let ended = Ended { id: lease.id, keys: keys.len(), locks };
     entry = if keys.len() > NAMED {
         entry.touch(Touch::all(KEY))
     } else {

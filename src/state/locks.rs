@@ -13,6 +13,8 @@ use super::store::locks as rows;
 
 /// The kind of touch of a lock: who holds it or waits for it has changed.
 pub const LOCK: &str = "lock";
+/// The kind of touch of a lease that waited for a lock: it holds the lock now, or waits no more.
+pub const TURN: &str = "turn";
 /// Who may wait for one lock at most.
 const QUEUE: usize = 1000;
 
@@ -255,32 +257,60 @@ impl Command for Release {
             _ => rows::unhold(tx.write(), &self.name, self.lease).await?,
         }
         let passed = pass_on(tx, &self.name).await?;
-        let entry = entry.touch(Touch::key(LOCK, self.name.as_bytes()));
-        Ok((released, if passed.is_empty() { entry } else { entry.change("passed_to", passed) }))
+        let entry = entry.touch(Touch::key(LOCK, self.name.as_bytes())).touch(turn(self.lease));
+        Ok((released, passed.said(entry)))
     }
 }
 
 /// A lease ends: the locks it held or waited for, and to whom they passed.
-pub(super) async fn lease_ended(tx: &mut Tx<'_>, lease: Uuid) -> Result<(Vec<String>, Vec<String>), Failure> {
+pub(super) async fn lease_ended(tx: &mut Tx<'_>, lease: Uuid, entry: Entry) -> Result<(Vec<String>, Entry), Failure> {
     let names = rows::let_go(tx.write(), lease).await?;
-    let mut passed = Vec::new();
-    for name in &names {
-        passed.extend(pass_on(tx, name).await?);
+    if names.is_empty() {
+        return Ok((names, entry));
     }
-    Ok((names, passed))
+    let mut passed = Passed::default();
+    for name in &names {
+        passed.0.extend(pass_on(tx, name).await?.0);
+    }
+    let entry = entry.change("locks", names.clone()).touch(turn(lease));
+    let entry = names.iter().fold(entry, |e, name| e.touch(Touch::key(LOCK, name.as_bytes())));
+    Ok((names, passed.said(entry)))
+}
+
+fn turn(lease: Uuid) -> Touch {
+    Touch::key(TURN, lease.as_bytes())
+}
+
+/// To whom locks passed: owners and leases.
+#[derive(Default)]
+struct Passed(Vec<(String, Uuid)>);
+
+impl Passed {
+    /// Says so in the entry; each of them hears of it.
+    fn said(self, entry: Entry) -> Entry {
+        if self.0.is_empty() {
+            return entry;
+        }
+        let (owners, leases): (Vec<String>, Vec<Uuid>) = self.0.into_iter().unzip();
+        leases.into_iter().fold(entry.change("passed_to", owners), |e, lease| e.touch(turn(lease)))
+    }
 }
 
 /// Gives a lock to those who wait for it, in order, as long as there is room; to whom.
-async fn pass_on(tx: &mut Tx<'_>, name: &str) -> Result<Vec<String>, Failure> {
+async fn pass_on(tx: &mut Tx<'_>, name: &str) -> Result<Passed, Failure> {
     let (index, now) = (tx.index(), tx.now());
+    let mut passed = Passed::default();
+    let queue = rows::queue(tx.read(), name).await?;
+    if queue.is_empty() {
+        return Ok(passed);
+    }
     let mut holds = rows::holds(tx.read(), name).await?;
-    let mut passed = Vec::new();
-    for waiter in rows::queue(tx.read(), name).await? {
+    for waiter in queue {
         if !waiter.terms.fits(&holds) {
             break;
         }
         let Waiter { place, lease, owner, terms, value } = waiter;
-        passed.push(owner.clone());
+        passed.0.push((owner.clone(), lease));
         let hold = Hold { lease, owner, token: index, terms, value, ttl_ms: 0 };
         rows::dequeue(tx.write(), name, place).await?;
         rows::hold(tx.write(), name, &hold).await?;

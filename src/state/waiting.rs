@@ -108,8 +108,8 @@ impl State {
     pub(super) async fn acquire(&self, caller: &Caller, wish: Wish) -> Result<(i64, Held), Refusal> {
         let ask = [Ask::new("state:lock-acquire", "Lock", wish.name.clone())];
         let until = self.clock.elapsed() + wish.wait;
-        let mut news = self.hub.locks.hear(&wish.name);
         let lease = wish.lease.unwrap_or_else(|| ids::new_id(self.clock.now()));
+        let mut news = self.hub.locks.turn(lease);
         let (name, owner) = (wish.name.clone(), caller.actor().to_owned());
         let acquire = Acquire {
             name: name.clone(),
