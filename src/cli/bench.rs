@@ -1,6 +1,7 @@
 //! `sop bench`: an honest load generator. Keep-alive connections, a warm-up, interleaved rounds with a peer, medians.
 
 mod decide;
+mod disk;
 mod load;
 mod policy;
 mod record;

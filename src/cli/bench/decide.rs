@@ -5,6 +5,7 @@ use std::time::Duration;
 use anyhow::bail;
 use serde_json::{Value, json};
 
+use super::disk;
 use super::load::{self, Figures, quantile};
 use super::policy::{BATCH, Office, groups, levels};
 use super::{BenchArgs, Global, head, row};
@@ -38,24 +39,61 @@ pub(super) async fn sizes(global: &Global, args: &BenchArgs, office: &Office<'_>
             figures.push(load::round(office.ours.address(), &office.evaluation(*size), CLIENTS, length).await?);
         }
     }
-    head(global, &["policies", "clients", "a second", "of that with one", "p50 ms", "p99 ms", "p99 ms at half of it"]);
-    let mut one = None;
-    for ((size, bundle), figures) in SIZES.iter().zip(&bundles).zip(rounds) {
-        let f = Figures::median(figures);
-        office.activate(bundle).await?;
-        let request = office.evaluation(*size);
-        // The first second is that of the change, and of new connections: `swap` measures it.
-        let warm = Duration::from_secs(1);
-        let half = load::paced(office.ours.address(), &request, CLIENTS, f.rate / 2.0, length + warm).await?;
-        let half = quantile(half.into_iter().filter(|(due, _)| *due >= warm).map(|(_, took)| took), 0.99);
-        let part = f.rate / *one.get_or_insert(f.rate);
+    let figures: Vec<Figures> = rounds.into_iter().map(Figures::median).collect();
+    let halves = halves(args, office, &bundles, &figures).await?;
+    let columns = [
+        "policies",
+        "clients",
+        "a second",
+        "of that with one",
+        "p50 ms",
+        "p99 ms",
+        "p99 ms at half of it",
+        "p99 ms of the disk",
+    ];
+    head(global, &columns);
+    let one = figures[0].rate;
+    for ((size, f), (half, disk)) in SIZES.iter().zip(figures).zip(halves) {
+        let part = f.rate / one;
         row(
             global,
-            &json!({"policies": size, "rate": f.rate, "part": part, "p50_ms": f.p50, "p99_ms": f.p99, "half_p99_ms": half}),
-            format!("| {size} | {CLIENTS} | {:.0} | {part:.2} | {:.2} | {:.2} | {half:.2} |", f.rate, f.p50, f.p99),
+            &json!({"policies": size, "rate": f.rate, "part": part, "p50_ms": f.p50, "p99_ms": f.p99, "half_p99_ms": half, "disk_p99_ms": disk}),
+            format!(
+                "| {size} | {CLIENTS} | {:.0} | {part:.2} | {:.2} | {:.2} | {half:.2} | {disk:.2} |",
+                f.rate, f.p50, f.p99
+            ),
         );
     }
     Ok(())
+}
+
+/// The 99th percentiles at half of each of these rates, and beside them that of a bare `fdatasync` of one page meanwhile: no
+/// decision is answered before one has returned.
+async fn halves(
+    args: &BenchArgs,
+    office: &Office<'_>,
+    bundles: &[String],
+    full: &[Figures],
+) -> anyhow::Result<Vec<(f64, f64)>> {
+    // The first second is that of the change, and of new connections: `swap` measures it.
+    let (warm, length) = (Duration::from_secs(1), Duration::from_secs(args.seconds));
+    let mut rounds = vec![(Vec::new(), Vec::new()); SIZES.len()];
+    for _ in 0..args.rounds {
+        for (((size, bundle), f), (ours, disk)) in SIZES.iter().zip(bundles).zip(full).zip(&mut rounds) {
+            office.activate(bundle).await?;
+            let request = office.evaluation(*size);
+            let asked = load::paced(office.ours.address(), &request, CLIENTS, f.rate / 2.0, warm + length);
+            let (asked, synced) = tokio::try_join!(asked, disk::syncs(office.ours.dir(), warm + length))?;
+            ours.push(quantile(asked.into_iter().filter(|(due, _)| *due >= warm).map(|(_, took)| took), 0.99));
+            disk.push(quantile(synced, 0.99));
+        }
+    }
+    Ok(rounds.into_iter().map(|(ours, disk)| (middle(ours), middle(disk))).collect())
+}
+
+fn middle(mut all: Vec<f64>) -> f64 {
+    all.sort_by(f64::total_cmp);
+    all.get(all.len() / 2).copied().unwrap_or(f64::NAN)
 }
 
 /// Batches of 50.
