@@ -161,7 +161,7 @@ impl State {
 
     /// One operation as a transaction: the index, and its part of the answer.
     async fn alone(&self, caller: &Caller, op: Op) -> Result<(i64, Map<String, Value>), Refusal> {
-        let txn = Txn { compares: Vec::new(), then: vec![op], otherwise: Vec::new(), owner: String::new(), tell };
+        let txn = Txn::new(Vec::new(), vec![op], Vec::new(), tell);
         let (index, answered) = self.txn(caller, txn).await?;
         let only =
             answered.results.into_iter().next().and_then(|r| r.as_object()?.values().next()?.as_object().cloned());

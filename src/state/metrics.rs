@@ -23,6 +23,8 @@ const VERBS: &[&str] = &[
 pub struct Metrics {
     /// Reads and changes, by verb.
     pub operations: IntCounterVec,
+    /// Transactions that were read ahead in vain.
+    pub again: IntCounter,
     /// Open watches.
     pub watchers: IntGauge,
     /// Watches that were cut off because they did not keep up.
@@ -54,6 +56,9 @@ impl Metrics {
         let cut = IntCounter::new("sop_state_watchers_cut_total", "Watches cut off because they did not keep up")?;
         let leases = IntGauge::new("sop_state_leases_count", "Leases there are")?;
         let waiting = IntGauge::new("sop_state_lock_waits_count", "Requests on this daemon that wait for a lock")?;
+        let again = "Transactions run again under the lock, because what was read ahead of their turn had changed";
+        let again = IntCounter::new("sop_state_txn_again_total", again)?;
+        registry.register(Box::new(again.clone()))?;
         registry.register(Box::new(leases.clone()))?;
         registry.register(Box::new(waiting.clone()))?;
         registry.register(Box::new(cut.clone()))?;
@@ -64,7 +69,7 @@ impl Metrics {
         for verb in VERBS {
             operations.with_label_values(&[verb]).inc_by(0);
         }
-        Ok(Self { operations, watchers, cut, leases, waiting, mark, compacted })
+        Ok(Self { operations, again, watchers, cut, leases, waiting, mark, compacted })
     }
 
     pub(super) fn count(&self, verb: &str) {

@@ -238,7 +238,7 @@ impl State {
             self.ledger.fence().await?;
             self.snapshot(&txn).await?
         } else {
-            self.ledger.write(caller, &asks, txn).await?.value
+            self.change(caller, &asks, txn).await?
         };
         self.metrics.count("txn");
         Ok((answered.index, answered))

@@ -1,5 +1,6 @@
 //! Transactions: conditions about keys, then one of two lists of operations, all at one index.
 
+mod ahead;
 mod doing;
 mod hot;
 mod request;
@@ -22,6 +23,7 @@ use super::range::{Found, Range};
 use super::span::{Span, shown};
 use super::store::txn::{self as rows, Compared};
 
+use ahead::Ahead;
 use doing::{Done, Known};
 pub(super) use request::{PutOperation, Request};
 
@@ -160,6 +162,8 @@ pub(super) struct Txn {
     /// Whose leases its keys may hang on.
     pub owner: String,
     pub tell: Tell,
+    /// What it looks at, if that was read before its turn.
+    ahead: Option<Ahead>,
 }
 
 /// What a transaction came to
@@ -173,6 +177,9 @@ pub(super) struct Answered {
     /// Of each operation, in order: `{"put": ...}`, `{"delete": ...}`, `{"get": ...}`
     #[schema(value_type = Vec<Object>)]
     pub results: Vec<Value>,
+    /// Nothing was done: what was read ahead has changed.
+    #[serde(skip)]
+    again: bool,
 }
 
 impl Put {
@@ -207,6 +214,10 @@ impl Op {
 }
 
 impl Txn {
+    pub fn new(compares: Vec<Compare>, then: Vec<Op>, otherwise: Vec<Op>, tell: Tell) -> Self {
+        Self { compares, then, otherwise, owner: String::new(), tell, ahead: None }
+    }
+
     /// Each resource it names, in either branch, is decided on.
     pub fn asks(&self) -> Vec<Ask> {
         let compared = self.compares.iter().map(|c| c.keys.ask("state:get", "state:list"));
@@ -261,7 +272,7 @@ impl Txn {
                 results.push((self.tell)(&Outcome::Get { range, found: &found }, index));
             }
         }
-        Ok(Answered { succeeded, index, results })
+        Ok(Answered { succeeded, index, results, again: false })
     }
 }
 
@@ -284,7 +295,7 @@ impl Command for Txn {
         done.flush(tx).await?;
         let (results, entry) = done.entry(succeeded);
         let index = if entry.is_nothing() { index - 1 } else { index };
-        Ok((Answered { succeeded, index, results }, entry))
+        Ok((Answered { succeeded, index, results, again: false }, entry))
     }
 
     fn hot_keys(&self) -> Option<HotKeys> {

@@ -198,6 +198,82 @@ async fn a_hundred_thousand_keys_go_with_one_prefix() {
     record::check(&db).await;
 }
 
+/// Adds one to a number by comparing its value, until it has `times`.
+async fn count(client: &Client, times: usize) {
+    let (mut now, mut added) = (0, 0);
+    while added < times {
+        let (next, value) = (now + 1, |n: usize| base64(n.to_string().as_bytes()));
+        let body = json!({
+            "if": [{"key": "n", "target": "value", "op": "eq", "operand": value(now)}],
+            "then": [{"put": {"key": "n", "value": value(next)}}, {"get": {"key": "n"}}],
+            "else": [{"get": {"key": "n"}}, {"put": {"key": "lost", "value": ""}}],
+        });
+        let (status, said) = txn(client, &body).await;
+        assert_eq!(status, 200, "{said}");
+        let won = said["succeeded"] == true;
+        let got = &said["results"][usize::from(won)]["get"]["items"][0];
+        let is: usize = String::from_utf8(base64_value(&got["value"])).unwrap().parse().unwrap();
+        if won {
+            assert_eq!((is, &got["index"]), (next, &said["index"]), "a get sees what those before it did");
+            added += 1;
+        } else {
+            assert_ne!(is, now, "it holds, and was said not to");
+        }
+        now = is;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn those_who_compare_one_value_at_once_each_count_once() {
+    let (db, daemon, client) = start().await;
+    let two = Launch::beside(&daemon, db.url()).start().await;
+    let other = client.also_of(&two);
+    client.put("n", "0").await.unwrap();
+    let counts = (0..8).map(|i| count(if i % 4 == 0 { &other } else { &client }, 20));
+    futures_util::future::join_all(counts).await;
+    assert_eq!(client.get("/v1/state/kv/n").await.1, json!(160));
+    let metrics = client.request(Method::GET, "/metrics").await.send().await.unwrap().text().await.unwrap();
+    let again = metrics.lines().find_map(|l| l.strip_prefix("sop_state_txn_again_total "));
+    assert!(again.is_some_and(|n| n.parse::<f64>().unwrap() > 0.0), "nothing was ever read ahead too early: {again:?}");
+    record::check(&db).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_value_too_large_to_be_read_ahead_is_given_all_the_same() {
+    let (db, _daemon, client) = start().await;
+    let large = vec![7; 200_000];
+    let put = json!({"put": {"key": "large", "value": base64(&large)}});
+    txn(&client, &json!({"then": [put]})).await;
+    let all: Vec<Value> = (0..30).map(|_| json!({"get": {"key": "large"}})).collect();
+    let (status, said) = txn(
+        &client,
+        &json!({
+            "if": [{"key": "large", "target": "value", "op": "eq", "operand": base64(&large)}],
+            "then": [{"get": {"key": "large"}}, {"put": {"key": "small", "value": "AA=="}}], "else": [],
+        }),
+    )
+    .await;
+    assert_eq!((status, &said["succeeded"]), (200, &json!(true)));
+    assert_eq!(said["results"][0]["get"]["items"][0]["value"], base64(&large));
+    // So much at once is refused, wherever it was read.
+    let heavy = |mut ops: Vec<Value>| {
+        ops.push(json!({"put": {"key": "small", "value": "AQ=="}}));
+        json!({"then": ops})
+    };
+    assert_eq!(txn(&client, &heavy(all)).await.0, 422);
+    let small = vec![7; 60_000];
+    let puts: Vec<Value> =
+        (0..80).map(|n| json!({"put": {"key": format!("s/{n}"), "value": base64(&small)}})).collect();
+    for some in puts.chunks(10) {
+        assert_eq!(txn(&client, &json!({"then": some})).await.0, 200);
+    }
+    let gets: Vec<Value> = (0..80).map(|n| json!({"get": {"key": format!("s/{n}")}})).collect();
+    assert_eq!(txn(&client, &heavy(gets.clone())).await.0, 422);
+    let (status, some) = txn(&client, &heavy(gets[..60].to_vec())).await;
+    assert_eq!((status, some["results"].as_array().unwrap().len()), (200, 61));
+    record::check(&db).await;
+}
+
 /// What the daemon should make of keys and transactions.
 #[derive(Default)]
 struct Model {

@@ -309,7 +309,7 @@ impl TxnRequest {
         let (then, otherwise) = (branch(self.success)?, branch(self.failure)?);
         apart(&then)?;
         apart(&otherwise)?;
-        Ok(Txn { compares, then, otherwise, owner: String::new(), tell: super::tell })
+        Ok(Txn::new(compares, then, otherwise, super::tell))
     }
 }
 

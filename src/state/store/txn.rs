@@ -1,8 +1,10 @@
 //! What a transaction asks and changes.
 
+use sqlx::postgres::PgRow;
 use sqlx::{PgConnection, Row as _};
 
-use crate::state::model::Change;
+use super::item;
+use crate::state::model::{Change, Item};
 use crate::state::span::Span;
 use crate::state::txn::{Compare, Operand, Relation, Target};
 
@@ -18,6 +20,24 @@ pub(in crate::state) struct Compared {
     /// The value against the operand, if the key is there and one was given: -1, 0, 1.
     pub value: Option<i32>,
     pub lease: Option<uuid::Uuid>,
+}
+
+/// Keys as they are; one whose value is larger than `most` bytes without what it is, one that is not there has no row.
+pub(in crate::state) async fn small(
+    conn: &mut PgConnection,
+    keys: &[&[u8]],
+    most: i32,
+) -> Result<Vec<(Vec<u8>, Option<Item>)>, sqlx::Error> {
+    let rows = sqlx::query(
+        "SELECT key, index, created_index, version, content_type, lease,
+                CASE WHEN octet_length(value) <= $2 THEN value END AS value FROM state.kv WHERE key = ANY ($1)",
+    )
+    .bind(keys)
+    .bind(most)
+    .fetch_all(conn)
+    .await?;
+    let small = |r: &PgRow| r.try_get::<Option<&[u8]>, _>("value")?.map(|_| item(r)).transpose();
+    rows.iter().map(|r| Ok((r.try_get("key")?, small(r)?))).collect()
 }
 
 /// Looks at keys, each with a value to hold against its own; in the order they are given.

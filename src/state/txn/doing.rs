@@ -9,6 +9,7 @@ use uuid::Uuid;
 use crate::kernel::{Refusal, problem};
 use crate::ledger::{Entry, Failure, Touch, Tx};
 
+use super::ahead::Ahead;
 use super::{Delete, Lease, Op, Outcome, Put, Tell};
 use crate::state::kv::KEY;
 use crate::state::leases;
@@ -18,7 +19,7 @@ use crate::state::span::{Span, shown};
 use crate::state::store::{self, Standing, history, leases as lease_rows, ranges, txn as rows};
 
 /// Values that a transaction gives at most, bytes.
-const READ_MOST: i64 = 4 * 1024 * 1024;
+pub(super) const READ_MOST: i64 = 4 * 1024 * 1024;
 /// Keys that it gives at most.
 const KEYS_MOST: i64 = 100_000;
 
@@ -111,7 +112,7 @@ async fn past(conn: &mut PgConnection, branch: &[Op], head: i64) -> Result<HashM
     Ok(past)
 }
 
-fn heavy() -> Refusal {
+pub(super) fn heavy() -> Refusal {
     let detail = format!("this transaction would give more than {READ_MOST} bytes of values, or {KEYS_MOST} keys");
     Refusal::new(&problem::UNPROCESSABLE, detail)
 }
@@ -199,11 +200,33 @@ impl Done {
         Ok(())
     }
 
-    /// Deletes a single key of which nothing is told.
-    pub fn delete_one(&mut self, delete: &Delete) {
-        let keys = &delete.keys;
-        let (deleted, previous) = keys.single().map_or((0, None), |key| self.delete_key(key));
-        self.tell(&Outcome::Delete { keys, deleted, previous, before: &[] });
+    /// Does an operation on a single key, of which all that is to be known was read ahead.
+    pub fn one(&mut self, op: &Op, ahead: &mut Ahead) -> Result<(), Failure> {
+        match op {
+            Op::Put(put) => {
+                if put.before
+                    && let Some(item) = ahead.item(&put.key)
+                {
+                    self.known.items.insert(put.key.clone(), (**item).clone());
+                }
+                self.put(put)?;
+                ahead.set(&put.key, || self.pending.last().map(|change| change.item.clone()));
+            }
+            Op::Delete(delete) => {
+                let keys = &delete.keys;
+                let key = keys.single().ok_or_else(|| Refusal::internal("a row of keys was decided in memory"))?;
+                let before: Vec<Item> =
+                    ahead.item(key).filter(|_| delete.before).map(|item| (**item).clone()).into_iter().collect();
+                let (deleted, previous) = self.delete_key(key);
+                self.tell(&Outcome::Delete { keys, deleted, previous, before: &before });
+                ahead.set(key, || None);
+            }
+            Op::Get(range) => {
+                let item = range.keys.single().and_then(|key| ahead.item(key));
+                self.tell(&Outcome::Get { range, found: &range::alone(range, 0, item.map(|item| &**item)) });
+            }
+        }
+        Ok(())
     }
 
     /// How many went, and the index that it had.

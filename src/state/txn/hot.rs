@@ -1,42 +1,44 @@
-//! Transactions that are decided in memory, and written with their neighbours in one statement: of single keys, by where they
-//! stand. What asks for values, rows of keys or leases is not one of them, and runs SQL of its own.
+//! Transactions that are decided in memory, and written with their neighbours in one statement: of single keys, on where they
+//! stand and what was read of them ahead. What asks for rows of keys, or puts on leases, runs SQL of its own.
 
 use std::collections::HashSet;
 use std::sync::Arc;
 
 use crate::kernel::Refusal;
-use crate::ledger::Failure;
 use crate::ledger::hot::{At, DecidedMany, Fact, HotKeys, Row};
+use crate::ledger::{Entry, Failure};
 
-use super::doing::{Done, Known};
-use super::{Answered, Lease, Op, Target, Txn};
+use super::ahead::Ahead;
+use super::doing::{Done, Known, READ_MOST, heavy};
+use super::{Answered, Compare, Lease, Op, Operand, Txn};
 use crate::state::kv::KEYS;
+use crate::state::model::Item;
 use crate::state::store::Standing;
 use crate::state::store::txn::Compared;
 
 impl Txn {
-    fn is_hot(&self) -> bool {
-        let stands = |target: Target| !matches!(target, Target::Value | Target::Lease);
+    /// Whether it is about single keys of the present, and no more.
+    pub(super) fn of_single_keys(&self) -> bool {
         let single = |op: &Op| match op {
-            Op::Put(put) => !put.keeps() && put.lease == Lease::On(None) && !put.before,
-            Op::Delete(delete) => delete.keys.single().is_some() && !delete.before,
-            Op::Get(_) => false,
+            Op::Put(put) => !put.keeps() && put.lease == Lease::On(None),
+            Op::Delete(delete) => delete.keys.single().is_some(),
+            Op::Get(range) => range.keys.single().is_some() && range.at.is_none(),
         };
-        self.compares.iter().all(|c| c.keys.single().is_some() && stands(c.target))
-            && self.then.iter().chain(&self.otherwise).all(single)
+        self.compares.iter().all(|c| c.keys.single().is_some()) && self.then.iter().chain(&self.otherwise).all(single)
     }
 
     /// All keys that it names, each once.
     fn keys(&self) -> Vec<&[u8]> {
         let compared = self.compares.iter().filter_map(|c| c.keys.single());
         let mut seen = HashSet::new();
-        let all = compared.chain(self.then.iter().chain(&self.otherwise).filter_map(changed));
+        let all = compared.chain(self.then.iter().chain(&self.otherwise).filter_map(key));
         all.filter(|key| seen.insert(*key)).collect()
     }
 
-    /// Where its keys stand, if that is all it has to know.
+    /// Where its keys stand, if that and what was read ahead is all it has to know.
     pub(super) fn decided_on(&self) -> Option<HotKeys> {
-        let keys = self.is_hot().then(|| self.keys()).filter(|keys| !keys.is_empty())?;
+        self.ahead.as_ref()?;
+        let keys = Some(self.keys()).filter(|keys| !keys.is_empty())?;
         Some(HotKeys { kind: &KEYS, keys: keys.into_iter().map(<[u8]>::to_vec).collect() })
     }
 
@@ -46,39 +48,66 @@ impl Txn {
         let standing = |fact: &Option<&Fact>| fact.and_then(|f| f.downcast_ref::<Standing>()).copied();
         let known = keys.iter().zip(facts).filter_map(|(key, fact)| Some((key.to_vec(), standing(fact)?)));
         let mut done = Done::new(Known::standing(known), at.index, self.tell);
-        let holds = |c: &super::Compare| {
-            let was = c.keys.single().and_then(|key| done.standing(key));
-            let was = was.map(|w| Compared {
-                index: w.index,
-                created_index: w.created_index,
-                version: w.version,
-                ..Compared::default()
+        let mut ahead = self.ahead.clone().ok_or_else(|| Refusal::internal("nothing was read ahead"))?;
+        if !ahead.holds(|key| done.standing(key)) {
+            let value = Answered { succeeded: false, index: at.index - 1, results: Vec::new(), again: true };
+            return Ok(DecidedMany {
+                value,
+                entry: Entry::nothing(),
+                after: Default::default(),
+                rows: Default::default(),
             });
-            c.holds(&was.unwrap_or_default())
+        }
+        let holds = |c: &Compare| {
+            c.holds(&c.keys.single().map_or_else(Compared::default, |key| compared(c, &done, &ahead, key)))
         };
         let succeeded = self.compares.iter().all(holds);
-        for op in self.branch(succeeded) {
-            match op {
-                Op::Put(put) => done.put(put).map_err(refusal)?,
-                Op::Delete(delete) => done.delete_one(delete),
-                Op::Get(_) => return Err(Refusal::internal("a transaction that gets was decided in memory")),
-            }
+        let branch = self.branch(succeeded);
+        if branch.iter().filter_map(|op| told(op, &ahead)).map(|item| item.value.len()).sum::<usize>() as i64
+            > READ_MOST
+        {
+            return Err(heavy());
+        }
+        for op in branch {
+            done.one(op, &mut ahead).map_err(refusal)?;
         }
         let after = keys.iter().map(|key| done.standing(key).map(|now| Arc::new(now) as Fact)).collect();
         let rows = done.changes().into_iter().map(|change| Box::new(change) as Row).collect();
         let (results, entry) = done.entry(succeeded);
         let index = if entry.is_nothing() { at.index - 1 } else { at.index };
-        Ok(DecidedMany { value: Answered { succeeded, index, results }, entry, after, rows })
+        Ok(DecidedMany { value: Answered { succeeded, index, results, again: false }, entry, after, rows })
     }
 }
 
-/// The key that an operation changes.
-fn changed(op: &Op) -> Option<&[u8]> {
+/// What a condition looks at of its key.
+fn compared(c: &Compare, done: &Done, ahead: &Ahead, key: &[u8]) -> Compared {
+    let Some(was) = done.standing(key) else { return Compared::default() };
+    let item = ahead.item(key);
+    let value = match &c.operand {
+        Operand::Bytes(operand) => item.map(|item| item.value.cmp(operand) as i32),
+        Operand::Number(_) => None,
+    };
+    let lease = item.and_then(|item| item.lease);
+    Compared { index: was.index, created_index: was.created_index, version: was.version, value, lease }
+}
+
+/// The key of an operation.
+fn key(op: &Op) -> Option<&[u8]> {
     match op {
         Op::Put(put) => Some(put.key.as_slice()),
         Op::Delete(delete) => delete.keys.single(),
-        Op::Get(_) => None,
+        Op::Get(range) => range.keys.single(),
     }
+}
+
+/// What an operation gives the value of.
+fn told<'a>(op: &Op, ahead: &'a Ahead) -> Option<&'a Item> {
+    let tells = match op {
+        Op::Put(put) => put.before,
+        Op::Delete(delete) => delete.before,
+        Op::Get(range) => range.values,
+    };
+    ahead.item(key(op).filter(|_| tells)?).map(Arc::as_ref)
 }
 
 fn refusal(failure: Failure) -> Refusal {

@@ -116,13 +116,8 @@ impl Request {
             }
         }
         let compares = self.conditions.into_iter().enumerate().filter_map(|(i, c)| c.check(i, &mut faults)).collect();
-        let txn = Txn {
-            compares,
-            then: branch("then", self.then, &mut faults),
-            otherwise: branch("else", self.otherwise, &mut faults),
-            owner: String::new(),
-            tell,
-        };
+        let (then, otherwise) = (branch("then", self.then, &mut faults), branch("else", self.otherwise, &mut faults));
+        let txn = Txn::new(compares, then, otherwise, tell);
         faulty(faults).map_or(Ok(txn), Err)
     }
 }
