@@ -238,7 +238,7 @@ impl Command for Release {
         if self.waiting && hold.is_some() {
             return Err(Refusal::new(&problem::CONFLICT, "it is held by now").into());
         }
-        let queue = rows::queue(tx.read(), &self.name).await?;
+        let queue = if hold.is_some() { Vec::new() } else { rows::queue(tx.read(), &self.name).await? };
         let waits = queue.iter().find(|w| w.lease == self.lease && w.owner == self.owner);
         if hold.is_none() && waits.is_none() {
             return Err(absent().into());
@@ -309,14 +309,10 @@ async fn pass_on(tx: &mut Tx<'_>, name: &str) -> Result<Passed, Failure> {
         if !waiter.terms.fits(&holds) {
             break;
         }
-        let Waiter { place, lease, owner, terms, value } = waiter;
+        rows::pass(tx.write(), name, &waiter, index, now).await?;
+        let Waiter { lease, owner, terms, value, .. } = waiter;
         passed.0.push((owner.clone(), lease));
-        let hold = Hold { lease, owner, token: index, terms, value, ttl_ms: 0 };
-        rows::dequeue(tx.write(), name, place).await?;
-        rows::hold(tx.write(), name, &hold).await?;
-        // It has its whole time from here on.
-        lease_rows::revive(tx.write(), lease, index, now).await?;
-        holds.push(hold);
+        holds.push(Hold { lease, owner, token: index, terms, value, ttl_ms: 0 });
     }
     Ok(passed)
 }

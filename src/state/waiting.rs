@@ -145,10 +145,16 @@ impl State {
         let pulse = Duration::from_millis(u64::try_from(ttl_ms / 3).unwrap_or(0));
         loop {
             news.mark_unchanged();
-            let (holds, queue) = self.lock_stands(&place.name).await?;
+            let mut conn = self.connection().await?;
+            let holds = rows::holds(&mut conn, &place.name).await.map_err(|e| self.store.refusal(e))?;
+            drop(conn);
             if let Some(mine) = holds.iter().find(|h| h.lease == place.lease) {
                 place.settled = true;
                 return Ok((mine.token.max(self.ledger.index()), Held::new(&place.name, mine)));
+            }
+            let (holds, queue) = self.lock_stands(&place.name).await?;
+            if holds.iter().any(|h| h.lease == place.lease) {
+                continue;
             }
             if !queue.iter().any(|w| w.lease == place.lease) {
                 place.settled = true;

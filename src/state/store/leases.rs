@@ -118,22 +118,6 @@ pub(in crate::state) async fn renew(
     rows.iter().map(|r| Ok((r.try_get("id")?, (r.try_get("owner")?, r.try_get("ttl_ms")?)))).collect()
 }
 
-/// Gives one its whole time again: who was waited for, and got what it waited for.
-pub(in crate::state) async fn revive(
-    conn: &mut PgConnection,
-    id: Uuid,
-    index: i64,
-    now: Timestamp,
-) -> Result<(), sqlx::Error> {
-    sqlx::query("UPDATE state.leases SET beat = $2, renewed = $3 WHERE id = $1")
-        .bind(id)
-        .bind(index)
-        .bind(now.to_offset())
-        .execute(conn)
-        .await?;
-    Ok(())
-}
-
 pub(in crate::state) async fn keep_records(
     conn: &mut PgConnection,
     index: i64,

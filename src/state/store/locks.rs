@@ -4,6 +4,7 @@ use sqlx::postgres::PgRow;
 use sqlx::{PgConnection, Row as _};
 use uuid::Uuid;
 
+use crate::kernel::Timestamp;
 use crate::state::locks::{Hold, Terms, Waiter};
 
 fn terms(r: &PgRow) -> Result<Terms, sqlx::Error> {
@@ -103,6 +104,34 @@ pub(in crate::state) async fn dequeue(conn: &mut PgConnection, name: &str, place
         .execute(conn)
         .await
         .map(|_| ())
+}
+
+/// Gives a lock to one who waits for it; its lease has its whole time from here on.
+pub(in crate::state) async fn pass(
+    conn: &mut PgConnection,
+    name: &str,
+    w: &Waiter,
+    index: i64,
+    now: Timestamp,
+) -> Result<(), sqlx::Error> {
+    sqlx::query(
+        "WITH waited AS (DELETE FROM state.queue WHERE name = $1 AND place = $2),
+              revived AS (UPDATE state.leases SET beat = $4, renewed = $5 WHERE id = $3)
+         INSERT INTO state.holds (name, lease, owner, token, read, slots, value) VALUES ($1, $3, $6, $4, $7, $8, $9)
+         ON CONFLICT (name, lease) DO UPDATE SET value = excluded.value",
+    )
+    .bind(name)
+    .bind(w.place)
+    .bind(w.lease)
+    .bind(index)
+    .bind(now.to_offset())
+    .bind(&w.owner)
+    .bind(w.terms.read)
+    .bind(w.terms.slots)
+    .bind(&w.value)
+    .execute(conn)
+    .await?;
+    Ok(())
 }
 
 /// Takes a lease off everything it holds or waits for; the names of those locks.
