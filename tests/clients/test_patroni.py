@@ -1,6 +1,7 @@
 """Patroni, unmodified, with the daemon for its etcd: two members elect a leader, and the other takes over when it is killed.
 
-Run by `make test-patroni`. PostgreSQL does not run as root: as root it is run as `postgres`, who must be able to run PATRONI_PYTHON.
+Run by `make test-patroni`. PostgreSQL does not run as root: as root it is run as `postgres`, by the system's Python if that user
+cannot run this one.
 """
 
 import glob
@@ -22,6 +23,28 @@ from daemon import Daemon
 
 BIN = sorted(glob.glob("/usr/lib/postgresql/*/bin"), key=lambda path: int(path.split("/")[4]))
 TTL = 20
+
+
+def other():
+    """Who runs it: nobody else, or `postgres` if this is root."""
+    if os.getuid() != 0:
+        return {}
+    user = pwd.getpwnam("postgres")
+    return {"user": user.pw_uid, "group": user.pw_gid, "extra_groups": []}
+
+
+def python():
+    """An interpreter that user can run, and its environment; `None` if there is none with patroni."""
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path.endswith("-packages"))}
+    # The system's is not to take its own packages for ours.
+    for command in ([sys.executable], ["/usr/bin/python3", "-S"]):
+        tried = [*command, "-c", "import patroni.dcs.etcd3, psycopg"]
+        try:
+            subprocess.run(tried, env=env, cwd="/", check=True, capture_output=True, **other())
+            return command, env
+        except (OSError, subprocess.CalledProcessError):
+            continue
+    return None
 
 
 def free():
@@ -63,15 +86,13 @@ class Member:
         with open(file, "w", encoding="utf-8") as out:
             # JSON is YAML.
             json.dump(config, out)
-        how = {}
-        if os.getuid() == 0:
-            user = pwd.getpwnam("postgres")
-            os.chown(file, user.pw_uid, user.pw_gid)
-            how = {"user": user.pw_uid, "group": user.pw_gid, "extra_groups": []}
-        python = os.environ.get("PATRONI_PYTHON", sys.executable)
+        how = other()
+        if how:
+            os.chown(file, how["user"], how["group"])
+        command, env = python()
         self.log = open(f"{folder}/{name}.log", "w", encoding="utf-8")
         self.process = subprocess.Popen(
-            [python, "-m", "patroni", file], stdout=self.log, stderr=self.log, cwd=folder, **how
+            [*command, "-m", "patroni", file], stdout=self.log, stderr=self.log, cwd=folder, env=env, **how
         )
 
     def members(self):
@@ -101,6 +122,7 @@ class Member:
 @unittest.skipUnless(importlib.util.find_spec("patroni") and BIN, "there is no patroni, or no PostgreSQL")
 class Patroni(unittest.TestCase):
     def setUp(self):
+        self.assertIsNotNone(python(), "`postgres` can run no Python that has patroni: make the virtual environment elsewhere")
         self.daemon = Daemon()
         self.addCleanup(self.daemon.stop)
         self.folder = tempfile.mkdtemp(prefix="sop-patroni-")
