@@ -1,5 +1,8 @@
 //! etcd's JSON gateway: leases and watches, which live on between requests.
 
+use std::collections::BTreeMap;
+use std::sync::atomic::AtomicUsize;
+use std::sync::atomic::Ordering::SeqCst;
 use std::time::Duration;
 
 use reqwest::{Method, Response};
@@ -178,4 +181,77 @@ async fn a_watch_tells_what_etcd_would() {
         ended = live.next().await.unwrap();
     }
     assert_eq!((&ended["error"]["grpc_code"], &ended["error"]["http_code"]), (&json!(14), &json!(503)), "{ended}");
+}
+
+/// Counts under a key, each time by comparing the value it put last, until the daemon is gone; the last count that was
+/// acknowledged, and its revision.
+async fn count(client: &Client, key: &str, counted: &AtomicUsize) -> (i64, i64) {
+    let token = client.token().await;
+    let (mut last, mut at) = (0, 0);
+    loop {
+        let compare = match last {
+            0 => json!({"key": b64(key), "target": "VERSION", "version": "0"}),
+            n => json!({"key": b64(key), "target": "VALUE", "value": b64(n.to_string())}),
+        };
+        let put = json!({"request_put": {"key": b64(key), "value": b64((last + 1).to_string()), "prev_kv": true}});
+        let body = json!({"compare": [compare], "success": [put]}).to_string();
+        let request = client.bare(Method::POST, "/v3/kv/txn").header("authorization", &token).body(body);
+        let Ok(answer) = request.send().await else { return (last, at) };
+        let Ok(said) = answer.json::<Value>().await else { return (last, at) };
+        assert_eq!(said["succeeded"], true, "nobody else puts it: {said}");
+        let before = &said["responses"][0]["response_put"]["prev_kv"];
+        assert_eq!(before["value"].as_str(), (last > 0).then(|| b64(last.to_string())).as_deref());
+        (last, at) = (last + 1, revision(&said));
+        counted.fetch_add(1, SeqCst);
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_killed_daemon_loses_nothing_it_acknowledged_to_a_client_of_etcd() {
+    let (db, mut daemon, client) = start().await;
+    let began = put(&client, "k/began", "").await;
+    v3(&client, "/v3/lease/grant", json!({"TTL": "60", "ID": "7"})).await;
+    v3(&client, "/v3/kv/put", json!({"key": b64("k/leased"), "lease": "7"})).await;
+    client.token().await;
+    let names: Vec<String> = (0..16).map(|n| format!("n/{n:02}")).collect();
+    let counted = AtomicUsize::new(0);
+    let counts = futures_util::future::join_all(names.iter().map(|name| count(&client, name, &counted)));
+    let killed = async {
+        until("some counts", Duration::from_secs(20), || async { counted.load(SeqCst) > 400 }).await;
+        daemon.kill().await;
+    };
+    let (counts, ()) = tokio::join!(counts, killed);
+    let daemon = daemon.restart().await;
+    let client = client.clone_at(&daemon.url);
+    let mut last = 0;
+    for (name, (n, at)) in names.iter().zip(counts) {
+        let said = v3(&client, "/v3/kv/range", json!({"key": b64(name)})).await;
+        let kv = &said["kvs"][0];
+        let number = |field: &str| kv[field].as_str().map_or(0, |text| text.parse::<i64>().unwrap());
+        // What was on its way when the daemon died may have been done.
+        let version = number("version");
+        assert!(version == n || version == n + 1, "{name}: {n} were acknowledged, {kv}");
+        assert_eq!(kv["value"], b64(version.to_string()));
+        assert!(if version == n { number("mod_revision") == at } else { number("mod_revision") > at }, "{kv}, {at}");
+        last = last.max(number("mod_revision"));
+    }
+    let alive = v3(&client, "/v3/lease/timetolive", json!({"ID": "7", "keys": true})).await;
+    assert_eq!((&alive["grantedTTL"], &alive["keys"]), (&json!("60"), &json!([b64("k/leased")])));
+    // A watch from before the kill tells of each count once, in order.
+    let row = json!({"key": b64("n/"), "range_end": b64("n0"), "start_revision": began.to_string()});
+    let mut watch = Watched::begin(&client, json!({"create_request": row})).await;
+    assert_eq!(watch.result().await["created"], true);
+    let mut told: BTreeMap<String, i64> = BTreeMap::new();
+    let mut reached = 0;
+    while reached < last {
+        for event in watch.result().await["events"].as_array().into_iter().flatten() {
+            let kv = &event["kv"];
+            let next = told.entry(kv["key"].as_str().unwrap().to_owned()).or_default();
+            *next += 1;
+            assert_eq!(kv["value"], b64(next.to_string()), "{kv}");
+            reached = kv["mod_revision"].as_str().unwrap().parse().unwrap();
+        }
+    }
+    assert_eq!(told.len(), names.len());
+    record::check(&db).await;
 }
