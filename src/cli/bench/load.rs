@@ -127,11 +127,18 @@ pub(super) async fn fill(address: &str, request: &Request, clients: usize, count
     Ok(())
 }
 
-/// A request that was due at a time and took so long.
-pub(super) type Timed = (Duration, Duration);
+/// A request of a load that does not wait for answers.
+#[derive(Clone, Copy)]
+pub(super) struct Timed {
+    /// When it was to be sent.
+    pub due: Duration,
+    /// From being sent to its answer.
+    pub took: Duration,
+    /// From when it was due: with what it had to wait for an answer to another.
+    pub late: Duration,
+}
 
-/// So many requests a second for so long, whether the answers keep up or not. One that had to wait for an answer to another is
-/// counted from when it was due.
+/// So many requests a second for so long, whether the answers keep up or not.
 pub(super) async fn paced(
     address: &str,
     request: &Request,
@@ -157,12 +164,14 @@ pub(super) async fn paced(
                     tokio::time::sleep(from - now).await;
                     from = clock.elapsed();
                 }
+                let sent = clock.elapsed();
                 stream.write_all(&(request.0)(n)).await?;
                 let status = answer(&mut stream, &mut buffer).await?;
                 if !(200..300).contains(&status) {
                     bail!("{status}: {}", String::from_utf8_lossy(&buffer));
                 }
-                all.push((due, clock.elapsed().saturating_sub(from)));
+                let now = clock.elapsed();
+                all.push(Timed { due, took: now.saturating_sub(sent), late: now.saturating_sub(from) });
             }
         })
     });

@@ -162,7 +162,7 @@ pub(super) async fn watchers(global: &Global, ours: &Sop, client: &Client, secon
         all.extend(took.context("an event was lost")???);
     }
     ensure!(all.len() == events * MATCHING, "{} of {} events were heard", all.len(), events * MATCHING);
-    let put = quantile(made.iter().map(|(_, took)| *took), 0.99);
+    let put = quantile(made.iter().map(|m| m.late), 0.99);
     let at = |q| quantile(all.iter().copied(), q);
     let (p50, p99, most) = (at(0.5), at(0.99), at(1.0));
     row(
@@ -314,7 +314,7 @@ pub(super) async fn leases(global: &Global, ours: &Sop, client: &Client) -> anyh
         let length = RENEWED * 4;
         let made = load::paced(ours.address(), &request, holders, rate, length).await?;
         let cores = ours.worked().saturating_sub(began).as_secs_f64() / length.as_secs_f64();
-        let p99 = quantile(made.iter().map(|(_, took)| *took), 0.99);
+        let p99 = quantile(made.iter().map(|m| m.late), 0.99);
         row(
             global,
             &json!({"leases": LEASES, "every_s": RENEWED.as_secs(), "rate": rate, "p99_ms": p99, "cores": cores}),
