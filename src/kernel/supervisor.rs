@@ -10,6 +10,7 @@ use std::future::Future;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
+use rustix::process::{Pid, getpriority_process, setpriority_process};
 use serde::Serialize;
 use tokio::sync::oneshot;
 use tokio::task::JoinHandle;
@@ -42,6 +43,7 @@ pub struct Task {
     name: &'static str,
     policy: Policy,
     apart: bool,
+    behind: bool,
     run: Box<dyn Fn(Stop) -> BoxFuture<'static, Result<(), TaskError>> + Send + Sync>,
 }
 
@@ -52,7 +54,7 @@ impl Task {
         F: Fn(Stop) -> Fut + Send + Sync + 'static,
         Fut: Future<Output = Result<(), TaskError>> + Send + 'static,
     {
-        Self { name, policy: Policy::Restart, apart: false, run: Box::new(move |s| Box::pin(run(s))) }
+        Self { name, policy: Policy::Restart, apart: false, behind: false, run: Box::new(move |s| Box::pin(run(s))) }
     }
 
     /// A task whose end before the stop ends the daemon.
@@ -61,7 +63,7 @@ impl Task {
         F: Fn(Stop) -> Fut + Send + Sync + 'static,
         Fut: Future<Output = Result<(), TaskError>> + Send + 'static,
     {
-        Self { name, policy: Policy::Fatal, apart: false, run: Box::new(move |s| Box::pin(run(s))) }
+        Self { name, policy: Policy::Fatal, apart: false, behind: false, run: Box::new(move |s| Box::pin(run(s))) }
     }
 
     /// Gives it a thread of its own, which the kernel wakes at once; a task among others is looked at when those before it have
@@ -72,6 +74,13 @@ impl Task {
         self
     }
 
+    /// Gives it a thread of its own that lets everybody else go first: for work in long pieces that nobody waits for.
+    #[must_use]
+    pub fn behind(mut self) -> Self {
+        self.behind = true;
+        self.apart()
+    }
+
     /// One attempt: what it came to, or that it panicked. It is apart from the supervisor, so that a panic does not take that along.
     async fn attempt(&self, stop: Stop) -> Result<(), TaskError> {
         let work = (self.run)(stop);
@@ -79,7 +88,11 @@ impl Task {
             return tokio::spawn(work).await.unwrap_or_else(|e| Err(format!("panicked: {e}").into()));
         }
         let (tell, told) = oneshot::channel();
+        let behind = self.behind;
         std::thread::Builder::new().name(self.name.to_owned()).stack_size(STACK).spawn(move || {
+            if behind {
+                give_way(None);
+            }
             let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
             // Nobody listens when the supervisor itself was ended; then so is this.
             let _ = tell.send(runtime.map_err(TaskError::from).and_then(|r| r.block_on(work)));
@@ -229,6 +242,16 @@ impl Supervisor {
     }
 }
 
+/// How much nicer work is that lets others go first: where the processor is wanted by both it gets a third of their share.
+const NICER: i32 = 5;
+
+/// Lets everybody else on this machine go first: a process of ours, or this thread. If that may not be, all stays as it is.
+pub fn give_way(process: Option<Pid>) {
+    if let Ok(nice) = getpriority_process(process) {
+        let _ = setpriority_process(process, nice + NICER);
+    }
+}
+
 /// Runs `work` apart from the caller, so that it goes on when the caller is dropped (a client that hangs up).
 pub fn detach<T: Send + 'static>(work: impl Future<Output = T> + Send + 'static) -> JoinHandle<T> {
     tokio::spawn(work)
@@ -238,6 +261,17 @@ pub fn detach<T: Send + 'static>(work: impl Future<Output = T> + Send + 'static)
 mod tests {
     use super::*;
     use std::sync::atomic::{AtomicU32, Ordering::SeqCst};
+
+    #[test]
+    fn who_gives_way_does_so_alone() {
+        let nice = || getpriority_process(None).unwrap();
+        let before = nice();
+        let behind = std::thread::spawn(move || {
+            give_way(None);
+            nice()
+        });
+        assert_eq!((behind.join().unwrap(), nice()), ((before + NICER).min(19), before));
+    }
 
     #[tokio::test]
     async fn a_failing_task_is_restarted_and_says_why() {

@@ -20,11 +20,12 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use prometheus::IntGauge;
+use rustix::process::Pid;
 use sqlx::postgres::{PgConnectOptions, PgListener, PgPoolOptions};
 use sqlx::{Connection as _, PgConnection, PgPool};
 
 use crate::config::Config;
-use crate::kernel::supervisor::{Supervisor, Task};
+use crate::kernel::supervisor::{Supervisor, Task, give_way};
 use crate::kernel::{Clock, Refusal, crypto};
 
 pub use lock::DataLock;
@@ -106,6 +107,20 @@ impl Store {
     pub async fn dedicated(&self, purpose: &str) -> Result<PgConnection, sqlx::Error> {
         let options = self.writable(purpose).await?;
         tokio::time::timeout(CONNECT, PgConnection::connect_with(&options)).await.map_err(|_| timed_out())?
+    }
+
+    /// The same for work in long pieces that nobody waits for: on the private cluster, whose processes are of this machine, its
+    /// session lets everybody else go first.
+    ///
+    /// # Errors
+    /// When there is none.
+    pub async fn background(&self, purpose: &str) -> Result<PgConnection, sqlx::Error> {
+        let mut conn = self.dedicated(purpose).await?;
+        if self.0.cluster.is_some() {
+            let pid: i32 = sqlx::query_scalar("SELECT pg_backend_pid()").fetch_one(&mut conn).await?;
+            give_way(Pid::from_raw(pid));
+        }
+        Ok(conn)
     }
 
     /// A connection that listens to a channel.

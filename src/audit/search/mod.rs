@@ -45,7 +45,7 @@ pub(super) fn start(
         let (db, mut index, tell, metrics) = (db.clone(), index.clone(), tell.clone(), metrics.clone());
         let hurry = hurry.clone();
         async move {
-            let mut conn = db.dedicated("search").await?;
+            let mut conn = db.background("search").await?;
             loop {
                 index.mark_unchanged();
                 let at = round(&mut conn).await?;
@@ -64,7 +64,7 @@ pub(super) fn start(
         }
     });
     // Taking entries apart is milliseconds of work at a time: no request is to wait behind it.
-    tasks.start(task.apart());
+    tasks.start(task.behind());
     told
 }
 
