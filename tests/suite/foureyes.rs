@@ -1,12 +1,14 @@
 //! Four eyes for changes of any room: which, and from whom, is policy.
 
+use std::time::Duration;
+
 use reqwest::Method;
 use serde_json::{Value, json};
 
 use crate::policy::{activate, client, post, start};
 use crate::support::client::Client;
 use crate::support::daemon::Launch;
-use crate::support::record;
+use crate::support::{record, until};
 
 const EYES: &str = r#"
 @id("config") @approvals("1")
@@ -281,6 +283,11 @@ async fn what_writes_nothing_uses_an_approval_up_too_and_header_fields_are_part_
         forbid (principal, action in [Sop::Action::"nexus:heartbeat", Sop::Action::"state:lease-renew"], resource)
         unless { context has approved && context.approved };"#;
     activate(&admin, &other, &format!("{EYES}{beats}"), None).await;
+    // What commits nothing is decided by the bundle that this daemon has in force: within 100 ms that is the new one.
+    until("the bundle to be in force", Duration::from_secs(5), || async {
+        send(&admin, Method::POST, &format!("{instance}/heartbeat"), &[], "").await.0 == 409
+    })
+    .await;
     for path in [&format!("{instance}/heartbeat"), &renew] {
         let (status, p) = send(&admin, Method::POST, path, &[("sop-propose", "it lives")], "").await;
         assert_eq!(status, 202, "{p}");

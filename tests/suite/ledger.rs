@@ -138,6 +138,11 @@ async fn only_the_one_that_stalls_is_ended_not_those_that_wait_with_us() {
     stall.release();
     let _ = stalled.await;
     a.put("after", "1").await.expect("the stalled daemon serves again");
+    until("the end of its session to be in the record", Duration::from_secs(5), || async {
+        let (_, page) = b.get("/v1/audit/entries?action=ledger:end-session").await;
+        !page["items"].as_array().unwrap().is_empty()
+    })
+    .await;
     let (_, page) = b.get("/v1/audit/entries?action=ledger:end-session").await;
     let ended: Vec<&str> = page["items"].as_array().unwrap().iter().map(|e| e["resource"].as_str().unwrap()).collect();
     let (log_two, log_three) = (two.log(), three.log());
