@@ -123,12 +123,18 @@ impl Publisher {
 
 /// Replaces a small file whole, many times a second. The two files trade names, and the one that was set aside is written over
 /// the next time: a rename onto a file would free its block each time, and where the filesystem tells the disk so at once
-/// (mount option `discard`) everything else that writes waits for it, 20 ms here and at worst 140.
+/// (mount option `discard`) everything else that writes waits for it, 20 ms here and at worst 140. Less than a sector of the same
+/// length is old or new after a power cut; where the length changes, once in ten times as many entries, the content goes first.
 fn put(file: &Path, content: &[u8]) -> std::io::Result<()> {
     let beside = file.with_extension("new");
     let mut aside = OpenOptions::new().create(true).truncate(false).write(true).open(&beside)?;
+    let length = content.len() as u64;
+    let same = aside.metadata()?.len() == length;
     aside.write_all(content)?;
-    aside.set_len(content.len() as u64)?;
+    if !same {
+        aside.set_len(length)?;
+        aside.sync_data()?;
+    }
     match renameat_with(CWD, &beside, CWD, file, RenameFlags::EXCHANGE) {
         // There is none yet, or the filesystem cannot exchange names.
         Err(Errno::NOENT | Errno::INVAL | Errno::NOSYS) => std::fs::rename(&beside, file),

@@ -253,8 +253,8 @@ impl Command for Release {
             return Ok((released, entry));
         }
         match waits {
-            Some(w) if hold.is_none() => rows::dequeue(tx.write(), &self.name, w.place).await?,
-            _ => rows::unhold(tx.write(), &self.name, self.lease).await?,
+            Some(w) => rows::dequeue(tx.write(), &self.name, w.place).await?,
+            None => rows::unhold(tx.write(), &self.name, self.lease).await?,
         }
         let passed = pass_on(tx, &self.name).await?;
         let entry = entry.touch(Touch::key(LOCK, self.name.as_bytes())).touch(turn(self.lease));
@@ -309,8 +309,8 @@ async fn pass_on(tx: &mut Tx<'_>, name: &str) -> Result<Passed, Failure> {
         if !waiter.terms.fits(&holds) {
             break;
         }
-        rows::pass(tx.write(), name, &waiter, index, now).await?;
-        let Waiter { lease, owner, terms, value, .. } = waiter;
+        let Waiter { place, lease, owner, terms, value } = waiter;
+        rows::pass(tx.write(), name, place, index, now).await?;
         passed.0.push((owner.clone(), lease));
         holds.push(Hold { lease, owner, token: index, terms, value, ttl_ms: 0 });
     }

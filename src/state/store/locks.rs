@@ -106,29 +106,27 @@ pub(in crate::state) async fn dequeue(conn: &mut PgConnection, name: &str, place
         .map(|_| ())
 }
 
-/// Gives a lock to one who waits for it; its lease has its whole time from here on.
+/// Gives a lock to who waits at a place; its lease has its whole time from here on.
 pub(in crate::state) async fn pass(
     conn: &mut PgConnection,
     name: &str,
-    w: &Waiter,
+    place: i64,
     index: i64,
     now: Timestamp,
 ) -> Result<(), sqlx::Error> {
     sqlx::query(
-        "WITH waited AS (DELETE FROM state.queue WHERE name = $1 AND place = $2),
-              revived AS (UPDATE state.leases SET beat = $4, renewed = $5 WHERE id = $3)
-         INSERT INTO state.holds (name, lease, owner, token, read, slots, value) VALUES ($1, $3, $6, $4, $7, $8, $9)
-         ON CONFLICT (name, lease) DO UPDATE SET value = excluded.value",
+        "WITH waited AS (
+             DELETE FROM state.queue WHERE name = $1 AND place = $2 RETURNING name, lease, owner, read, slots, value
+         ), revived AS (
+             UPDATE state.leases SET beat = $3, renewed = $4 WHERE id = (SELECT lease FROM waited)
+         )
+         INSERT INTO state.holds (name, lease, owner, token, read, slots, value)
+         SELECT name, lease, owner, $3, read, slots, value FROM waited",
     )
     .bind(name)
-    .bind(w.place)
-    .bind(w.lease)
+    .bind(place)
     .bind(index)
     .bind(now.to_offset())
-    .bind(&w.owner)
-    .bind(w.terms.read)
-    .bind(w.terms.slots)
-    .bind(&w.value)
     .execute(conn)
     .await?;
     Ok(())
