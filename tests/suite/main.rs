@@ -18,6 +18,7 @@ mod audit;
 mod cases;
 mod cli;
 mod clients;
+mod clock;
 mod crash;
 mod damage;
 mod decisions;

@@ -31,7 +31,7 @@ pub async fn grant(client: &Client, ttl: f64) -> String {
     made["id"].as_str().unwrap().to_owned()
 }
 
-async fn renew(client: &Client, id: &str) -> u16 {
+pub async fn renew(client: &Client, id: &str) -> u16 {
     post(client, &format!("/v1/state/leases/{id}/renew"), &json!({})).await.0
 }
 
@@ -41,7 +41,7 @@ pub async fn other(client: &Client, scope: &str) -> Client {
     client.with(made["client_id"].as_str().unwrap(), made["client_secret"].as_str().unwrap())
 }
 
-async fn put(client: &Client, key: &str, lease: &str) -> (u16, Value) {
+pub async fn put(client: &Client, key: &str, lease: &str) -> (u16, Value) {
     let path = format!("/v1/state/kv/{key}?lease={lease}");
     let answer = client.request(Method::PUT, &path).await.body("v").send().await.unwrap();
     (answer.status().as_u16(), answer.json().await.unwrap())
@@ -177,7 +177,7 @@ async fn the_death_or_freeze_of_the_daemon_that_watches_never_ends_a_lease_early
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn renewals_share_entries_and_each_has_a_receipt() {
+pub async fn renewals_share_entries_and_each_has_a_receipt() {
     let (db, daemon, client) = start().await;
     let leases: Vec<String> = join_all((0..100).map(|_| grant(&client, 30.0))).await;
     let before: i64 = entries(&db).await;

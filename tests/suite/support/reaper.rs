@@ -22,11 +22,19 @@ for pid in $list; do
         */sop | */sop\ *) kill -KILL "$pid" ;;
     esac
 done
-for file in $(find "$base" -name postmaster.pid); do
-    pid=$(head -n 1 "$file")
-    case "$(readlink "/proc/$pid/cwd")" in "$base"/*) kill -QUIT "$pid" ;; esac
-    tries=0
-    while [ -e "$file" ] && [ $tries -lt 100 ]; do tries=$((tries + 1)); sleep 0.05; done
+# By what runs there and not by lock files: those of a daemon with a disk of its own are in a name space of its own.
+servers() {
+    for at in /proc/[0-9]*; do
+        case "$(readlink "$at/cwd")" in
+            "$base"/*) case "$(readlink "$at/exe")" in */postgres*) echo "${at#/proc/}" ;; esac ;;
+        esac
+    done
+}
+tries=0
+while pids=$(servers) && [ -n "$pids" ] && [ $tries -lt 100 ]; do
+    [ $((tries % 20)) = 0 ] && kill -QUIT $pids
+    tries=$((tries + 1))
+    sleep 0.05
 done
 rm -rf "$base"
 "#;
