@@ -251,7 +251,8 @@ async fn inside(
     };
     let fields = shared.admit(Who::Client(caller.identity().actor.clone()), &asked)?;
     if let Some((lock, token)) = whole.fenced() {
-        shared.ledger.fenced(lock, *token).await?;
+        // Rare, and large: every request would have room for it.
+        Box::pin(shared.ledger.fenced(lock, *token)).await?;
     }
     let (mut request, caller) = whole.read(request, caller, &info, shared.limits.body).await?;
     request.extensions_mut().insert(caller);

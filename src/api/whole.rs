@@ -53,6 +53,16 @@ impl Whole {
             let known = RequestInfo { fencing: Some(fencing), ..info.clone() };
             return Ok((request, caller.with_request(Arc::new(known))));
         }
+        Box::pin(self.look(request, caller, info, limit)).await
+    }
+
+    async fn look(
+        self,
+        request: Request,
+        caller: Caller,
+        info: &RequestInfo,
+        limit: usize,
+    ) -> Result<(Request, Caller), Refusal> {
         let (parts, body) = request.into_parts();
         // A document may be larger where the handler takes one: it looks for itself.
         let bytes = read_body(Request::from_parts(parts.clone(), body), limit.saturating_mul(LARGE)).await?;

@@ -63,7 +63,18 @@ const WITNESS: &str = "audit/witness-key";
 
 /// The room. Cheap to clone.
 #[derive(Clone)]
-pub struct Audit {
+pub struct Audit(Arc<Room>);
+
+impl std::ops::Deref for Audit {
+    type Target = Room;
+
+    fn deref(&self) -> &Room {
+        &self.0
+    }
+}
+
+/// What the room holds.
+pub struct Room {
     ledger: Ledger,
     store: Store,
     keys: keys::Keys,
@@ -160,7 +171,7 @@ impl Audit {
         let watched = watch(&store, &ledger, &clock, &config.audit.witnesses, registry, tasks).await?;
         let hurry = Arc::new(Notify::new());
         let indexed = search::start(&store, &ledger, metrics.clone(), hurry.clone(), tasks);
-        let audit = Self {
+        let audit = Self(Arc::new(Room {
             ledger,
             store,
             keys,
@@ -172,7 +183,7 @@ impl Audit {
             clock,
             witness: Arc::new(witness),
             watched,
-        };
+        }));
         selfaudit::start(&audit, config.audit.self_audit_interval.get(), tasks);
         saved::start(&audit, tasks);
         Ok(audit)

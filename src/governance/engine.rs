@@ -10,7 +10,7 @@ use cedar_policy::{
     AuthorizationError, Authorizer, Context, Decision, Effect, Entities, Entity, EntityId, EntityTypeName, EntityUid,
     PolicyId, PolicySet, Request, RestrictedExpression, Schema,
 };
-use moka::sync::Cache;
+use quick_cache::sync::Cache;
 use serde_json::{Map, Value, json};
 
 use crate::kernel::Refusal;
@@ -61,7 +61,7 @@ pub(super) const CLOSED_ANEW: usize = 16;
 /// Marks the number of an application's policy.
 const APPLICATION: u32 = 1 << 31;
 /// Sets held at most.
-const SETS: u64 = 20_000;
+const SETS: usize = 20_000;
 
 impl Force {
     /// Of these bundles.

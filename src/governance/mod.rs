@@ -97,7 +97,18 @@ pub struct Parts<'a> {
 
 /// The room. Cheap to clone.
 #[derive(Clone)]
-pub struct Governance {
+pub struct Governance(Arc<Room>);
+
+impl std::ops::Deref for Governance {
+    type Target = Room;
+
+    fn deref(&self) -> &Room {
+        &self.0
+    }
+}
+
+/// What the room holds.
+pub struct Room {
     rules: Arc<Rules>,
     ledger: Ledger,
     store: Store,
@@ -121,7 +132,7 @@ impl Governance {
         // What an earlier run left is counted: that reads it.
         let spool = Arc::new(tokio::task::block_in_place(|| Spool::start(data, limit, waiting)));
         let replays = Arc::new(Semaphore::new(replay::AT_ONCE));
-        let room = Self { rules, ledger, store, recorder, spool, replays, scheme };
+        let room = Self(Arc::new(Room { rules, ledger, store, recorder, spool, replays, scheme }));
         room.ledger.approved_by(Arc::new(requests::Spend));
         room.ship().await;
         room.start_tasks(tasks);

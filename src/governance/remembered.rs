@@ -5,13 +5,13 @@
 
 use std::sync::Arc;
 
-use moka::sync::Cache;
+use quick_cache::sync::Cache;
 
 use crate::kernel::crypto::{self, Hash};
 use crate::kernel::web::{Ask, Caller};
 
 /// Decisions held at most.
-const HELD: u64 = 16_384;
+const HELD: usize = 16_384;
 
 /// What was decided.
 pub(super) struct Answer {

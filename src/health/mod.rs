@@ -17,6 +17,7 @@ mod reports;
 mod runner;
 mod store;
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use uuid::Uuid;
@@ -52,7 +53,18 @@ pub struct Parts {
 
 /// The room. Cheap to clone.
 #[derive(Clone)]
-pub struct Health {
+pub struct Health(Arc<Room>);
+
+impl std::ops::Deref for Health {
+    type Target = Room;
+
+    fn deref(&self) -> &Room {
+        &self.0
+    }
+}
+
+/// What the room holds.
+pub struct Room {
     ledger: Ledger,
     store: Store,
     clock: Clock,
@@ -72,7 +84,7 @@ impl Health {
     pub fn start(parts: Parts, tasks: &Supervisor) -> Result<Self, String> {
         let Parts { ledger, store, clock, nexus, metrics, probes } = parts;
         let reports = Reports::start(ledger.clone(), tasks);
-        let health = Self { ledger, store, clock, nexus, metrics, reports };
+        let health = Self(Arc::new(Room { ledger, store, clock, nexus, metrics, reports }));
         runner::start(&health, Prober::new()?, probes, tasks);
         let own = health.clone();
         tasks.start(Task::periodic("health/signals", FOLLOW, move || {

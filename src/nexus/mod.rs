@@ -57,7 +57,18 @@ pub struct Parts {
 
 /// The room. Cheap to clone.
 #[derive(Clone)]
-pub struct Nexus {
+pub struct Nexus(Arc<Room>);
+
+impl std::ops::Deref for Nexus {
+    type Target = Room;
+
+    fn deref(&self) -> &Room {
+        &self.0
+    }
+}
+
+/// What the room holds.
+pub struct Room {
     ledger: Ledger,
     store: Store,
     clock: Clock,
@@ -95,7 +106,7 @@ impl Nexus {
         let Parts { ledger, store, clock, board, metrics, retention_interval } = parts;
         let beats = Beats::start(ledger.clone(), metrics.clone(), tasks);
         services::expire(store.clone(), ledger.clone(), clock.clone(), metrics.clone(), tasks);
-        let nexus = Self { ledger, store, clock, board, metrics, beats };
+        let nexus = Self(Arc::new(Room { ledger, store, clock, board, metrics, beats }));
         let own = nexus.clone();
         tasks.start(Task::periodic("nexus/retention", retention_interval, move || {
             let own = own.clone();

@@ -74,9 +74,12 @@ pub struct Moment {
     pub at: Option<i64>,
 }
 
-/// The room. Cheap to clone.
+/// The room. Cheap to clone: every request does so more than once.
 #[derive(Clone)]
-pub struct State {
+pub struct State(Arc<Room>);
+
+/// What the room holds.
+pub struct Room {
     ledger: Ledger,
     store: Store,
     clock: Clock,
@@ -84,6 +87,14 @@ pub struct State {
     metrics: Metrics,
     renewals: Renewals,
     face: etcd::Face,
+}
+
+impl std::ops::Deref for State {
+    type Target = Room;
+
+    fn deref(&self) -> &Room {
+        &self.0
+    }
 }
 
 /// The table of the room that is partitioned by index as the entries are.
@@ -136,7 +147,7 @@ impl State {
         let renewals = Renewals::start(ledger.clone(), metrics.clone(), tasks);
         leases::expire(store.clone(), ledger.clone(), clock.clone(), metrics.clone(), tasks);
         compaction::start(store.clone(), ledger.clone(), clock.clone(), metrics.clone(), history, tasks);
-        Ok(Self { ledger, store, clock, hub, metrics, renewals, face })
+        Ok(Self(Arc::new(Room { ledger, store, clock, hub, metrics, renewals, face })))
     }
 
     /// Puts a value.

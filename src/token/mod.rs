@@ -53,7 +53,7 @@ use model::entity;
 pub use snapshot::Snapshot;
 
 /// How many verified tokens are remembered.
-const REMEMBER: u64 = 100_000;
+const REMEMBER: usize = 100_000;
 
 /// The hourly quotas of this room.
 const VERIFICATIONS: &str = "verifications";
@@ -95,7 +95,7 @@ pub struct Room {
     failures: Failures,
     authority: Arc<OnceLock<Weak<dyn Authority>>>,
     services: Arc<OnceLock<Arc<dyn Services>>>,
-    verified: moka::sync::Cache<Hash, Arc<Verified>>,
+    verified: quick_cache::sync::Cache<Hash, Arc<Verified>>,
     counted: Counted,
 }
 
@@ -217,7 +217,7 @@ impl Token {
             failures: lockout::none_yet(lockout),
             authority: Arc::default(),
             services: Arc::default(),
-            verified: moka::sync::Cache::new(REMEMBER),
+            verified: quick_cache::sync::Cache::new(REMEMBER),
             fetcher,
             private,
             counted,
