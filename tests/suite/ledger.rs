@@ -127,8 +127,17 @@ async fn only_the_one_that_stalls_is_ended_not_those_that_wait_with_us() {
     let two = Launch::beside(&one, db.url()).env("SOP__LEDGER__LOCK_WAIT", "2s").start().await;
     let three = Launch::beside(&one, db.url()).env("SOP__LEDGER__LOCK_WAIT", "2s").start().await;
     let a = Client::of(&one);
-    a.put("k", "0").await.unwrap();
     a.token().await;
+    // A statement that finds the head moved holds nothing: the others write what they write as they start.
+    let mut conn = db.connect().await;
+    loop {
+        let before = a.put("k", "0").await.unwrap();
+        tokio::time::sleep(Duration::from_millis(300)).await;
+        let head: i64 = sqlx::query_scalar("SELECT index FROM ledger.head").fetch_one(&mut conn).await.unwrap();
+        if head == before {
+            break;
+        }
+    }
     let stall = proxy.arm(Fault::stall().on("UPDATE ledger.head"));
     let (a1, b, c) = (a.clone_at_self(), a.clone_at(&two.url), a.clone_at(&three.url));
     let stalled = tokio::spawn(async move { a1.put("k", "stalled").await });
