@@ -3,7 +3,8 @@
 //! A token is a letter and a value. Actor, outcome and action are also joined, in the orders in which a search can give some
 //! of them and leave the rest open, so that two that are common each, and rare together, are found by being together.
 
-use std::collections::BTreeSet;
+use std::borrow::Cow;
+use std::collections::{BTreeSet, HashSet};
 
 use serde::Deserialize;
 use serde_json::Value;
@@ -32,38 +33,49 @@ pub(in crate::audit) fn words(text: &str) -> impl Iterator<Item = String> + '_ {
 /// What of the details is text: the decision and the ids of request and trace are not.
 #[derive(Default, Deserialize)]
 #[serde(default)]
-struct Texts {
-    actor: String,
-    resource: String,
-    reason: String,
+struct Texts<'a> {
+    #[serde(borrow)]
+    actor: Cow<'a, str>,
+    #[serde(borrow)]
+    resource: Cow<'a, str>,
+    #[serde(borrow)]
+    reason: Cow<'a, str>,
     change: Value,
     signal: Value,
 }
 
-fn leaves(value: &Value, out: &mut BTreeSet<String>) {
+fn leaves(value: &Value, each: &mut impl FnMut(String)) {
     match value {
-        Value::String(text) => out.extend(words(text)),
-        Value::Array(all) => all.iter().for_each(|v| leaves(v, out)),
-        Value::Object(all) => all.values().for_each(|v| leaves(v, out)),
-        Value::Number(n) => drop(out.insert(n.to_string())),
+        Value::String(text) => words(text).for_each(each),
+        Value::Array(all) => all.iter().for_each(|v| leaves(v, each)),
+        Value::Object(all) => all.values().for_each(|v| leaves(v, each)),
+        Value::Number(n) => each(n.to_string()),
         Value::Null | Value::Bool(_) => {}
     }
 }
 
+/// Each word of an entry's details, some more than once.
+fn each_word(details: &[u8], each: &mut impl FnMut(String)) {
+    let texts: Texts<'_> = serde_json::from_slice(details).unwrap_or_default();
+    for text in [&texts.actor, &texts.resource, &texts.reason] {
+        words(text).for_each(&mut *each);
+    }
+    leaves(&texts.change, each);
+    leaves(&texts.signal, each);
+}
+
 /// The words of an entry's details.
 pub(in crate::audit) fn words_of(details: &[u8]) -> BTreeSet<String> {
-    let texts: Texts = serde_json::from_slice(details).unwrap_or_default();
     let mut out = BTreeSet::new();
-    for text in [&texts.actor, &texts.resource, &texts.reason] {
-        out.extend(words(text));
-    }
-    leaves(&texts.change, &mut out);
-    leaves(&texts.signal, &mut out);
+    each_word(details, &mut |word| {
+        out.insert(word);
+    });
     out
 }
 
 fn token(letter: char, parts: &[&str]) -> String {
-    let mut out = String::from(letter);
+    let mut out = String::with_capacity(1 + parts.iter().map(|p| p.len() + 1).sum::<usize>());
+    out.push(letter);
     for (i, part) in parts.iter().enumerate() {
         if i > 0 {
             out.push(JOINT);
@@ -75,35 +87,50 @@ fn token(letter: char, parts: &[&str]) -> String {
 
 fn cut(mut token: String) -> String {
     // A NUL cannot be stored as text; in names it does not occur, and what others wrote is found by its words.
-    token.retain(|c| c != '\0');
+    if token.contains('\0') {
+        token.retain(|c| c != '\0');
+    }
     token.truncate(token.floor_char_boundary(LONGEST));
     token
 }
 
-/// The tokens of a block's entries.
+/// The tokens of a block's entries, in order.
 pub(in crate::audit) fn of_block<'a>(entries: impl IntoIterator<Item = (&'a Stored, &'a Found)>) -> Vec<String> {
-    let mut all = BTreeSet::new();
+    let (mut all, mut words, mut met) = (HashSet::new(), HashSet::new(), HashSet::new());
     for (stored, f) in entries {
-        all.insert(token('a', &[&f.action]));
-        all.insert(token('o', &[&f.outcome, &f.action]));
-        all.insert(token('p', &[&f.actor, &f.action]));
-        all.insert(token('q', &[&f.actor, &f.outcome, &f.action]));
+        // Most entries of a block are alike in these.
+        if met.insert((f.action.as_str(), f.outcome.as_str(), f.actor.as_str())) {
+            all.insert(token('a', &[&f.action]));
+            all.insert(token('o', &[&f.outcome, &f.action]));
+            all.insert(token('p', &[&f.actor, &f.action]));
+            all.insert(token('q', &[&f.actor, &f.outcome, &f.action]));
+        }
         all.insert(token('r', &[&f.resource]));
         for (letter, id) in [('i', &f.request_id), ('t', &f.trace_id)] {
             if !id.is_empty() {
                 all.insert(token(letter, &[id]));
             }
         }
-        let words = stored.details.as_deref().map(words_of).unwrap_or_default();
-        if words.len() > WORDS {
-            all.insert(ANYTHING.to_owned());
+        let Some(details) = stored.details.as_deref() else { continue };
+        let mut mine = Vec::new();
+        each_word(details, &mut |word| mine.push(word));
+        if mine.len() > WORDS {
+            mine.sort_unstable();
+            mine.dedup();
+            if mine.len() > WORDS {
+                all.insert(ANYTHING.to_owned());
+                mine.truncate(WORDS);
+            }
         }
-        all.extend(words.into_iter().take(WORDS).map(|w| token('w', &[&w])));
+        words.extend(mine);
     }
+    all.extend(words.into_iter().map(|w| token('w', &[&w])));
     if all.iter().map(|t| t.len() + 8).sum::<usize>() > BYTES {
         return vec![ANYTHING.to_owned()];
     }
-    all.into_iter().collect()
+    let mut all: Vec<String> = all.into_iter().collect();
+    all.sort_unstable();
+    all
 }
 
 /// One term of a search: a token, or how one begins.
