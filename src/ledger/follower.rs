@@ -4,6 +4,7 @@
 //! up by a poll; and reads those from the ledger. Every projection is brought to the same index before that index is shown.
 
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use sqlx::{Connection as _, PgConnection};
@@ -102,14 +103,12 @@ impl Follower {
                     None => return Ok(()),
                 },
                 note = listener.recv() => {
-                    let index = note?.payload().parse::<i64>().unwrap_or(i64::MAX);
-                    if index > *self.at.borrow() {
-                        // Our own writer's news is on its way and cheaper than reading: let it come first.
-                        tokio::task::yield_now().await;
-                        self.drain().await?;
-                        if index > *self.at.borrow() {
-                            self.read_on().await?;
-                        }
+                    let note = note?;
+                    let index = note.payload().parse::<i64>().unwrap_or(i64::MAX);
+                    // Of our own writer there is news on its way, with all that reading would show.
+                    let ours = self.shared.writers.iter().any(|pid| pid.load(Ordering::Acquire) == note.process_id());
+                    if !ours && index > *self.at.borrow() {
+                        self.read_on().await?;
                     }
                 }
                 () = tokio::time::sleep(POLL) => self.read_on().await?,

@@ -173,9 +173,12 @@ impl Rows {
     }
 }
 
-/// The text of the ledger's statement with the parts of some kinds, made once for each set of kinds.
+/// An end and the names of kinds.
+type Variant = (&'static str, Vec<&'static str>);
+
+/// The text of the ledger's statement with the parts of some kinds, made once for each end and set of kinds.
 #[derive(Default)]
-pub(super) struct Texts(Mutex<HashMap<Vec<&'static str>, Arc<str>>>);
+pub(super) struct Texts(Mutex<HashMap<Variant, Arc<str>>>);
 
 impl Texts {
     /// `head` ends where parts may follow; `first` is the number of the first free parameter; `tail` ends the statement.
@@ -183,7 +186,7 @@ impl Texts {
         &self,
         head: &str,
         first: usize,
-        tail: &str,
+        tail: &'static str,
         columns: &[(&'static dyn Hot, Vec<Column>)],
     ) -> Arc<str> {
         let names: Vec<&str> = columns.iter().map(|(kind, _)| kind.name()).collect();
@@ -198,7 +201,7 @@ impl Texts {
             text.push_str(tail);
             Arc::from(text)
         };
-        made.entry(names).or_insert_with(text).clone()
+        made.entry((tail, names)).or_insert_with(text).clone()
     }
 }
 

@@ -28,15 +28,17 @@ mod store;
 mod tasks;
 mod together;
 pub mod touch;
+mod upkeep;
 pub mod verbs;
 mod vigil;
 mod writer;
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicI64, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicI64, AtomicU32, AtomicU64, Ordering};
 use std::time::Duration;
 
-use tokio::sync::{mpsc, oneshot, watch};
+use tokio::sync::mpsc::error::TrySendError;
+use tokio::sync::{Mutex, Notify, mpsc, oneshot, watch};
 
 use crate::kernel::crypto::MasterKey;
 use crate::kernel::problem::Problem;
@@ -62,6 +64,7 @@ pub use vigil::{Sign, Vigil};
 use follower::{Follower, News};
 use job::{Heard, Job, Means, Ticket};
 use metrics::Metrics;
+use writer::Writer;
 
 /// How often a command is decided again because permission changed in between, before the caller is asked to come back.
 const DECIDE_AGAIN: u32 = 16;
@@ -98,6 +101,7 @@ pub struct Ledger(Arc<Inner>);
 
 struct Inner {
     shared: Arc<Shared>,
+    writer: Arc<Mutex<Writer>>,
     checks: mpsc::Sender<fence::Asked>,
     at: watch::Receiver<i64>,
     closing: Stop,
@@ -122,6 +126,14 @@ struct Shared {
     /// When the follower last had everything there was, milliseconds of the clock's elapsed time.
     confirmed: AtomicU64,
     behind: AtomicBool,
+    /// The processes of PostgreSQL that our writer's sessions are, 0 without one.
+    writers: [AtomicU32; 2],
+    /// Another daemon may listen for news.
+    others: AtomicBool,
+    /// The last turn was of one command.
+    calm: AtomicBool,
+    /// Rung when something was queued.
+    bell: Arc<Notify>,
     /// Why nothing may be written, if somebody above found a reason.
     halted: std::sync::OnceLock<Refusal>,
     /// Who uses up the proposals that changes rest on.
@@ -149,12 +161,23 @@ impl Shared {
         }
         let permit = Permit::granted();
         let (job, _) = Ticket::new(Record(entry), caller, permit, false);
-        if let Err(e) = self.queue.try_send(job) {
+        if let Err(e) = self.enqueue(job) {
             // The queue is full because the head was held: the entry waits for room like everyone else.
-            let (mpsc::error::TrySendError::Full(job) | mpsc::error::TrySendError::Closed(job)) = e;
-            let queue = self.queue.clone();
-            supervisor::detach(async move { queue.send(job).await.is_ok() });
+            let (TrySendError::Full(job) | TrySendError::Closed(job)) = e;
+            let (queue, bell) = (self.queue.clone(), self.bell.clone());
+            supervisor::detach(async move {
+                let sent = queue.send(job).await.is_ok();
+                bell.notify_one();
+                sent
+            });
         }
+    }
+
+    /// Hands a command to the writer's thread.
+    fn enqueue(&self, job: Box<dyn Job>) -> Result<(), TrySendError<Box<dyn Job>>> {
+        self.queue.try_send(job)?;
+        self.bell.notify_one();
+        Ok(())
     }
 }
 
@@ -185,6 +208,10 @@ impl Ledger {
             head: AtomicI64::new(-1),
             confirmed: AtomicU64::new(0),
             behind: AtomicBool::new(false),
+            writers: Default::default(),
+            others: AtomicBool::new(true),
+            calm: AtomicBool::new(true),
+            bell: Arc::default(),
             halted: std::sync::OnceLock::new(),
             approvals: std::sync::OnceLock::new(),
             verbs: std::sync::OnceLock::new(),
@@ -192,8 +219,9 @@ impl Ledger {
         shared.prepare().await.map_err(|e| shared.store.refusal(e))?;
         let mut follower = Follower::new(shared.clone(), parts.projections, heard, at_tx);
         follower.load().await.map_err(|e| shared.store.refusal(e))?;
-        tasks::start(tasks, &shared, follower, jobs, asked);
-        let ledger = Self(Arc::new(Inner { shared, checks, at, closing: Stop::new() }));
+        let writer = Arc::new(Mutex::new(Writer::new(shared.clone(), jobs)));
+        tasks::start(tasks, &shared, follower, writer.clone(), asked);
+        let ledger = Self(Arc::new(Inner { shared, writer, checks, at, closing: Stop::new() }));
         if ledger.index() < 0 {
             ledger.begin().await?;
         }
@@ -223,7 +251,8 @@ impl Ledger {
         for _ in 0..DECIDE_AGAIN {
             let permit = caller.decide(asks).await?;
             if !permit.allowed {
-                match self.deny(caller, asks, permit).await? {
+                // Boxed, as the others below: what is rare and large is not to take room in every request.
+                match Box::pin(self.deny(caller, asks, permit)).await? {
                     Some(refusal) => return Err(refusal),
                     None => continue,
                 }
@@ -234,7 +263,7 @@ impl Ledger {
                 Heard::Stale { command: back, since } => {
                     command = back;
                     self.0.shared.metrics.stale.inc();
-                    self.reach(since, self.0.shared.write_timeout).await?;
+                    Box::pin(self.reach(since, self.0.shared.write_timeout)).await?;
                 }
             }
         }
@@ -251,7 +280,7 @@ impl Ledger {
             if permit.allowed {
                 return Ok(permit);
             }
-            if let Some(refusal) = self.deny(caller, asks, permit).await? {
+            if let Some(refusal) = Box::pin(self.deny(caller, asks, permit)).await? {
                 return Err(refusal);
             }
         }
@@ -309,13 +338,14 @@ impl Ledger {
             let approvals = self.0.shared.approvals.get().cloned();
             job.approved(proposal, approvals.ok_or_else(|| Refusal::internal("nobody uses up proposals"))?);
         }
-        match self.0.shared.queue.try_send(job) {
+        let left = Writer::express(&self.0.writer, &self.0.shared, job);
+        match left.map_or(Ok(()), |job| self.0.shared.enqueue(job)) {
             Ok(()) => {}
-            Err(mpsc::error::TrySendError::Full(_)) => {
+            Err(TrySendError::Full(_)) => {
                 self.0.shared.metrics.refused_full.inc();
                 return Err(Refusal::new(&problem::OVERLOADED, "the queue of changes is full; nothing was changed"));
             }
-            Err(mpsc::error::TrySendError::Closed(_)) => {
+            Err(TrySendError::Closed(_)) => {
                 return Err(Refusal::unavailable("the daemon is stopping; nothing was changed"));
             }
         }
@@ -436,44 +466,6 @@ impl Ledger {
         let refusal = |e| self.0.shared.store.refusal(e);
         let mut conn = self.0.shared.store.reader().acquire().await.map_err(refusal)?;
         store::settle_setting(&mut conn, name, value).await.map_err(refusal)
-    }
-}
-
-impl Shared {
-    /// Makes an empty log's head, checks the master key, and sees to it that the next indexes have a partition.
-    async fn prepare(&self) -> Result<(), sqlx::Error> {
-        let mut conn = self.store.dedicated("start").await?;
-        store::make_head(&mut conn, &writer::empty_root()).await?;
-        self.room(&mut conn).await
-    }
-
-    /// Adds a partition when the head is within half of one of the end.
-    async fn room(&self, conn: &mut sqlx::PgConnection) -> Result<(), sqlx::Error> {
-        let head = store::head_index(conn).await?;
-        let end = store::attached(conn).await?.end;
-        if end - head < store::PARTITION / 2 {
-            store::add_partition(conn, end, self.partitioned).await?;
-        }
-        Ok(())
-    }
-
-    /// Holds the clock to the wall's, with the database's as the witness of a step (rule 17).
-    async fn discipline(&self) -> Result<(), sqlx::Error> {
-        let read = async {
-            let mut conn = self.store.reader().acquire().await?;
-            store::database_time(&mut conn).await
-        };
-        let database = read.await;
-        self.clock.discipline(database.as_ref().ok().copied());
-        database.map(|_| ())
-    }
-
-    /// What is done once a minute: drop old outcomes, keep room for new entries.
-    async fn tidy(&self) -> Result<(), sqlx::Error> {
-        let mut conn = self.store.dedicated("tidy").await?;
-        self.room(&mut conn).await?;
-        while store::drop_outcomes(&mut conn, job::outcome_horizon(self.clock.now())).await? == 1000 {}
-        Ok(())
     }
 }
 

@@ -83,6 +83,8 @@ pub(super) struct Batch {
     pub time: Timestamp,
     pub entries: Vec<Sealed>,
     pub columns: Vec<(&'static dyn Hot, Vec<Column>)>,
+    /// Whether there may be somebody to notify.
+    pub tell: bool,
 }
 
 /// Advances the head from `before` to `before + k` **where it still is `before`**, and inserts the entries; the parts of the
@@ -102,6 +104,8 @@ const ADVANCE: &str = "
         FROM head, unnest($7::int8[], $11::bytea[], $12::bytea[], $13::bytea[]) AS d (index, salt, details, segment)
     )";
 const ADVANCED: &str = " SELECT pg_notify('sop_ledger', head.index::text) IS NOT NULL FROM head";
+/// The same where nobody else listens: a notification costs every commit a lock of the whole database, and a wake-up of ours.
+const ALONE: &str = " SELECT true FROM head";
 /// The first parameter that is free for the rooms' parts.
 const FREE: usize = 15;
 
@@ -119,7 +123,7 @@ pub(super) async fn advance(conn: &mut PgConnection, texts: &Texts, batch: &Batc
     let salts: Vec<&[u8]> = batch.entries.iter().map(|e| e.salt.as_slice()).collect();
     let details: Vec<&[u8]> = batch.entries.iter().map(|e| e.details.as_slice()).collect();
     let segments: Vec<Option<&[u8]>> = batch.entries.iter().map(|e| e.segment.as_ref().map(|h| h.as_slice())).collect();
-    let text = texts.joined(ADVANCE, FREE, ADVANCED, &batch.columns);
+    let text = texts.joined(ADVANCE, FREE, if batch.tell { ADVANCED } else { ALONE }, &batch.columns);
     let query = sqlx::query(AssertSqlSafe(text))
         .bind(batch.before + k)
         .bind(batch.root.as_slice())
@@ -390,10 +394,16 @@ pub(super) async fn settle_setting(conn: &mut PgConnection, name: &str, value: &
     sqlx::query_scalar("SELECT value FROM ledger.settings WHERE name = $1").bind(name).fetch_one(conn).await
 }
 
-/// The database's clock.
-pub(super) async fn database_time(conn: &mut PgConnection) -> Result<Timestamp, sqlx::Error> {
-    let t: OffsetDateTime = sqlx::query_scalar("SELECT clock_timestamp()").fetch_one(conn).await?;
-    Ok(Timestamp::from_offset(t))
+/// The database's clock, and whether another daemon listens for news.
+pub(super) async fn surroundings(conn: &mut PgConnection, daemon: &str) -> Result<(Timestamp, bool), sqlx::Error> {
+    let (t, others): (OffsetDateTime, bool) = sqlx::query_as(
+        "SELECT clock_timestamp(), EXISTS (SELECT FROM pg_stat_activity WHERE datname = current_database()
+                                           AND application_name LIKE 'sop/%/listener' AND application_name <> $1)",
+    )
+    .bind(format!("sop/{daemon}/listener"))
+    .fetch_one(conn)
+    .await?;
+    Ok((Timestamp::from_offset(t), others))
 }
 
 /// A claim as it stands.

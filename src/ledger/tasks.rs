@@ -8,14 +8,14 @@ use tokio::sync::{Mutex, mpsc};
 use crate::kernel::supervisor::{Supervisor, Task};
 
 use super::follower::Follower;
-use super::job::Job;
-use super::{Shared, fence, writer};
+use super::writer::Writer;
+use super::{Shared, fence};
 
 pub(super) fn start(
     tasks: &Supervisor,
     shared: &Arc<Shared>,
     follower: Follower,
-    jobs: mpsc::Receiver<Box<dyn Job>>,
+    writer: Arc<Mutex<Writer>>,
     asked: mpsc::Receiver<fence::Asked>,
 ) {
     // Each task is one value behind a lock, so that a restart goes on with what the last attempt knew.
@@ -40,10 +40,10 @@ pub(super) fn start(
         let s = s.clone();
         async move { s.discipline().await.map_err(Into::into) }
     }));
-    let writer = Arc::new(Mutex::new(writer::Writer::new(shared.clone(), jobs)));
+    let s = shared.clone();
     let writer = Task::restarting("ledger/writer", move |stop| {
-        let writer = writer.clone();
-        async move { writer.lock().await.run(stop).await }
+        let (writer, s) = (writer.clone(), s.clone());
+        async move { Writer::run(&writer, &s, stop).await }
     });
     // Everyone who writes waits for it: it must not wait for its turn among the requests.
     tasks.start(writer.apart());

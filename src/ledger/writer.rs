@@ -1,10 +1,14 @@
-//! The writer: one task, one connection, one turn after another.
+//! The writer: one turn after another.
+//!
+//! Turns are taken by the writer's own thread, which the queue's bell wakes, each with whatever queued; or, where nobody else
+//! writes, on the spot by who brings a command ([`Writer::express`]).
 //!
 //! A locked turn: take the fence (lock the head row), catch up with what other daemons wrote, drain the queue, run each command
 //! ([`run`]), write all entries and the new head as one statement, commit, answer. A writer that is alone, with commands that
 //! are all hot, leaves the lock out: that one statement is the whole turn ([`optimistic`]). What goes wrong on the way is in
 //! [`recover`].
 
+mod express;
 mod gather;
 mod optimistic;
 mod recover;
@@ -17,7 +21,7 @@ use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use sqlx::PgConnection;
-use tokio::sync::mpsc;
+use tokio::sync::{Mutex, mpsc};
 
 use crate::kernel::supervisor::{Stop, TaskError};
 use crate::kernel::{Refusal, Timestamp, problem};
@@ -55,6 +59,12 @@ struct Place {
 pub(super) struct Writer {
     shared: Arc<Shared>,
     queue: mpsc::Receiver<Box<dyn Job>>,
+    /// Taken from the queue, and not served yet.
+    waiting: Vec<Box<dyn Job>>,
+    /// The session of turns on the spot, on the runtime of the requests.
+    express: Option<Session>,
+    /// How often a session was lost. One of an earlier era is not used: it may be of a host that takes no writes any more.
+    era: u64,
     /// When another daemon was last seen to have written.
     foreign: Option<Duration>,
     /// What this daemon last saw committed, and must find extended whenever it looks again (rule 13).
@@ -69,6 +79,16 @@ pub(super) struct Writer {
 struct Session {
     conn: PgConnection,
     backend: i32,
+    era: u64,
+}
+
+/// Who takes a turn; each has a session, on the runtime it runs on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Who {
+    /// The writer's thread.
+    Thread,
+    /// Who brought the command.
+    Bringer,
 }
 
 /// How a turn ended for its connection.
@@ -80,68 +100,88 @@ enum Turn {
 
 impl Writer {
     pub fn new(shared: Arc<Shared>, queue: mpsc::Receiver<Box<dyn Job>>) -> Self {
-        let (gather, began) = (Gather::default(), Duration::ZERO);
-        Self { shared, queue, foreign: None, place: None, unknown: None, gather, began }
+        let (waiting, gather, began) = (Vec::new(), Gather::default(), Duration::ZERO);
+        Self { shared, queue, waiting, express: None, era: 0, foreign: None, place: None, unknown: None, gather, began }
     }
 
     /// Runs until told to stop, and then until what queued before is written.
-    pub async fn run(&mut self, stop: Stop) -> Result<(), TaskError> {
+    pub async fn run(writer: &Mutex<Self>, shared: &Shared, stop: Stop) -> Result<(), TaskError> {
         let mut session: Option<Session> = None;
-        let mut waiting: Vec<Box<dyn Job>> = Vec::new();
+        loop {
+            // First, and not when the bell rings: it may have rung for an attempt that ended.
+            let mut w = writer.lock().await;
+            if stop.is_cancelled() {
+                w.queue.close();
+                w.serve(&mut session, &stop).await;
+                return Ok(());
+            }
+            w.serve(&mut session, &stop).await;
+            drop(w);
+            tokio::select! {
+                biased;
+                () = shared.bell.notified() => {}
+                () = stop.cancelled() => {}
+            }
+        }
+    }
+
+    /// Takes turns until nothing waits.
+    async fn serve(&mut self, session: &mut Option<Session>, stop: &Stop) {
         let mut broken = 0;
         loop {
+            let mut waiting = std::mem::take(&mut self.waiting);
             if waiting.is_empty() && self.unknown.is_none() {
-                tokio::select! {
-                    biased;
-                    job = self.queue.recv() => match job {
-                        Some(job) => waiting.push(job),
-                        None => return Ok(()),
-                    },
-                    () = stop.cancelled() => {
-                        self.queue.close();
-                        match self.queue.recv().await {
-                            Some(job) => waiting.push(job),
-                            None => return Ok(()),
-                        }
-                    }
+                match self.queue.try_recv() {
+                    Ok(job) => waiting.push(job),
+                    Err(_) => return,
                 }
             }
             self.gather.wait(&self.queue, &self.shared.clock);
-            let mut s = match session.take() {
+            let mut s = match session.take().filter(|s| s.era == self.era) {
                 Some(s) => s,
-                None => match self.connect().await {
+                None => match self.connect(Who::Thread).await {
                     Ok(s) => s,
                     Err(e) => {
-                        self.away(std::mem::take(&mut waiting), &e).await;
+                        self.away(waiting, &e).await;
                         if stop.is_cancelled() && self.unknown.is_none() {
-                            return Ok(());
+                            return;
                         }
                         continue;
                     }
                 },
             };
-            match self.turn(&mut s, std::mem::take(&mut waiting)).await {
+            match self.turn(&mut s, waiting).await {
                 Turn::Fine => {
-                    session = Some(s);
+                    *session = Some(s);
                     broken = 0;
                 }
                 Turn::Broken(jobs, e) => {
-                    tracing::warn!(error = %e, "the writer lost its connection");
-                    self.shared.metrics.broken.inc();
+                    self.lost(Who::Thread, jobs, &e);
                     broken += 1;
-                    waiting = jobs;
                     if broken >= BROKEN_MOST {
-                        self.away(std::mem::take(&mut waiting), &e).await;
+                        let waiting = std::mem::take(&mut self.waiting);
+                        self.away(waiting, &e).await;
                     }
                 }
             }
         }
     }
 
-    async fn connect(&mut self) -> Result<Session, sqlx::Error> {
+    /// A session is of no use any more: whoever still waits is served by the next.
+    fn lost(&mut self, who: Who, jobs: Vec<Box<dyn Job>>, e: &sqlx::Error) {
+        tracing::warn!(error = %e, "the writer lost its connection");
+        self.shared.metrics.broken.inc();
+        // What became of its last statement may be heard by its notification alone.
+        self.shared.writers[who as usize].store(0, Ordering::Release);
+        self.era += 1;
+        self.waiting.extend(jobs);
+    }
+
+    async fn connect(&mut self, who: Who) -> Result<Session, sqlx::Error> {
         let mut conn = self.shared.store.dedicated("writer").await?;
         let backend = store::backend_pid(&mut conn).await?;
-        Ok(Session { conn, backend })
+        self.shared.writers[who as usize].store(backend.cast_unsigned(), Ordering::Release);
+        Ok(Session { conn, backend, era: self.era })
     }
 
     /// One turn. `jobs` were taken before it: the one that woke us, or those of a turn that was broken off.
@@ -206,6 +246,7 @@ impl Writer {
             jobs.push(job);
         }
         self.gather.took(jobs.len());
+        self.shared.calm.store(jobs.len() <= 1, Ordering::Relaxed);
     }
 
     /// Runs the jobs and commits. If one fails, all run again one by one.

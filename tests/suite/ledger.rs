@@ -1,6 +1,6 @@
 //! The ledger under faults: commits whose fate is unknown, holders that stall, daemons that share a database.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use futures_util::future::join_all;
 use reqwest::Method;
@@ -399,5 +399,66 @@ async fn entries_go_on_in_the_next_partition() {
     let (_, page) =
         first.get(&format!("/v1/audit/entries?action=state:put&order=asc&limit=100&min_index={last}")).await;
     assert_eq!(page["items"].as_array().unwrap().len(), 40, "the search reads on across the end");
+    record::check(&db).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn who_writes_alone_is_served_on_the_spot_and_loses_nothing_when_sessions_end() {
+    let db = database().await;
+    let one = Launch::on(db.url()).start().await;
+    let client = Client::of(&one);
+    let spot = async || metric(&client, "sop_ledger_spot_turns_total").await;
+    client.put("k", "0").await.unwrap();
+    let before = spot().await;
+    let mut last = 0;
+    for n in 0..50 {
+        let index = client.put("k", &n.to_string()).await.unwrap();
+        assert!(index > last);
+        last = index;
+    }
+    // Beside what the daemon writes of its own accord.
+    let alone = spot().await - before;
+    assert!(alone >= 30.0, "{alone} of 50 changes of one client were served on the spot");
+    // Those of several gather, and both ways make one record, whichever sessions are ended.
+    let mut conn = db.connect().await;
+    for round in 0..10 {
+        let end = "SELECT count(pg_terminate_backend(pid)) FROM pg_stat_activity
+                   WHERE datname = current_database() AND application_name LIKE 'sop/%/writer'";
+        let ended: i64 = sqlx::query_scalar(end).fetch_one(&mut conn).await.unwrap();
+        assert!(ended >= 1, "there are sessions that write");
+        client.put("k", &format!("alone {round}")).await.unwrap();
+        let many = join_all((0..8).map(|n| {
+            let client = client.clone_at_self();
+            async move { client.put(&format!("many/{n}"), "v").await }
+        }));
+        assert!(many.await.into_iter().all(|done| done.is_ok()));
+    }
+    record::check(&db).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_daemon_that_came_later_is_told_at_once() {
+    let db = database().await;
+    let one = Launch::on(db.url()).start().await;
+    let a = Client::of(&one);
+    a.put("k", "0").await.unwrap();
+    let two = Launch::beside(&one, db.url()).start().await;
+    let b = a.clone_at(&two.url);
+    // It finds what it was not told by looking, twice a second; told, it knows in a few milliseconds.
+    let median = async || {
+        let mut took = Vec::new();
+        for n in 0..15 {
+            let index = a.put("k", &n.to_string()).await.unwrap();
+            let began = Instant::now();
+            until("the other daemon to know", Duration::from_secs(5), async || {
+                metric(&b, "sop_ledger_followed_index").await >= index as f64
+            })
+            .await;
+            took.push(began.elapsed());
+        }
+        took.sort();
+        took[7]
+    };
+    until("it to be told", Duration::from_secs(20), async || median().await < Duration::from_millis(100)).await;
     record::check(&db).await;
 }

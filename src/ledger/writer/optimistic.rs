@@ -26,7 +26,7 @@ impl Writer {
         self.drain(&mut jobs);
         let keys: Vec<HotKeys> = jobs.iter().map_while(|j| j.hot()).collect();
         let Some(place) = self.place.as_ref().filter(|_| keys.len() == jobs.len()) else { return Tried::Lock(jobs) };
-        let mut run = Run::new(place, self.shared.clock.now());
+        let mut run = Run::new(place, self.shared.clock.now(), self.shared.heard());
         if let Err(e) = run.learn(&mut s.conn, place, &keys).await {
             return lost(jobs, e);
         }

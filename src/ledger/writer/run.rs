@@ -33,6 +33,7 @@ pub(super) struct Run {
     overlay: Overlay,
     /// Rows were written by a command itself.
     wrote: bool,
+    tell: bool,
 }
 
 /// What the place takes over from a run that committed.
@@ -44,7 +45,7 @@ pub(super) struct Done {
 }
 
 impl Run {
-    pub fn new(place: &Place, now: Timestamp) -> Self {
+    pub fn new(place: &Place, now: Timestamp, tell: bool) -> Self {
         let time = now.max(place.time);
         Self {
             id: ids::new_id(time),
@@ -57,6 +58,7 @@ impl Run {
             touched: Vec::new(),
             overlay: Overlay::default(),
             wrote: false,
+            tell,
         }
     }
 
@@ -143,6 +145,7 @@ impl Run {
             time: self.time,
             entries,
             columns: std::mem::take(&mut self.rows).columns(),
+            tell: self.tell,
         }
     }
 
@@ -170,7 +173,7 @@ impl Writer {
             return Err((0, Failure::Refused(Refusal::internal("a turn without a place"))));
         };
         let texts = &self.shared.texts;
-        let mut run = Run::new(place, self.shared.clock.now());
+        let mut run = Run::new(place, self.shared.clock.now(), self.shared.heard());
         let mut fresh = AuthzFacts::from(-1);
         let mut i = 0;
         while i < jobs.len() {
