@@ -58,25 +58,24 @@ fn filter(text: &str) -> Result<EnvFilter, String> {
 /// Where sqlx tells what PostgreSQL said beside an answer; it has no other way to hear of it.
 const NOTICE: &str = "sqlx::postgres::notice";
 
-thread_local! {
-    static WARNED: Cell<u64> = const { Cell::new(0) };
+tokio::task_local! {
+    static WARNED: Cell<bool>;
 }
 
-/// How many warnings of PostgreSQL this thread has received. A commit that was answered between two equal counts, on a thread
-/// that does nothing else, was answered without one.
-#[must_use]
-pub fn warned() -> u64 {
-    WARNED.get()
+/// Does `work`; and whether PostgreSQL warned meanwhile, on a connection that `work` reads from, whichever thread it is on.
+pub async fn warned<T>(work: impl Future<Output = T>) -> (T, bool) {
+    WARNED.scope(Cell::new(false), async { (work.await, WARNED.with(Cell::get)) }).await
 }
 
-/// Counts the warnings of PostgreSQL.
+/// Sees the warnings of PostgreSQL.
 struct Warnings;
 
 impl<S: tracing::Subscriber> tracing_subscriber::Layer<S> for Warnings {
     fn on_event(&self, event: &tracing::Event<'_>, _: tracing_subscriber::layer::Context<'_, S>) {
         let about = event.metadata();
         if about.target() == NOTICE && *about.level() == tracing::Level::WARN {
-            WARNED.set(WARNED.get() + 1);
+            // Of whom nobody asks it is in the log.
+            let _ = WARNED.try_with(|warned| warned.set(true));
         }
     }
 }
@@ -119,5 +118,31 @@ impl prometheus::core::Collector for ProcessMetrics {
         let files = std::fs::read_dir("/proc/self/fd").map_or(0, Iterator::count);
         self.files.set(i64::try_from(files).unwrap_or(i64::MAX));
         [self.memory.collect(), self.files.collect()].concat()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use tracing::instrument::WithSubscriber as _;
+
+    use super::*;
+    use crate::kernel::supervisor::detach;
+
+    #[tokio::test(flavor = "multi_thread", worker_threads = 4)]
+    async fn a_warning_is_heard_by_whom_it_is_meant_for_on_any_thread() {
+        let heard = tracing::Dispatch::new(tracing_subscriber::registry().with(Warnings));
+        let warn = |yes: bool| async move {
+            for turn in 0..200 {
+                tokio::task::yield_now().await;
+                if yes && turn == 100 {
+                    tracing::warn!(target: NOTICE, "canceling wait for synchronous replication");
+                }
+            }
+        };
+        let one = |n| warned(warn(n % 2 == 0)).with_subscriber(heard.clone());
+        let all: Vec<_> = (0..64).map(|n| detach(one(n))).collect();
+        for (n, one) in all.into_iter().enumerate() {
+            assert_eq!(one.await.unwrap().1, n % 2 == 0, "{n}");
+        }
     }
 }

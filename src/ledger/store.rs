@@ -140,9 +140,9 @@ pub(super) async fn advance(conn: &mut PgConnection, texts: &Texts, batch: &Batc
         .bind(segments)
         .bind(AHEAD_MS as f64);
     let query = batch.columns.iter().flat_map(|(_, c)| c).fold(query, bind);
-    let before = telemetry::warned();
-    let advanced = !query.fetch_all(conn).await?.is_empty();
-    unwarned(before)?;
+    let (done, warned) = telemetry::warned(query.fetch_all(conn)).await;
+    let advanced = !done?.is_empty();
+    unwarned(warned)?;
     Ok(advanced)
 }
 
@@ -174,14 +174,14 @@ pub(super) async fn touch_head(conn: &mut PgConnection) -> Result<(), sqlx::Erro
 /// Commits. One that is answered with a warning may be on this host alone (the wait for the standby was cancelled): that is no
 /// answer.
 pub(super) async fn commit(conn: &mut PgConnection) -> Result<(), sqlx::Error> {
-    let before = telemetry::warned();
-    sqlx::raw_sql("COMMIT").execute(conn).await?;
-    unwarned(before)
+    let (done, warned) = telemetry::warned(sqlx::raw_sql("COMMIT").execute(conn)).await;
+    done?;
+    unwarned(warned)
 }
 
-/// An error if PostgreSQL has warned since.
-fn unwarned(before: u64) -> Result<(), sqlx::Error> {
-    if telemetry::warned() == before {
+/// An error if PostgreSQL warned.
+fn unwarned(warned: bool) -> Result<(), sqlx::Error> {
+    if !warned {
         return Ok(());
     }
     Err(sqlx::Error::Protocol("a commit was answered with a warning: it may not have been replicated".into()))
