@@ -22,6 +22,14 @@ use super::{BoxFuture, Clock, Timestamp};
 /// thousand: a thread's usual 2 MiB were outgrown by that, and the daemon with it.
 pub const STACK: usize = 16 * 1024 * 1024;
 
+/// The pause before a task is started again: at first, and at most, doubled each time that it did not last.
+const FIRST: Duration = Duration::from_millis(100);
+const MOST: Duration = Duration::from_secs(5);
+/// At most for one that requests wait for.
+const SOON: Duration = Duration::from_millis(400);
+/// A task that ran for so long did not end for having begun: whatever ended it is new.
+const LASTED: Duration = Duration::from_secs(1);
+
 /// Says to a task that it should stop. Cloneable; cancelled once and for good.
 pub type Stop = CancellationToken;
 
@@ -32,7 +40,7 @@ pub type TaskError = Box<dyn std::error::Error + Send + Sync>;
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Policy {
-    /// Start it again, with back-off from 100 ms to 30 s. What most background work wants.
+    /// Start it again, with back-off. What most background work wants.
     Restart,
     /// The daemon cannot go on without it: stop the daemon.
     Fatal,
@@ -44,6 +52,7 @@ pub struct Task {
     policy: Policy,
     apart: bool,
     behind: bool,
+    most: Duration,
     run: Box<dyn Fn(Stop) -> BoxFuture<'static, Result<(), TaskError>> + Send + Sync>,
 }
 
@@ -54,7 +63,14 @@ impl Task {
         F: Fn(Stop) -> Fut + Send + Sync + 'static,
         Fut: Future<Output = Result<(), TaskError>> + Send + 'static,
     {
-        Self { name, policy: Policy::Restart, apart: false, behind: false, run: Box::new(move |s| Box::pin(run(s))) }
+        Self {
+            name,
+            policy: Policy::Restart,
+            apart: false,
+            behind: false,
+            most: MOST,
+            run: Box::new(move |s| Box::pin(run(s))),
+        }
     }
 
     /// A task whose end before the stop ends the daemon.
@@ -63,7 +79,14 @@ impl Task {
         F: Fn(Stop) -> Fut + Send + Sync + 'static,
         Fut: Future<Output = Result<(), TaskError>> + Send + 'static,
     {
-        Self { name, policy: Policy::Fatal, apart: false, behind: false, run: Box::new(move |s| Box::pin(run(s))) }
+        Self { policy: Policy::Fatal, ..Self::restarting(name, run) }
+    }
+
+    /// Starts it again soon, however often it ended: for what requests wait for.
+    #[must_use]
+    pub fn eager(mut self) -> Self {
+        self.most = SOON;
+        self
     }
 
     /// Gives it a thread of its own, which the kernel wakes at once; a task among others is looked at when those before it have
@@ -179,7 +202,7 @@ impl Supervisor {
     }
 
     async fn supervise(self, task: Task, stop: Stop) {
-        let mut pause = Duration::from_millis(100);
+        let mut pause = FIRST;
         loop {
             let began = self.clock.elapsed();
             let ended = task.attempt(stop.clone()).await.err().map(|e| e.to_string());
@@ -200,14 +223,14 @@ impl Supervisor {
                 self.failed.cancel();
                 return;
             }
-            if self.clock.elapsed().saturating_sub(began) > Duration::from_secs(60) {
-                pause = Duration::from_millis(100);
+            if self.clock.elapsed().saturating_sub(began) > LASTED {
+                pause = FIRST;
             }
             tokio::select! {
                 () = stop.cancelled() => { self.note(task.name, |s| s.running = false); return; }
                 () = tokio::time::sleep(pause) => {}
             }
-            pause = (pause * 2).min(Duration::from_secs(30));
+            pause = (pause * 2).min(task.most);
         }
     }
 

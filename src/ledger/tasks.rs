@@ -20,16 +20,18 @@ pub(super) fn start(
 ) {
     // Each task is one value behind a lock, so that a restart goes on with what the last attempt knew.
     let follower = Arc::new(Mutex::new(follower));
-    tasks.start(Task::restarting("ledger/follower", move |stop| {
+    let follower = Task::restarting("ledger/follower", move |stop| {
         let follower = follower.clone();
         async move { follower.lock().await.run(stop).await }
-    }));
+    });
+    tasks.start(follower.eager());
     let asked = Arc::new(Mutex::new(asked));
     let s = shared.clone();
-    tasks.start(Task::restarting("ledger/fence", move |stop| {
+    let fence = Task::restarting("ledger/fence", move |stop| {
         let (asked, s) = (asked.clone(), s.clone());
         async move { fence::run(s, &mut *asked.lock().await, stop).await }
-    }));
+    });
+    tasks.start(fence.eager());
     let s = shared.clone();
     tasks.start(Task::periodic("ledger/tidy", Duration::from_secs(60), move || {
         let s = s.clone();
@@ -46,5 +48,5 @@ pub(super) fn start(
         async move { Writer::run(&writer, &s, stop).await }
     });
     // Everyone who writes waits for it: it must not wait for its turn among the requests.
-    tasks.start(writer.apart());
+    tasks.start(writer.eager().apart());
 }
