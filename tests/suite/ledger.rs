@@ -462,3 +462,26 @@ async fn a_daemon_that_came_later_is_told_at_once() {
     until("it to be told", Duration::from_secs(20), async || median().await < Duration::from_millis(100)).await;
     record::check(&db).await;
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn sessions_that_end_again_and_again_keep_no_reader_waiting() {
+    let db = database().await;
+    let one = Launch::on(db.url()).start().await;
+    let client = Client::of(&one);
+    client.put("k", "0").await.unwrap();
+    let mut conn = db.connect().await;
+    let end = "SELECT count(pg_terminate_backend(pid)) FROM pg_stat_activity
+               WHERE datname = current_database() AND application_name LIKE 'sop/%'";
+    for round in 0..9 {
+        let ended: i64 = sqlx::query_scalar(end).fetch_one(&mut conn).await.unwrap();
+        assert!(ended >= 1);
+        let began = Instant::now();
+        until("a change, and a read that sees it", Duration::from_secs(20), async || {
+            client.put("k", &round.to_string()).await.is_ok() && client.get("/v1/state/kv?limit=1").await.0 == 200
+        })
+        .await;
+        // A task that waits twice as long after each end would wait half a minute in the end.
+        assert!(began.elapsed() < Duration::from_secs(4), "round {round}: {:?}", began.elapsed());
+    }
+    record::check(&db).await;
+}
