@@ -11,7 +11,7 @@ use crate::kernel::crypto::{self, Hash};
 use crate::kernel::web::{Ask, Caller};
 
 /// Decisions held at most.
-const HELD: usize = 16_384;
+const HELD: usize = 65_536;
 
 /// What was decided.
 pub(super) struct Answer {

@@ -130,7 +130,7 @@ struct Shared {
     writers: [AtomicU32; 2],
     /// Another daemon may listen for news.
     others: AtomicBool,
-    /// The last turn was of one command.
+    /// The last turns were of one command each.
     calm: AtomicBool,
     /// Rung when something was queued.
     bell: Arc<Notify>,
@@ -210,7 +210,7 @@ impl Ledger {
             behind: AtomicBool::new(false),
             writers: Default::default(),
             others: AtomicBool::new(true),
-            calm: AtomicBool::new(true),
+            calm: AtomicBool::new(false),
             bell: Arc::default(),
             halted: std::sync::OnceLock::new(),
             approvals: std::sync::OnceLock::new(),

@@ -246,7 +246,7 @@ impl Writer {
             jobs.push(job);
         }
         self.gather.took(jobs.len());
-        self.shared.calm.store(jobs.len() <= 1, Ordering::Relaxed);
+        self.shared.calm.store(self.gather.calm(), Ordering::Relaxed);
     }
 
     /// Runs the jobs and commits. If one fails, all run again one by one.

@@ -12,6 +12,8 @@ use crate::kernel::Clock;
 
 /// At most.
 const PATIENCE: Duration = Duration::from_micros(150);
+/// So many turns of one in a row are those of somebody who writes alone.
+const CALM: usize = 8;
 /// Between two looks.
 const PAUSE: Duration = Duration::from_micros(20);
 
@@ -19,12 +21,21 @@ const PAUSE: Duration = Duration::from_micros(20);
 #[derive(Default)]
 pub(super) struct Gather {
     last: usize,
+    /// How many turns in a row were of one.
+    single: usize,
 }
 
 impl Gather {
     /// A turn took so many.
     pub fn took(&mut self, jobs: usize) {
         self.last = jobs;
+        self.single = if jobs <= 1 { self.single.saturating_add(1) } else { 0 };
+    }
+
+    /// Whether somebody writes alone. One turn of one says little: several callers make such a turn too, when they are slow to
+    /// come back, and who is then served on the spot keeps the others from gathering.
+    pub fn calm(&self) -> bool {
+        self.single >= CALM
     }
 
     /// Waits until as many wait as the last turn took. Whoever is alone waits for nobody. The thread is the writer's own, and
