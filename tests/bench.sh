@@ -16,7 +16,7 @@ $sop bench state-put --clients 1 --peer bare --seconds "$seconds"
 cat <<'TXT'
 
 What bounds `state-put`, on two cores without anything else to do (perf and sched traces, 2026-11-28; the shares hold, the microseconds change with the machine):
-- 128 clients: the processors. Of 139 us a put the request path takes 48 (8 of them sending the answer, 5 copying futures, 3 the decision, 2 the span of its log lines), the writer's session in PostgreSQL 26 (four tables, six indexes), making it searchable 29 (20 of them PostgreSQL's GIN and rows), the writer 9, the load generator 12, PostgreSQL's other sessions 5; 9 are idle. etcd takes 170 to 200 there and makes nothing searchable.
+- 128 clients: the processors. Of 139 us a put (before the changes of that day, which took about a tenth off) the request path takes 48 (8 of them sending the answer, 5 copying futures, 3 the decision, 2 the span of its log lines), the writer's session in PostgreSQL 26 (four tables, six indexes), making it searchable 29 (20 of them PostgreSQL's GIN and rows), the writer 9, the load generator 12, PostgreSQL's other sessions 5; 9 are idle. etcd takes 170 to 200 there and makes nothing searchable.
 - 1 client: what happens one after another. Of 0.72 ms the statement takes 0.23 until its commit begins, the commit 0.14, reading and deciding the request 0.12, the answer 0.06, the client 0.08, three wake-ups 0.03 each.
 TXT
 $sop bench state-get --clients 1,8,32,128 "${peer[@]}" --seconds "$seconds"
