@@ -53,38 +53,33 @@ impl Whole {
             let known = RequestInfo { fencing: Some(fencing), ..info.clone() };
             return Ok((request, caller.with_request(Arc::new(known))));
         }
-        Box::pin(self.look(request, caller, info, limit)).await
-    }
-
-    async fn look(
-        self,
-        request: Request,
-        caller: Caller,
-        info: &RequestInfo,
-        limit: usize,
-    ) -> Result<(Request, Caller), Refusal> {
-        let (parts, body) = request.into_parts();
-        // A document may be larger where the handler takes one: it looks for itself.
-        let bytes = read_body(Request::from_parts(parts.clone(), body), limit.saturating_mul(LARGE)).await?;
-        let mut known = info.clone();
-        known.fencing = self.fencing;
-        // What is proposed is not made: it must not stand as the outcome of the change.
-        let proposed = matches!(self.voiced, Some(Voiced::Propose(_)));
-        known.idempotency = self.key.filter(|_| !proposed).map(|key| idempotency(caller.actor(), info, &key, &bytes));
-        known.proposing = self.voiced.map(|voiced| {
-            let query = parts.uri.query().unwrap_or_default().to_owned();
-            let content_type = parts.headers.get(header::CONTENT_TYPE).and_then(|t| t.to_str().ok());
-            let content_type = content_type.unwrap_or_default().to_owned();
-            let fields = fields(&parts.headers);
-            let mut said = vec![info.method.as_str(), &info.path, &query, &content_type];
-            said.extend(fields.iter().flat_map(|(name, value)| [name.as_str(), value]));
-            let body = crypto::base64(&bytes);
-            said.push(&body);
-            let digest = crypto::hash_tuple(said);
-            Arc::new(Proposing { voiced, query, content_type, fields, body: bytes.clone(), digest })
-        });
-        let caller = caller.with_request(Arc::new(known));
-        Ok((Request::from_parts(parts, bytes.into()), caller))
+        // Rare, and large: every request would have room for it.
+        Box::pin(async move {
+            let (parts, body) = request.into_parts();
+            // A document may be larger where the handler takes one: it looks for itself.
+            let bytes = read_body(Request::from_parts(parts.clone(), body), limit.saturating_mul(LARGE)).await?;
+            let mut known = info.clone();
+            known.fencing = self.fencing;
+            // What is proposed is not made: it must not stand as the outcome of the change.
+            let proposed = matches!(self.voiced, Some(Voiced::Propose(_)));
+            known.idempotency =
+                self.key.filter(|_| !proposed).map(|key| idempotency(caller.actor(), info, &key, &bytes));
+            known.proposing = self.voiced.map(|voiced| {
+                let query = parts.uri.query().unwrap_or_default().to_owned();
+                let content_type = parts.headers.get(header::CONTENT_TYPE).and_then(|t| t.to_str().ok());
+                let content_type = content_type.unwrap_or_default().to_owned();
+                let fields = fields(&parts.headers);
+                let mut said = vec![info.method.as_str(), &info.path, &query, &content_type];
+                said.extend(fields.iter().flat_map(|(name, value)| [name.as_str(), value]));
+                let body = crypto::base64(&bytes);
+                said.push(&body);
+                let digest = crypto::hash_tuple(said);
+                Arc::new(Proposing { voiced, query, content_type, fields, body: bytes.clone(), digest })
+            });
+            let caller = caller.with_request(Arc::new(known));
+            Ok((Request::from_parts(parts, bytes.into()), caller))
+        })
+        .await
     }
 }
 

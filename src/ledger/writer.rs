@@ -234,7 +234,7 @@ impl Writer {
             jobs.iter_mut().for_each(|j| j.refuse(refusal.clone()));
             return finish_read(&mut s.conn, jobs).await;
         }
-        self.shared.metrics.batch.observe(jobs.len() as f64);
+        self.sets_out(jobs.len());
         self.shared.metrics.locked.inc();
         self.apply(s, jobs).await
     }
@@ -245,7 +245,12 @@ impl Writer {
         {
             jobs.push(job);
         }
-        self.gather.took(jobs.len());
+    }
+
+    /// A turn sets out with so many.
+    fn sets_out(&mut self, jobs: usize) {
+        self.shared.metrics.batch.observe(jobs as f64);
+        self.gather.took(jobs);
         self.shared.calm.store(self.gather.calm(), Ordering::Relaxed);
     }
 

@@ -100,7 +100,7 @@ async fn a_wall_clock_that_jumps_ends_no_lease_early_and_keeps_none_alive() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_daemon_that_starts_ahead_of_the_database_writes_nothing_until_its_clock_is_right() {
+async fn a_daemon_that_starts_ahead_of_the_database_writes_nothing() {
     let (db, library) = (database().await, library().await);
     let by = library.with_file_name("by");
     set(&by, HOUR);

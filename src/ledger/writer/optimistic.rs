@@ -40,12 +40,12 @@ impl Writer {
                 },
             }
         }
-        self.shared.metrics.batch.observe(jobs.len() as f64);
+        let here = place.index;
+        self.sets_out(jobs.len());
         if run.has_entries() {
             return self.advance(s, jobs, run).await;
         }
         // Nothing to write, but what is said rests on facts: a look at the head that began after the jobs arrived (rule 11).
-        let here = place.index;
         match store::head_index(&mut s.conn).await {
             Ok(head) if head == here => {
                 self.shared.metrics.optimistic.inc();
