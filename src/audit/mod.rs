@@ -312,7 +312,7 @@ impl Audit {
     /// How far the search has come.
     #[must_use]
     pub fn indexed_to(&self) -> i64 {
-        *self.indexed.borrow()
+        self.ledger.index().min(*self.indexed.borrow() + search::TAIL)
     }
 }
 

@@ -1,14 +1,11 @@
 //! The nouns of the room: an entry as it is stored, as it is found, as it is shown.
 
-use std::borrow::Cow;
-
-use serde::Deserialize;
 use serde_json::{Map, Value};
 
 use crate::kernel::Timestamp;
 use crate::kernel::crypto::base64;
 
-use super::search::tokens::words_of;
+use super::search::{self, tokens::words_of};
 
 /// An entry as it is stored.
 #[derive(Clone, Debug)]
@@ -25,33 +22,6 @@ pub struct Stored {
     pub segment: Option<Vec<u8>>,
 }
 
-/// What the search takes from a leaf, without making anything of the rest.
-#[derive(Default, Deserialize)]
-struct Leaf<'a> {
-    #[serde(borrow)]
-    time: Cow<'a, str>,
-    #[serde(borrow)]
-    room: Cow<'a, str>,
-    #[serde(borrow)]
-    action: Cow<'a, str>,
-    #[serde(borrow)]
-    outcome: Cow<'a, str>,
-}
-
-/// What the search takes from the details.
-#[derive(Default, Deserialize)]
-#[serde(default)]
-struct Brief<'a> {
-    #[serde(borrow)]
-    actor: Cow<'a, str>,
-    #[serde(borrow)]
-    resource: Cow<'a, str>,
-    #[serde(borrow)]
-    request_id: Cow<'a, str>,
-    #[serde(borrow)]
-    trace_id: Cow<'a, str>,
-}
-
 impl Stored {
     fn objects(&self) -> (Map<String, Value>, Option<Map<String, Value>>) {
         let leaf = serde_json::from_slice(&self.leaf).unwrap_or_default();
@@ -61,19 +31,17 @@ impl Stored {
     /// What the search keeps of it.
     #[must_use]
     pub fn found(&self) -> Found {
-        let leaf: Leaf<'_> = serde_json::from_slice(&self.leaf).unwrap_or_default();
-        let details = self.details.as_ref().and_then(|d| serde_json::from_slice(d).ok());
-        let details: Brief<'_> = details.unwrap_or_default();
+        let read = search::entry(self, &mut |_| {});
+        let said = read.said;
         Found {
-            index: self.index,
-            time: Timestamp::parse(&leaf.time).unwrap_or_default(),
-            room: leaf.room.into_owned(),
-            action: leaf.action.into_owned(),
-            outcome: leaf.outcome.into_owned(),
-            actor: details.actor.into_owned(),
-            resource: details.resource.into_owned(),
-            request_id: details.request_id.into_owned(),
-            trace_id: details.trace_id.into_owned(),
+            time: Timestamp::parse(&read.time).unwrap_or_default(),
+            room: read.room.into_owned(),
+            action: read.action.into_owned(),
+            outcome: read.outcome.into_owned(),
+            actor: said.actor.into_owned(),
+            resource: said.resource.into_owned(),
+            request_id: said.request_id.into_owned(),
+            trace_id: said.trace_id.into_owned(),
         }
     }
 
@@ -107,7 +75,6 @@ impl Stored {
 /// What is searched of an entry.
 #[derive(Clone, Debug)]
 pub struct Found {
-    pub(super) index: i64,
     pub(super) time: Timestamp,
     pub(super) room: String,
     pub(super) action: String,
@@ -146,6 +113,14 @@ pub struct Filter {
 }
 
 impl Filter {
+    /// Whether every entry of its time fits.
+    #[must_use]
+    pub fn is_open(&self) -> bool {
+        let given =
+            [&self.actor, &self.room, &self.action, &self.resource, &self.outcome, &self.request_id, &self.trace_id];
+        given.iter().all(|value| value.is_none()) && self.words.is_empty()
+    }
+
     /// Whether an entry fits, but for its words.
     #[must_use]
     pub fn fits(&self, found: &Found) -> bool {

@@ -136,6 +136,59 @@ async fn counts_by_facet_are_those_of_the_entries() {
     assert_eq!((&said["entries"], &said["complete"]), (&0.into(), &true.into()));
 }
 
+/// More than a shelf of blocks (16,384 entries), loose blocks after it, and a tail: what is rare is found in each of them, in both
+/// orders and over pages.
+#[tokio::test(flavor = "multi_thread")]
+async fn what_is_rare_is_found_on_a_shelf_off_it_and_in_the_tail() {
+    let (db, _daemon, client) = start().await;
+    let mut rare = Vec::new();
+    for round in 0..5 {
+        let index = client.put(&format!("rare/Gem-{round}"), "v").await.unwrap();
+        rare.push(index);
+        let many = if round < 3 { 5_500 } else { 400 };
+        let puts = futures_util::stream::iter(0..many).for_each_concurrent(128, |i| {
+            let client = &client;
+            async move {
+                client.put(&format!("many/{round}/{i}"), "v").await.unwrap();
+            }
+        });
+        puts.await;
+    }
+    let last = client.put("rare/Gem-5", "v").await.unwrap();
+    rare.push(last);
+    assert!(last > 16_384 + 512, "past a shelf: {last}");
+    let mut conn = db.connect().await;
+    let count = async |conn: &mut sqlx::PgConnection, table: &str| {
+        let sql = sqlx::AssertSqlSafe(format!("SELECT count(*) FROM audit.{table}"));
+        sqlx::query_scalar::<_, i64>(sql).fetch_one(conn).await.unwrap()
+    };
+    for query in ["text=gem", "resource=key/rare/", "resource=key/rare/Gem", "text=GEM&action=state:put&outcome=ok"] {
+        assert_eq!(found(&client, query).await, rare, "{query}");
+    }
+    assert_eq!(found(&client, "resource=key/rare/Gem-1").await, [rare[1]]);
+    assert_eq!(found(&client, "text=gem&action=state:delete").await, [0i64; 0]);
+    assert_eq!(count(&mut conn, "shelves").await, 1);
+    assert_eq!(count(&mut conn, "loose").await, count(&mut conn, "blocks").await - 64);
+    // By pages, the newest first.
+    let (mut pages, mut after) = (Vec::new(), String::new());
+    loop {
+        let (_, page) = client.get(&format!("/v1/audit/entries?resource=key/rare/&limit=2{after}")).await;
+        pages.extend(page["items"].as_array().unwrap().iter().map(|e| e["index"].as_i64().unwrap()));
+        match page["next"].as_str() {
+            Some(next) => after = format!("&after={next}"),
+            None => break,
+        }
+    }
+    assert_eq!(pages, rare.iter().rev().copied().collect::<Vec<_>>());
+    // Between two times, and counted.
+    let (_, entry) = client.get(&format!("/v1/audit/entries/{}", rare[2])).await;
+    let time = entry["time"].as_str().unwrap();
+    assert_eq!(found(&client, &format!("text=gem&since={time}")).await, rare[2..]);
+    assert_eq!(found(&client, &format!("text=gem&until={time}")).await, rare[..2]);
+    let (_, said) = client.get("/v1/audit/facets?resource=key/").await;
+    assert_eq!(said["entries"], 6 + 3 * 5_500 + 2 * 400);
+}
+
 /// Reads a stream until `enough`; the (event, id, data) of each.
 async fn read(
     answer: reqwest::Response,

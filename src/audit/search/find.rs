@@ -11,17 +11,20 @@ use crate::kernel::web::{Ask, Caller};
 use crate::kernel::{Clock, Refusal};
 use crate::ledger::Entry;
 
-use super::store::{self, Combined};
-use super::{BLOCK, tokens};
+use super::block::{self, Kind};
+use super::shelf::{BLOCKS, Spot};
+use super::tokens::{self, Token};
+use super::{BLOCK, TAIL, store};
 
 /// How long a page may look for what is rare before it answers with what it has, and how to go on.
 const PATIENCE: Duration = Duration::from_millis(400);
 /// How long counting may take.
 const COUNTING: Duration = Duration::from_secs(3);
-/// Entries that one statement looks through when it counts.
-const SPAN: i64 = 1024 * BLOCK;
-/// Blocks read at a time, at most.
-const BLOCKS: i64 = 256;
+/// Entries of a shelf.
+const SHELF: i64 = BLOCKS * BLOCK;
+/// Shelves and blocks that are read at a time, at most; one at first, for often that is enough.
+const SHELVES: i64 = 64;
+const READ: usize = 16;
 /// Values of a facet that are shown, the most frequent first.
 const SHOWN: usize = 100;
 
@@ -56,14 +59,31 @@ struct Range {
     to: i64,
 }
 
+impl Range {
+    fn is_empty(self) -> bool {
+        self.from > self.to
+    }
+}
+
 /// What is still to be looked at.
 struct Search<'a> {
     conn: &'a mut PgConnection,
     filter: &'a Filter,
-    query: Option<String>,
+    /// What a block must hold.
+    wanted: Vec<Token>,
     range: Range,
-    /// Blocks below this one are whole, and have tokens.
+    /// Entries from this one on are in no block; those before it from `shelved` on in none of a shelf.
     whole: i64,
+    shelved: i64,
+    /// Shelves to be read next.
+    shelves: i64,
+}
+
+/// Entries that fit, in the filter's order, of a block or of what is in none.
+struct Fitting {
+    kinds: Vec<Kind>,
+    /// Index, and which of the kinds.
+    entries: Vec<(i64, usize)>,
 }
 
 impl Audit {
@@ -115,10 +135,11 @@ impl Audit {
     async fn searched(&self, upto: Option<i64>) -> Result<i64, Refusal> {
         let upto = upto.unwrap_or_else(|| self.ledger.index());
         let mut indexed = self.indexed.clone();
-        if *indexed.borrow() < upto {
+        if *indexed.borrow() + TAIL < upto {
             self.hurry.notify_one();
         }
-        let waited = tokio::time::timeout(Duration::from_secs(5), indexed.wait_for(|i| *i >= upto)).await.is_ok();
+        let waited = indexed.wait_for(|whole| *whole + TAIL >= upto);
+        let waited = tokio::time::timeout(Duration::from_secs(5), waited).await.is_ok();
         if waited {
             Ok(upto)
         } else {
@@ -146,161 +167,209 @@ impl<'a> Search<'a> {
             Some(after) => range.to = range.to.min(after.saturating_sub(1)),
             None => {}
         }
-        let query = tokens::wanted(filter);
-        let whole = if query.is_some() { store::whole_blocks(conn).await? } else { 0 };
-        Ok(Self { conn, filter, query, range, whole })
+        let whole = store::indexed(conn).await? + 1;
+        let (wanted, shelved) = (tokens::wanted(filter), whole / SHELF * SHELF);
+        Ok(Self { conn, filter, wanted, range, whole, shelved, shelves: 1 })
     }
 
     /// Up to `limit` indexes in the filter's order, and where to go on.
     async fn page(&mut self, limit: usize, clock: &Clock) -> Result<(Vec<i64>, Option<i64>), sqlx::Error> {
+        if self.filter.is_open() {
+            return Ok(self.every(limit));
+        }
         let began = clock.elapsed();
-        let mut found = Vec::new();
-        let mut ranges = self.ranges(1).await?;
-        while let Some(range) = ranges.pop() {
-            self.fitting(range, limit + 1, &mut found).await?;
-            if found.len() > limit {
-                found.truncate(limit);
-                return Ok((found.clone(), found.last().copied()));
-            }
-            let late = clock.elapsed().saturating_sub(began) > PATIENCE;
-            if ranges.is_empty() && self.range.from <= self.range.to {
-                ranges = self.ranges(BLOCKS).await?;
-            }
-            if late && !(ranges.is_empty() && self.range.from > self.range.to) {
-                return Ok((found, Some(if self.filter.ascending { range.to } else { range.from })));
+        let (mut found, mut read) = (Vec::new(), 1);
+        while let Some((part, blocks)) = self.part().await? {
+            for some in pieces(&blocks, &mut read) {
+                for fitting in self.fitting(part, some).await? {
+                    found.extend(fitting.entries.into_iter().map(|(index, _)| index));
+                }
+                if found.len() > limit {
+                    found.truncate(limit);
+                    return Ok((found.clone(), found.last().copied()));
+                }
+                let late = clock.elapsed().saturating_sub(began) > PATIENCE;
+                // Where there is nothing more to look at, late is in time.
+                if late && !(self.range.is_empty() && some.last() == blocks.last()) {
+                    return Ok((found, Some(self.edge(part, some))));
+                }
             }
         }
         Ok((found, None))
     }
 
-    /// The next stretches that may hold what fits, the first to look at last, and moves past them.
-    async fn ranges(&mut self, blocks: i64) -> Result<Vec<Range>, sqlx::Error> {
+    /// The page of a filter that everything fits.
+    fn every(&self, limit: usize) -> (Vec<i64>, Option<i64>) {
         let Range { from, to } = self.range;
-        if from > to {
+        let more = (to - from + 1) > limit as i64;
+        let found: Vec<i64> = if self.filter.ascending {
+            (from..=to).take(limit).collect()
+        } else {
+            (from..=to).rev().take(limit).collect()
+        };
+        let next = found.last().copied().filter(|_| more);
+        (found, next)
+    }
+
+    /// The last entry that was looked at when these blocks of a part were.
+    fn edge(&self, part: Range, blocks: &[i64]) -> i64 {
+        match (blocks.last(), self.filter.ascending) {
+            (Some(block), true) => part.to.min(block * BLOCK + BLOCK - 1),
+            (Some(block), false) => part.from.max(block * BLOCK),
+            (None, true) => part.to,
+            (None, false) => part.from,
+        }
+    }
+
+    /// The next part to look at, and the blocks of it that may hold what fits, in order; moves past it. `None` at the end. Of
+    /// what is in no block, there is none.
+    async fn part(&mut self) -> Result<Option<(Range, Vec<i64>)>, sqlx::Error> {
+        let (Range { from, to }, up) = (self.range, self.filter.ascending);
+        if self.range.is_empty() {
+            return Ok(None);
+        }
+        let lead = if up { from } else { to };
+        // Parts do not reach across the borders of what is kept in one way.
+        let (start, end) = if lead >= self.whole {
+            (self.whole.max(lead / BLOCK * BLOCK), lead / BLOCK * BLOCK + BLOCK)
+        } else if lead >= self.shelved {
+            (self.shelved, self.whole)
+        } else {
+            let (shelf, most) = (lead / SHELF, self.shelves);
+            self.shelves = (self.shelves * 4).min(SHELVES);
+            let (first, last) = if up { (shelf, shelf + most) } else { ((shelf + 1 - most).max(0), shelf + 1) };
+            (first * SHELF, (last * SHELF).min(self.shelved))
+        };
+        let part = Range { from: from.max(start), to: to.min(end - 1) };
+        self.range = if up { Range { from: part.to + 1, to } } else { Range { from, to: part.from - 1 } };
+        let mut blocks = self.blocks(part).await?;
+        if !up {
+            blocks.reverse();
+        }
+        Ok(Some((part, blocks)))
+    }
+
+    /// The blocks of a part that may hold what fits, in order.
+    async fn blocks(&mut self, part: Range) -> Result<Vec<i64>, sqlx::Error> {
+        let (first, last) = (part.from / BLOCK, part.to / BLOCK);
+        if part.from >= self.whole {
             return Ok(Vec::new());
         }
-        let up = self.filter.ascending;
-        let Some(query) = &self.query else {
-            self.range = Range { from: 1, to: 0 };
-            return Ok(vec![Range { from, to }]);
-        };
-        // The newest entries are in no whole block yet.
-        let tail = self.whole * BLOCK;
-        if to >= tail && (!up || from >= tail) {
-            let start = from.max(tail);
-            self.range = if up { Range { from: 1, to: 0 } } else { Range { from, to: start - 1 } };
-            return Ok(vec![Range { from: start, to }]);
+        if self.wanted.is_empty() {
+            return Ok((first..=last).collect());
         }
-        let (first, last) = (from / BLOCK, to.min(tail - 1) / BLOCK);
-        let found = store::blocks(self.conn, query, first, last, up, blocks).await?;
-        let full = found.len() as i64 == blocks;
-        self.range = match (full.then(|| found.last()).flatten(), up) {
-            (Some(last), true) => Range { from: (last + 1) * BLOCK, to },
-            (Some(last), false) => Range { from, to: last * BLOCK - 1 },
-            (None, true) if to >= tail => Range { from: tail, to },
-            (None, _) => Range { from: 1, to: 0 },
-        };
-        if found.is_empty() && self.range.from <= self.range.to {
-            return Box::pin(self.ranges(blocks)).await;
+        if part.from >= self.shelved {
+            let loose = store::loose(self.conn, first, last).await?;
+            let holding = loose.into_iter().filter(|(_, has)| tokens::holds(has, &self.wanted));
+            return Ok(holding.map(|(block, _)| block).collect());
         }
-        let within = |block: &i64| Range { from: from.max(block * BLOCK), to: to.min(block * BLOCK + BLOCK - 1) };
-        Ok(join(found.iter().map(within)).into_iter().rev().collect())
+        let spots: Vec<Spot> = self.wanted.iter().map(|t| Spot::of(*t)).collect();
+        let shelves = store::shelves(self.conn, &spots, first / BLOCKS, last / BLOCKS).await?;
+        let of_shelf = |(shelf, bits): (i64, u64)| {
+            (0..BLOCKS).filter(move |place| bits >> place & 1 == 1).map(move |place| shelf * BLOCKS + place)
+        };
+        Ok(shelves.into_iter().flat_map(of_shelf).filter(|block| (first..=last).contains(block)).collect())
     }
 
-    /// Adds what fits in a stretch, until there are `most`.
-    async fn fitting(&mut self, range: Range, most: usize, found: &mut Vec<i64>) -> Result<(), sqlx::Error> {
-        let up = self.filter.ascending;
-        let Range { mut from, mut to } = range;
-        loop {
-            let want = if self.filter.words.is_empty() { most - found.len() } else { BLOCK as usize };
-            let page = store::matching(self.conn, self.filter, from, to, up, want as i64).await?;
-            let full = page.len() == want;
-            match page.last() {
-                Some(last) if up => from = last + 1,
-                Some(last) => to = last - 1,
-                None => return Ok(()),
+    /// What fits of these blocks of a part, or of the part itself if that is in none; block by block, in order.
+    async fn fitting(&mut self, part: Range, blocks: &[i64]) -> Result<Vec<Fitting>, sqlx::Error> {
+        let mut all = Vec::new();
+        if part.from >= self.whole {
+            all.push(self.unkept(part).await?);
+        } else if !blocks.is_empty() {
+            let names = block::asks_names(self.filter);
+            for kept in store::blocks(self.conn, blocks, names).await? {
+                let read = block::Read::new(&kept)?;
+                let entries = read.fitting(self.filter, kept.names.as_deref(), (part.from, part.to))?;
+                all.push(Fitting { kinds: read.into_kinds(), entries });
             }
-            found.extend(self.saying(page).await?);
-            if !full || found.len() >= most {
-                return Ok(());
-            }
+            self.saying(&mut all).await?;
         }
+        if !self.filter.ascending {
+            all.reverse();
+            all.iter_mut().for_each(|fitting| fitting.entries.reverse());
+        }
+        Ok(all)
     }
 
-    /// Of these, those whose details have all the words.
-    async fn saying(&mut self, page: Vec<i64>) -> Result<Vec<i64>, sqlx::Error> {
+    /// What fits of entries that are in no block.
+    async fn unkept(&mut self, part: Range) -> Result<Fitting, sqlx::Error> {
+        let mut fitting = Fitting { kinds: Vec::new(), entries: Vec::new() };
+        for stored in entries::unindexed(self.conn, part.from - 1, part.to - part.from + 1).await? {
+            let found = stored.found();
+            if self.filter.fits(&found) && self.filter.says(stored.details.as_deref()) {
+                fitting.entries.push((stored.index, fitting.kinds.len()));
+                fitting.kinds.push([found.actor, found.room, found.action, found.outcome]);
+            }
+        }
+        Ok(fitting)
+    }
+
+    /// Leaves of these those whose details have all the words.
+    async fn saying(&mut self, all: &mut [Fitting]) -> Result<(), sqlx::Error> {
         if self.filter.words.is_empty() {
-            return Ok(page);
+            return Ok(());
         }
-        let details: HashMap<i64, Vec<u8>> = entries::details(self.conn, &page).await?.into_iter().collect();
-        Ok(page.into_iter().filter(|i| self.filter.says(details.get(i).map(Vec::as_slice))).collect())
+        let indexes: Vec<i64> = all.iter().flat_map(|f| f.entries.iter().map(|(index, _)| *index)).collect();
+        let details: HashMap<i64, Vec<u8>> = entries::details(self.conn, &indexes).await?.into_iter().collect();
+        for fitting in all {
+            fitting.entries.retain(|(index, _)| self.filter.says(details.get(index).map(Vec::as_slice)));
+        }
+        Ok(())
     }
 
     async fn count(&mut self, clock: &Clock) -> Result<Counted, sqlx::Error> {
         let began = clock.elapsed();
-        let mut sums: HashMap<Combined, i64> = HashMap::new();
-        let Range { from: oldest, to: mut end } = self.range;
-        let mut complete = true;
-        while end >= oldest {
-            let start = oldest.max(end / SPAN * SPAN);
-            self.range = Range { from: start, to: end };
-            loop {
-                let ranges = self.ranges(BLOCKS).await?;
-                if ranges.is_empty() {
-                    break;
+        let mut sums: HashMap<Kind, i64> = HashMap::new();
+        let (oldest, mut read) = (self.range.from, 1);
+        let mut from = oldest;
+        'all: while let Some((part, blocks)) = self.part().await? {
+            for some in pieces(&blocks, &mut read) {
+                for fitting in self.fitting(part, some).await? {
+                    fitting.add(&mut sums);
                 }
-                for range in ranges {
-                    self.add(range, &mut sums).await?;
+                if clock.elapsed().saturating_sub(began) > COUNTING {
+                    from = self.edge(part, some);
+                    break 'all;
                 }
             }
-            end = start - 1;
-            if end >= oldest && clock.elapsed().saturating_sub(began) > COUNTING {
-                complete = false;
-                break;
-            }
         }
-        let facets = ["actor", "room", "action", "outcome"].map(|name| (name, facet(name, &sums)));
-        Ok(Counted {
-            upto: 0,
-            from: (end + 1).max(oldest),
-            complete,
-            entries: sums.values().sum(),
-            facets: facets.into(),
-        })
-    }
-
-    async fn add(&mut self, range: Range, sums: &mut HashMap<Combined, i64>) -> Result<(), sqlx::Error> {
-        let only = if self.filter.words.is_empty() {
-            None
-        } else {
-            let mut found = Vec::new();
-            self.fitting(range, usize::MAX, &mut found).await?;
-            Some(found)
-        };
-        for (combined, n) in store::combined(self.conn, self.filter, range.from, range.to, only).await? {
-            *sums.entry(combined).or_default() += n;
-        }
-        Ok(())
+        let facets = ["actor", "room", "action", "outcome"];
+        let facets = std::array::from_fn::<_, 4, _>(|n| (facets[n], facet(n, &sums)));
+        let (complete, entries) = (from <= oldest, sums.values().sum());
+        Ok(Counted { upto: 0, from, complete, entries, facets: facets.into() })
     }
 }
 
-/// Stretches that follow each other without a gap, as one.
-fn join(ranges: impl Iterator<Item = Range>) -> Vec<Range> {
-    let mut out: Vec<Range> = Vec::new();
-    for range in ranges {
-        match out.last_mut() {
-            Some(last) if last.to + 1 == range.from => last.to = range.to,
-            Some(last) if range.to + 1 == last.from => last.from = range.from,
-            _ => out.push(range),
+impl Fitting {
+    /// Counts its entries by their kinds.
+    fn add(self, sums: &mut HashMap<Kind, i64>) {
+        let mut counts = vec![0; self.kinds.len()];
+        self.entries.iter().for_each(|(_, kind)| counts[*kind] += 1);
+        for (kind, n) in self.kinds.into_iter().zip(counts).filter(|(_, n)| *n > 0) {
+            *sums.entry(kind).or_default() += n;
         }
     }
-    out
 }
 
-fn facet(name: &str, sums: &HashMap<Combined, i64>) -> Vec<(String, i64)> {
+/// Blocks a few at a time: one at first, then more. A part without blocks is one piece.
+fn pieces<'a>(blocks: &'a [i64], read: &mut usize) -> Vec<&'a [i64]> {
+    let (mut all, mut rest) = (Vec::new(), blocks);
+    loop {
+        let (some, more) = rest.split_at((*read).min(rest.len()));
+        all.push(some);
+        if more.is_empty() {
+            return all;
+        }
+        rest = more;
+        *read = (*read * 2).min(READ);
+    }
+}
+
+fn facet(n: usize, sums: &HashMap<Kind, i64>) -> Vec<(String, i64)> {
     let mut by: HashMap<&str, i64> = HashMap::new();
-    for (combined, n) in sums {
-        *by.entry(combined.of(name)).or_default() += n;
+    for (kind, count) in sums {
+        *by.entry(&kind[n]).or_default() += count;
     }
     let mut all: Vec<(String, i64)> = by.into_iter().map(|(v, n)| (v.to_owned(), n)).collect();
     all.sort_by(|a, b| b.1.cmp(&a.1).then_with(|| a.0.cmp(&b.0)));

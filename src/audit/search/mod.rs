@@ -1,7 +1,13 @@
 //! The search: a follower that fills an index of its own behind the commits, so that the write path carries none of it; and
 //! what is found there.
+//!
+//! Entries are taken in by blocks, once a block is whole. What is in no whole block yet is read from the ledger, so the search
+//! reflects every entry as soon as there is less than [`TAIL`] of that.
 
+pub(super) mod block;
 mod find;
+mod read;
+pub(super) mod shelf;
 mod tail;
 pub(super) mod tokens;
 
@@ -11,27 +17,33 @@ use std::time::Duration;
 use sqlx::{Connection as _, PgConnection};
 use tokio::sync::{Notify, watch};
 
-use crate::kernel::supervisor::{Supervisor, Task, TaskError};
+use crate::kernel::supervisor::{Stop, Supervisor, Task, TaskError};
 use crate::ledger::Ledger;
 use crate::store::Store;
 
-use super::model::{Found, Stored};
+use super::model::Stored;
 use super::store::search as store;
 use super::{Metrics, store as entries};
+use block::Block;
+use shelf::BLOCKS;
 
 pub use find::{Counted, Page};
+pub(super) use read::entry;
 pub use tail::{Tail, Told};
 
 /// Entries in a block: those of a tile.
 pub(super) const BLOCK: i64 = 256;
-/// Entries taken at a time.
-const PAGE: i64 = 2 * BLOCK;
+/// Entries that a search may read from the ledger because they are in no block yet.
+pub(super) const TAIL: i64 = 4 * BLOCK;
+/// Blocks made at a time.
+const AT_ONCE: i64 = 8;
 /// How long nothing may be heard before it looks all the same.
 const POLL: Duration = Duration::from_millis(500);
 /// Pause between two rounds: many small ones would cost the writer more than a few large ones.
 const PAUSE: Duration = Duration::from_millis(100);
 
-/// Starts it; what it answers tells how far it has come. Who waits for it says so by `hurry`, and it does not pause.
+/// Starts it; what it answers is the last entry of the last whole block. Who waits for it says so by `hurry`, and it does not
+/// pause.
 pub(super) fn start(
     db: &Store,
     ledger: &Ledger,
@@ -46,11 +58,14 @@ pub(super) fn start(
         let hurry = hurry.clone();
         async move {
             let mut conn = db.background("search").await?;
+            let mut at = store::indexed(&mut conn).await?;
             loop {
-                index.mark_unchanged();
-                let at = round(&mut conn).await?;
-                metrics.indexed.set(at);
-                tell.send_if_modified(|known| std::mem::replace(known, at) != at);
+                let head = *index.borrow_and_update();
+                at = round(&mut conn, at, head, &stop, &|at| {
+                    metrics.indexed.set(head.min(at + TAIL));
+                    tell.send_if_modified(|known| std::mem::replace(known, at) != at);
+                })
+                .await?;
                 tokio::select! {
                     () = stop.cancelled() => return Ok(()),
                     _ = index.changed() => tokio::select! {
@@ -68,48 +83,51 @@ pub(super) fn start(
     told
 }
 
-/// Takes in what is new; answers how far the search has come, by whichever daemon.
-async fn round(conn: &mut PgConnection) -> Result<i64, TaskError> {
-    loop {
-        let mut tx = conn.begin().await?;
-        // What is derived can be derived again: it need not make the writer's commits wait for the disk.
-        store::not_synchronous(&mut tx).await?;
-        let Some(at) = store::take_indexed(&mut tx).await? else {
+/// Makes the blocks that became whole; tells and answers the last entry of the last of them, by whichever daemon.
+async fn round(
+    conn: &mut PgConnection,
+    mut at: i64,
+    head: i64,
+    stop: &Stop,
+    tell: &(dyn Fn(i64) + Sync),
+) -> Result<i64, TaskError> {
+    tell(at);
+    while (at + 1) / BLOCK < (head + 1) / BLOCK && !stop.is_cancelled() {
+        at = match blocks(conn, head).await? {
+            Some(at) => at,
             // Another daemon is at it.
-            drop(tx);
-            return Ok(store::indexed(conn).await?);
+            None => return store::indexed(conn).await.inspect(|at| tell(*at)).map_err(Into::into),
         };
-        // Up to the end of a block, so that whole blocks are mostly made from what is at hand.
-        let most = PAGE - (at + 1).rem_euclid(BLOCK);
-        let new = entries::unindexed(&mut tx, at, most).await?;
-        let Some(last) = new.last() else { return Ok(at) };
-        let to = last.index;
-        let found: Vec<Found> = new.iter().map(Stored::found).collect();
-        store::index(&mut tx, &found, to).await?;
-        for block in (at + 1) / BLOCK..(to + 1) / BLOCK {
-            let tokens = block_tokens(&mut tx, block, &new, &found).await?;
-            store::keep_block(&mut tx, block, &tokens).await?;
-        }
-        tx.commit().await?;
-        if (new.len() as i64) < most {
-            return Ok(to);
-        }
+        tell(at);
     }
+    Ok(at)
 }
 
-/// The tokens of a block that has just become whole; `new` holds its last entries at least.
-async fn block_tokens(
-    conn: &mut PgConnection,
-    block: i64,
-    new: &[Stored],
-    found: &[Found],
-) -> Result<Vec<String>, sqlx::Error> {
-    let (first, end) = (block * BLOCK, (block + 1) * BLOCK);
-    let before = match new.first() {
-        Some(n) if n.index > first => entries::unindexed(conn, first - 1, n.index - first).await?,
-        _ => Vec::new(),
-    };
-    let before: Vec<(Stored, Found)> = before.into_iter().map(|s| (s.found(), s)).map(|(f, s)| (s, f)).collect();
-    let now = new.iter().zip(found).filter(|(s, _)| (first..end).contains(&s.index));
-    Ok(tokens::of_block(before.iter().map(|(s, f)| (s, f)).chain(now)))
+/// Makes the next blocks, and the shelf that is full with the last of them.
+async fn blocks(conn: &mut PgConnection, head: i64) -> Result<Option<i64>, TaskError> {
+    let mut tx = conn.begin().await?;
+    // What is derived can be derived again: it need not make the writer's commits wait for the disk.
+    store::not_synchronous(&mut tx).await?;
+    let Some(at) = store::take_indexed(&mut tx).await? else { return Ok(None) };
+    let first = (at + 1) / BLOCK;
+    let shelf = first / BLOCKS;
+    // A shelf is full with the last block that is made at a time.
+    let end = ((head + 1) / BLOCK).min(first + AT_ONCE).min((shelf + 1) * BLOCKS);
+    if end <= first {
+        return Ok(Some(at));
+    }
+    let entries = entries::unindexed(&mut tx, first * BLOCK - 1, (end - first) * BLOCK).await?;
+    let of_block = |a: &Stored, b: &Stored| a.index / BLOCK == b.index / BLOCK;
+    let made: Vec<Block> =
+        entries.chunk_by(of_block).map(|entries| Block::of(entries[0].index / BLOCK, entries)).collect();
+    let to = end * BLOCK - 1;
+    store::keep_blocks(&mut tx, &made, to).await?;
+    if end == (shelf + 1) * BLOCKS {
+        let loose = store::loose(&mut tx, shelf * BLOCKS, end - 1).await?;
+        let place = |block: &i64| u8::try_from(block - shelf * BLOCKS).unwrap_or_default();
+        let lines = shelf::make(loose.iter().map(|(block, tokens)| (place(block), tokens.as_slice())));
+        store::keep_shelf(&mut tx, shelf, &lines).await?;
+    }
+    tx.commit().await?;
+    Ok(Some(to))
 }

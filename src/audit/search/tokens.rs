@@ -1,173 +1,201 @@
 //! What an entry can be found by, as tokens of its block, and what a search asks of them.
 //!
-//! A token is a letter and a value. Actor, outcome and action are also joined, in the orders in which a search can give some
-//! of them and leave the rest open, so that two that are common each, and rare together, are found by being together.
+//! A token is a hash of what it stands for: two that collide cost a search a look at one block more, never an answer. Actor,
+//! outcome, room and action are also joined, in all ways in which a search can give some of them and leave the rest open, so
+//! that two that are common each, and rare together, are found by being together. Resources are asked for by how they begin,
+//! so their beginnings are tokens.
 
-use std::borrow::Cow;
-use std::collections::{BTreeSet, HashSet};
+use std::collections::BTreeSet;
+use std::hash::Hasher as _;
 
-use serde::Deserialize;
-use serde_json::Value;
+use fnv::FnvHasher;
 
-use crate::audit::model::{Filter, Found, Stored};
+use crate::audit::model::Filter;
 
-/// Between the parts of a joined token: no name has it.
-const JOINT: char = '\u{1f}';
-/// The longest token, in bytes; longer ones are cut, and so is what is looked for.
-const LONGEST: usize = 512;
+use super::read::{self, Said};
+
+/// A hash of what entries can be found by. Stored: it never changes.
+pub(in crate::audit) type Token = u32;
+
+/// Stands alone for a block that has more tokens than are kept: it may hold anything.
+pub(in crate::audit) const ANYTHING: Token = Token::MAX;
+/// Tokens of a block at most.
+const MOST: usize = 65_536;
 /// The longest word, in characters.
 const WORD: usize = 64;
-/// Words of one entry, and bytes of all tokens of a block; past it the block says that it may hold anything.
-const WORDS: usize = 256;
-const BYTES: usize = 600_000;
-/// May hold anything.
-const ANYTHING: &str = "*";
+/// Beginnings of resources that are tokens, in bytes, and the letter they are told apart by.
+const BEGINNINGS: [usize; 29] = [
+    4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30, 32, 36, 40, 44, 48, 52, 56, 60, 64, 80, 96, 128, 192, 256, 512,
+];
+/// The parts of a joined token: each is in it, or left open.
+const ACTOR: u8 = 1;
+const OUTCOME: u8 = 2;
+const ROOM: u8 = 4;
+const ACTION: u8 = 8;
+/// All ways to join them that a search may need: a room and an action together are the action.
+const JOINED: [u8; 11] = [
+    ACTOR,
+    OUTCOME,
+    ACTOR | OUTCOME,
+    ROOM,
+    ROOM | ACTOR,
+    ROOM | OUTCOME,
+    ROOM | ACTOR | OUTCOME,
+    ACTION,
+    ACTION | ACTOR,
+    ACTION | OUTCOME,
+    ACTION | ACTOR | OUTCOME,
+];
+/// Letters of the tokens that are not joined.
+const RESOURCE: u8 = b'r';
+const REQUEST: u8 = b'i';
+const TRACE: u8 = b't';
+const SAID: u8 = b'w';
+
+/// One word in lower case, cut; `into` is made new.
+fn lower(word: &str, into: &mut String) {
+    into.clear();
+    if word.is_ascii() {
+        into.push_str(&word[..word.len().min(WORD)]);
+        into.make_ascii_lowercase();
+    } else {
+        into.extend(word.chars().take(WORD).flat_map(char::to_lowercase));
+    }
+}
+
+fn split(text: &str) -> impl Iterator<Item = &str> {
+    text.split(|c: char| !c.is_alphanumeric()).filter(|w| !w.is_empty())
+}
 
 /// The words of a text: runs of letters and digits, in lower case.
 pub(in crate::audit) fn words(text: &str) -> impl Iterator<Item = String> + '_ {
-    text.split(|c: char| !c.is_alphanumeric())
-        .filter(|w| !w.is_empty())
-        .map(|w| w.chars().take(WORD).flat_map(char::to_lowercase).collect())
-}
-
-/// What of the details is text: the decision and the ids of request and trace are not.
-#[derive(Default, Deserialize)]
-#[serde(default)]
-struct Texts<'a> {
-    #[serde(borrow)]
-    actor: Cow<'a, str>,
-    #[serde(borrow)]
-    resource: Cow<'a, str>,
-    #[serde(borrow)]
-    reason: Cow<'a, str>,
-    change: Value,
-    signal: Value,
-}
-
-fn leaves(value: &Value, each: &mut impl FnMut(String)) {
-    match value {
-        Value::String(text) => words(text).for_each(each),
-        Value::Array(all) => all.iter().for_each(|v| leaves(v, each)),
-        Value::Object(all) => all.values().for_each(|v| leaves(v, each)),
-        Value::Number(n) => each(n.to_string()),
-        Value::Null | Value::Bool(_) => {}
-    }
-}
-
-/// Each word of an entry's details, some more than once.
-fn each_word(details: &[u8], each: &mut impl FnMut(String)) {
-    let texts: Texts<'_> = serde_json::from_slice(details).unwrap_or_default();
-    for text in [&texts.actor, &texts.resource, &texts.reason] {
-        words(text).for_each(&mut *each);
-    }
-    leaves(&texts.change, each);
-    leaves(&texts.signal, each);
+    split(text).map(|word| {
+        let mut out = String::with_capacity(word.len());
+        lower(word, &mut out);
+        out
+    })
 }
 
 /// The words of an entry's details.
 pub(in crate::audit) fn words_of(details: &[u8]) -> BTreeSet<String> {
     let mut out = BTreeSet::new();
-    each_word(details, &mut |word| {
-        out.insert(word);
-    });
+    let said = read::details(details, &mut |text| out.extend(words(text)));
+    for text in [&said.actor, &said.resource, &said.reason] {
+        out.extend(words(text));
+    }
     out
 }
 
-fn token(letter: char, parts: &[&str]) -> String {
-    let mut out = String::with_capacity(1 + parts.iter().map(|p| p.len() + 1).sum::<usize>());
-    out.push(letter);
-    for (i, part) in parts.iter().enumerate() {
-        if i > 0 {
-            out.push(JOINT);
-        }
-        out.push_str(part);
+/// FNV-1a, mixed so that every bit of it can be used alone.
+fn token(letter: u8, parts: &[&str]) -> Token {
+    let mut hasher = FnvHasher::default();
+    hasher.write_u8(letter);
+    for part in parts {
+        hasher.write(part.as_bytes());
+        // No text has this byte, so that where one part ends is in the hash.
+        hasher.write_u8(0xff);
     }
-    cut(out)
+    mixed(hasher.finish())
 }
 
-fn cut(mut token: String) -> String {
-    // A NUL cannot be stored as text; in names it does not occur, and what others wrote is found by its words.
-    if token.contains('\0') {
-        token.retain(|c| c != '\0');
-    }
-    token.truncate(token.floor_char_boundary(LONGEST));
-    token
+fn mixed(hash: u64) -> Token {
+    let hash = (hash ^ hash >> 32).wrapping_mul(0xd6e8_feb8_6659_fd93);
+    Token::try_from(hash >> 32).unwrap_or_default()
 }
 
-/// The tokens of a block's entries, in order.
-pub(in crate::audit) fn of_block<'a>(entries: impl IntoIterator<Item = (&'a Stored, &'a Found)>) -> Vec<String> {
-    let (mut all, mut words, mut met) = (HashSet::new(), HashSet::new(), HashSet::new());
-    for (stored, f) in entries {
-        // Most entries of a block are alike in these.
-        if met.insert((f.action.as_str(), f.outcome.as_str(), f.actor.as_str())) {
-            all.insert(token('a', &[&f.action]));
-            all.insert(token('o', &[&f.outcome, &f.action]));
-            all.insert(token('p', &[&f.actor, &f.action]));
-            all.insert(token('q', &[&f.actor, &f.outcome, &f.action]));
-        }
-        all.insert(token('r', &[&f.resource]));
-        for (letter, id) in [('i', &f.request_id), ('t', &f.trace_id)] {
+fn joined(which: u8, parts: [&str; 4]) -> Token {
+    let [actor, outcome, room, action] = parts;
+    let given = |bit: u8, part| if which & bit == 0 { "" } else { part };
+    token(which, &[given(ACTOR, actor), given(OUTCOME, outcome), given(ROOM, room), given(ACTION, action)])
+}
+
+/// The beginnings of a resource that are tokens, the shortest first.
+fn beginnings(resource: &str, mut each: impl FnMut(Token)) {
+    let mut hasher = FnvHasher::default();
+    hasher.write_u8(RESOURCE);
+    let mut at = 0;
+    for end in BEGINNINGS {
+        let Some(part) = resource.as_bytes().get(at..end) else { return };
+        hasher.write(part);
+        each(mixed(hasher.finish()));
+        at = end;
+    }
+}
+
+/// The tokens of a block, gathered entry by entry.
+#[derive(Default)]
+pub(super) struct Gathered {
+    tokens: Vec<Token>,
+    word: String,
+}
+
+impl Gathered {
+    /// A kind of entry that was not met in the block before: actor, room, action, outcome.
+    pub fn kind(&mut self, [actor, room, action, outcome]: [&str; 4]) {
+        self.tokens.extend(JOINED.map(|which| joined(which, [actor, outcome, room, action])));
+    }
+
+    /// What an entry says of itself.
+    pub fn names(&mut self, said: &Said<'_>) {
+        beginnings(&said.resource, |t| self.tokens.push(t));
+        for (letter, id) in [(REQUEST, &said.request_id), (TRACE, &said.trace_id)] {
             if !id.is_empty() {
-                all.insert(token(letter, &[id]));
+                self.tokens.push(token(letter, &[id]));
             }
         }
-        let Some(details) = stored.details.as_deref() else { continue };
-        let mut mine = Vec::new();
-        each_word(details, &mut |word| mine.push(word));
-        if mine.len() > WORDS {
-            mine.sort_unstable();
-            mine.dedup();
-            if mine.len() > WORDS {
-                all.insert(ANYTHING.to_owned());
-                mine.truncate(WORDS);
-            }
+        for text in [&said.actor, &said.resource, &said.reason] {
+            self.text(text);
         }
-        words.extend(mine);
     }
-    all.extend(words.into_iter().map(|w| token('w', &[&w])));
-    if all.iter().map(|t| t.len() + 8).sum::<usize>() > BYTES {
-        return vec![ANYTHING.to_owned()];
+
+    /// A text of its details.
+    pub fn text(&mut self, text: &str) {
+        for word in split(text) {
+            lower(word, &mut self.word);
+            self.tokens.push(token(SAID, &[&self.word]));
+        }
     }
-    let mut all: Vec<String> = all.into_iter().collect();
-    all.sort_unstable();
-    all
+
+    /// All of them, each once, in order.
+    pub fn finish(mut self) -> Vec<Token> {
+        self.tokens.sort_unstable();
+        self.tokens.dedup();
+        if self.tokens.len() > MOST { vec![ANYTHING] } else { self.tokens }
+    }
 }
 
-/// One term of a search: a token, or how one begins.
-fn term(token: &str, begins: bool) -> String {
-    let quoted = token.replace('\\', "\\\\").replace('\'', "''");
-    format!("'{quoted}'{}", if begins { ":*" } else { "" })
+/// Whether a block's tokens have all that is wanted.
+pub(super) fn holds(tokens: &[Token], wanted: &[Token]) -> bool {
+    tokens == [ANYTHING] || wanted.iter().all(|t| tokens.binary_search(t).is_ok())
 }
 
-/// What a block must hold for an entry of it to fit, as a `tsquery`. `None`: any block may.
-pub(in crate::audit) fn wanted(filter: &Filter) -> Option<String> {
-    let mut terms = Vec::new();
-    let room = filter.room.as_ref().map(|r| format!("{r}:"));
-    let (action, open) = match (&filter.action, &room) {
-        (Some(action), _) => (action.as_str(), false),
-        (None, Some(room)) => (room.as_str(), true),
-        (None, None) => ("", true),
-    };
-    match (&filter.actor, &filter.outcome) {
-        (Some(actor), Some(outcome)) => terms.push(term(&token('q', &[actor, outcome, action]), open)),
-        (Some(actor), None) => terms.push(term(&token('p', &[actor, action]), open)),
-        (None, Some(outcome)) => terms.push(term(&token('o', &[outcome, action]), open)),
-        (None, None) if !action.is_empty() => terms.push(term(&token('a', &[action]), open)),
-        (None, None) => {}
+/// What a block must hold for an entry of it to fit, all of it. Empty: any block may.
+pub(in crate::audit) fn wanted(filter: &Filter) -> Vec<Token> {
+    let mut all = Vec::new();
+    // The action decides: of another room there is none that fits.
+    let room = if filter.action.is_some() { &None } else { &filter.room };
+    let given = [(ACTOR, &filter.actor), (OUTCOME, &filter.outcome), (ROOM, room), (ACTION, &filter.action)];
+    let which = given.iter().filter(|(_, v)| v.is_some()).fold(0, |which, (bit, _)| which | bit);
+    if which != 0 {
+        all.push(joined(which, given.map(|(_, value)| value.as_deref().unwrap_or_default())));
     }
     if let Some(resource) = &filter.resource {
-        terms.push(term(&token('r', &[resource]), true));
+        let mut longest = None;
+        beginnings(resource, |t| longest = Some(t));
+        all.extend(longest);
     }
-    for (letter, id) in [('i', &filter.request_id), ('t', &filter.trace_id)] {
-        terms.extend(id.as_ref().map(|id| term(&token(letter, &[id]), false)));
+    for (letter, id) in [(REQUEST, &filter.request_id), (TRACE, &filter.trace_id)] {
+        all.extend(id.as_ref().map(|id| token(letter, &[id])));
     }
-    terms.extend(filter.words.iter().map(|w| term(&token('w', &[w]), false)));
-    (!terms.is_empty()).then(|| format!("({}) | '{ANYTHING}'", terms.join(" & ")))
+    all.extend(filter.words.iter().map(|w| token(SAID, &[w])));
+    all
 }
 
 #[cfg(test)]
 mod tests {
+    use super::super::block;
     use super::*;
+    use crate::audit::model::{Found, Stored};
     use proptest::prelude::*;
 
     fn entry(actor: &str, action: &str, outcome: &str, resource: &str, reason: &str) -> (Stored, Found) {
@@ -186,17 +214,6 @@ mod tests {
         (stored, found)
     }
 
-    /// Whether tokens hold what a query asks, as `tsquery` would say: terms joined by `&`, or anything.
-    fn holds(tokens: &[String], query: &str) -> bool {
-        let inner = query.strip_prefix('(').and_then(|q| q.strip_suffix(") | '*'")).unwrap();
-        tokens.iter().any(|t| t == ANYTHING)
-            || inner.split(" & ").all(|term| {
-                let begins = term.ends_with(":*");
-                let value = term.trim_end_matches(":*").trim_matches('\'').replace("''", "'").replace("\\\\", "\\");
-                tokens.iter().any(|t| if begins { t.starts_with(&value) } else { *t == value })
-            })
-    }
-
     #[test]
     fn words_are_those_of_what_was_said() {
         let (stored, _) = entry("arp", "state:put", "ok", "key/arp/Plan-7", "Replaced by O'Hara");
@@ -205,13 +222,21 @@ mod tests {
     }
 
     #[test]
+    fn tokens_are_the_same_for_ever() {
+        assert_eq!(token(SAID, &["plan"]), 1_635_231_865);
+        assert_eq!(joined(ACTOR | ACTION, ["root", "ok", "state", "state:put"]), 2_404_792_776);
+        let mut all = Vec::new();
+        beginnings("key/arp/3", |t| all.push(t));
+        assert_eq!(all, [813_760_847, 992_980_129, 2_715_485_153]);
+    }
+
+    #[test]
     fn a_block_too_full_to_list_may_hold_anything() {
-        let many: String = (0..400).map(|i| format!("w{i} ")).collect();
-        let (stored, found) = entry("a", "state:put", "ok", "key/k", &many);
-        assert!(of_block([(&stored, &found)]).contains(&ANYTHING.to_owned()));
-        let other = |i: usize| (0..250).map(|w| format!("word{i}and{w} ")).collect::<String>();
-        let long: Vec<(Stored, Found)> = (0..256).map(|i| entry("a", "a:b", "ok", "key/k", &other(i))).collect();
-        assert_eq!(of_block(long.iter().map(|(s, f)| (s, f))), [ANYTHING]);
+        let many: String = (0..MOST).map(|i| format!("w{i} ")).collect();
+        let (stored, _) = entry("a", "state:put", "ok", "key/k", &many);
+        let made = block::Block::of(0, &[stored]);
+        assert_eq!(made.tokens, [ANYTHING]);
+        assert!(holds(&made.tokens, &[1, 2]));
     }
 
     proptest! {
@@ -219,8 +244,8 @@ mod tests {
         #[test]
         fn a_block_holds_what_its_entries_fit(
             actor in "[a-c' \\\\]{1,3}", outcome in "ok|denied", action in "state:put|state:get|token:use",
-            resource in "key/[a-b/']{0,4}", reason in "[a-c ]{0,6}",
-            given in proptest::collection::vec(any::<bool>(), 7), cut in 0usize..8,
+            resource in "key/[a-bé/']{0,40}", reason in "[a-cÄ ]{0,6}",
+            given in proptest::collection::vec(any::<bool>(), 7), cut in 0usize..44,
         ) {
             let (stored, found) = entry(&actor, &action, &outcome, &resource, &reason);
             let some = |i: usize, v: &str| given[i].then(|| v.to_owned());
@@ -229,15 +254,14 @@ mod tests {
                 outcome: some(1, &outcome),
                 action: some(2, &action),
                 room: some(3, &found.room),
-                resource: some(4, &resource[..cut.min(resource.len())]),
+                resource: some(4, &resource[..resource.floor_char_boundary(cut)]),
                 request_id: some(5, "r-1"),
                 words: if given[6] { words(&reason).collect() } else { Vec::new() },
                 ..Filter::default()
             };
             prop_assert!(filter.fits(&found) && filter.says(stored.details.as_deref()));
-            if let Some(query) = wanted(&filter) {
-                prop_assert!(holds(&of_block([(&stored, &found)]), &query), "{query}");
-            }
+            let made = block::Block::of(0, &[stored]);
+            prop_assert!(holds(&made.tokens, &wanted(&filter)));
         }
     }
 }

@@ -65,7 +65,7 @@ async fn insert(State(pool): State<PgPool>, Key(key): Key<String>, body: axum::b
 const CHUNK: i64 = 500_000;
 
 /// Puts leaves into the log until it has `size`, as another daemon would in one turn: true hashes, the head with them, and no
-/// details. The search is told that it has them.
+/// details. The search is told that it has looked at them.
 pub(super) async fn grow(daemon: &Path, size: i64) -> anyhow::Result<()> {
     let mut conn = PgConnection::connect_with(&options(daemon)).await?;
     // One by one: the daemon is at work on these tables.
@@ -106,7 +106,7 @@ pub(super) async fn grow(daemon: &Path, size: i64) -> anyhow::Result<()> {
         .bind(frontier.encode())
         .execute(&mut *tx)
         .await?;
-    sqlx::query("UPDATE audit.indexed SET at = $1 WHERE id = 1").bind(size - 1).execute(&mut *tx).await?;
+    sqlx::query("UPDATE audit.indexed SET at = $1 WHERE id = 1").bind(size / 256 * 256 - 1).execute(&mut *tx).await?;
     tx.commit().await?;
     Ok(())
 }
