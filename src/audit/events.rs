@@ -134,7 +134,7 @@ impl Hot for Segments {
         "audit-segment"
     }
 
-    fn parts(&self) -> &'static str {
+    fn parts(&self, _: &[Column]) -> &'static str {
         store::SEGMENTS
     }
 

@@ -28,10 +28,15 @@ impl Stored {
         (leaf, self.details.as_ref().and_then(|d| serde_json::from_slice(d).ok()))
     }
 
+    /// Its index, leaf and details.
+    pub(super) fn parts(&self) -> (i64, &[u8], Option<&[u8]>) {
+        (self.index, &self.leaf, self.details.as_deref())
+    }
+
     /// What the search keeps of it.
     #[must_use]
     pub fn found(&self) -> Found {
-        let read = search::entry(self, &mut |_| {});
+        let read = search::entry(&self.leaf, self.details.as_deref(), &mut |_| {});
         let said = read.said;
         Found {
             time: Timestamp::parse(&read.time).unwrap_or_default(),

@@ -326,7 +326,7 @@ impl Hot for Segments {
         "decision"
     }
 
-    fn parts(&self) -> &'static str {
+    fn parts(&self, _: &[Column]) -> &'static str {
         store::decisions::SEGMENTS
     }
 

@@ -19,6 +19,7 @@ mod follower;
 pub mod hot;
 mod job;
 mod known;
+mod lately;
 pub mod merkle;
 mod metrics;
 mod moments;
@@ -54,6 +55,7 @@ pub use entry::{Entry, Outcome, Sealed, Segment, Signal};
 pub use facts::{AUTHZ, authz_fact};
 pub use follower::Projection;
 pub use job::Fencing;
+pub use lately::Whole;
 pub use moments::newest_at;
 pub use signals::Signalled;
 pub use store::attached;
@@ -132,6 +134,8 @@ struct Shared {
     others: AtomicBool,
     /// The last turns were of one command each.
     calm: AtomicBool,
+    /// What was written lately.
+    lately: lately::Lately,
     /// Rung when something was queued.
     bell: Arc<Notify>,
     /// Why nothing may be written, if somebody above found a reason.
@@ -211,6 +215,7 @@ impl Ledger {
             writers: Default::default(),
             others: AtomicBool::new(true),
             calm: AtomicBool::new(false),
+            lately: lately::Lately::default(),
             bell: Arc::default(),
             halted: std::sync::OnceLock::new(),
             approvals: std::sync::OnceLock::new(),
@@ -419,6 +424,12 @@ impl Ledger {
     #[must_use]
     pub fn index(&self) -> i64 {
         *self.0.at.borrow()
+    }
+
+    /// The entries of this range, if this daemon's writer wrote all of them lately; they are given away once, to one follower.
+    #[must_use]
+    pub fn lately(&self, range: std::ops::Range<i64>) -> Option<Vec<lately::Whole>> {
+        self.0.shared.lately.take(range)
     }
 
     /// Tells of each new index, once the projections reflect it.

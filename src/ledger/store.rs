@@ -1,5 +1,7 @@
 //! The ledger's SQL.
 
+mod batch;
+
 use std::ops::Range;
 use std::time::Duration;
 
@@ -12,9 +14,10 @@ use crate::kernel::crypto::Hash;
 use crate::kernel::web::Idempotency;
 use crate::telemetry;
 
-use super::entry::{SIGNAL, Sealed};
-use super::hot::{self, Column, Hot, Row, Texts};
+use super::entry::SIGNAL;
 use super::touch::Touched;
+
+pub(super) use batch::{AHEAD_MS, Batch, advance, write_rows};
 
 /// The head row, and the database's clock when it was read.
 #[derive(Clone, Debug)]
@@ -72,98 +75,6 @@ pub(super) async fn make_head(conn: &mut PgConnection, root: &Hash) -> Result<()
     .execute(conn)
     .await?;
     Ok(())
-}
-
-/// What a batch leaves behind: the new head, its entries, and rows by kind.
-pub(super) struct Batch {
-    pub id: Uuid,
-    pub before: i64,
-    pub root: Hash,
-    pub frontier: Vec<u8>,
-    pub time: Timestamp,
-    pub entries: Vec<Sealed>,
-    pub columns: Vec<(&'static dyn Hot, Vec<Column>)>,
-    /// Whether there may be somebody to notify.
-    pub tell: bool,
-}
-
-/// Advances the head from `before` to `before + k` **where it still is `before`**, and inserts the entries; the parts of the
-/// rooms follow. Every part reads from the head's update, so that a head that has moved leaves nothing at all behind. The
-/// time may not be further ahead of the database's clock than $14 ms (rule 17). The notification is a column.
-const ADVANCE: &str = "
-    WITH head AS (
-        UPDATE ledger.head SET index = $1, root = $2, frontier = $3, time = $4, batch = $5
-        WHERE id = 1 AND index = $6 AND $4 <= clock_timestamp() + $14 * interval '1 ms' RETURNING index
-    ), entries AS (
-        INSERT INTO ledger.entries (index, leaf, hash, batch, touched)
-        SELECT e.index, e.leaf, e.hash, $5, e.touched
-        FROM head, unnest($7::int8[], $8::bytea[], $9::bytea[], $10::bytea[]) AS e (index, leaf, hash, touched)
-    ), details AS (
-        INSERT INTO ledger.details (index, salt, details, segment)
-        SELECT d.index, d.salt, d.details, d.segment
-        FROM head, unnest($7::int8[], $11::bytea[], $12::bytea[], $13::bytea[]) AS d (index, salt, details, segment)
-    )";
-const ADVANCED: &str = " SELECT pg_notify('sop_ledger', head.index::text) IS NOT NULL FROM head";
-/// The same where nobody else listens: a notification costs every commit a lock of the whole database, and a wake-up of ours.
-const ALONE: &str = " SELECT true FROM head";
-/// The first parameter that is free for the rooms' parts.
-const FREE: usize = 15;
-
-/// How far ahead of the database's clock an entry's time may be.
-pub(super) const AHEAD_MS: i64 = 5_000;
-
-/// Writes a batch; `false` if the head was not where it was expected, and then nothing was written. Outside a transaction this
-/// is the commit.
-pub(super) async fn advance(conn: &mut PgConnection, texts: &Texts, batch: &Batch) -> Result<bool, sqlx::Error> {
-    let k = i64::try_from(batch.entries.len()).unwrap_or(0);
-    let indexes: Vec<i64> = (batch.before + 1..=batch.before + k).collect();
-    let leaves: Vec<&[u8]> = batch.entries.iter().map(|e| e.leaf.as_slice()).collect();
-    let hashes: Vec<&[u8]> = batch.entries.iter().map(|e| e.hash.as_slice()).collect();
-    let touched: Vec<&[u8]> = batch.entries.iter().map(|e| e.touched.as_slice()).collect();
-    let salts: Vec<&[u8]> = batch.entries.iter().map(|e| e.salt.as_slice()).collect();
-    let details: Vec<&[u8]> = batch.entries.iter().map(|e| e.details.as_slice()).collect();
-    let segments: Vec<Option<&[u8]>> = batch.entries.iter().map(|e| e.segment.as_ref().map(|h| h.as_slice())).collect();
-    let text = texts.joined(ADVANCE, FREE, if batch.tell { ADVANCED } else { ALONE }, &batch.columns);
-    let query = sqlx::query(AssertSqlSafe(text))
-        .bind(batch.before + k)
-        .bind(batch.root.as_slice())
-        .bind(&batch.frontier)
-        .bind(batch.time.to_offset())
-        .bind(batch.id)
-        .bind(batch.before)
-        .bind(indexes)
-        .bind(leaves)
-        .bind(hashes)
-        .bind(touched)
-        .bind(salts)
-        .bind(details)
-        .bind(segments)
-        .bind(AHEAD_MS as f64);
-    let query = batch.columns.iter().flat_map(|(_, c)| c).fold(query, bind);
-    let (done, warned) = telemetry::warned(query.fetch_all(conn)).await;
-    let advanced = !done?.is_empty();
-    unwarned(warned)?;
-    Ok(advanced)
-}
-
-/// Writes rows of hot commands inside a transaction that holds the head: there it need not be asked.
-pub(super) async fn write_rows(conn: &mut PgConnection, kind: &dyn Hot, rows: Vec<Row>) -> Result<(), sqlx::Error> {
-    let columns = kind.columns(rows);
-    let text = format!("WITH head AS (SELECT 1){} SELECT 1", hot::numbered(kind.parts(), 1));
-    columns.iter().fold(sqlx::query(AssertSqlSafe(text)), bind).execute(conn).await?;
-    Ok(())
-}
-
-type Query<'q> = sqlx::query::Query<'q, sqlx::Postgres, sqlx::postgres::PgArguments>;
-
-fn bind<'q>(query: Query<'q>, column: &'q Column) -> Query<'q> {
-    match column {
-        Column::Bytes(v) => query.bind(v),
-        Column::Ints(v) => query.bind(v),
-        Column::Texts(v) => query.bind(v),
-        Column::Flags(v) => query.bind(v),
-        Column::Ids(v) => query.bind(v),
-    }
 }
 
 /// Changes nothing, but its commit is one that a standby must have before it is acknowledged, and with it all before it.

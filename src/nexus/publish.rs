@@ -91,7 +91,7 @@ impl Hot for Messages {
         MESSAGE
     }
 
-    fn parts(&self) -> &'static str {
+    fn parts(&self, _: &[Column]) -> &'static str {
         store::MESSAGES
     }
 

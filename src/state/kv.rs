@@ -171,8 +171,8 @@ impl Hot for Keys {
         KEY
     }
 
-    fn parts(&self) -> &'static str {
-        store::CHANGES
+    fn parts(&self, columns: &[Column]) -> &'static str {
+        store::parts(columns)
     }
 
     fn columns(&self, rows: Vec<Row>) -> Vec<Column> {

@@ -150,7 +150,10 @@ pub(super) async fn list(conn: &mut PgConnection, wanted: &Wanted<'_>) -> Result
 /// The room's parts of the ledger's statement: of each key the last of a batch's changes becomes its state, each becomes a row
 /// of history. A key is either put or deleted, never both: one statement that did both would leave the row. What is put so hangs
 /// on no lease.
-pub(super) const CHANGES: &str = ", kv AS MATERIALIZED (
+macro_rules! changes {
+    ($gone:literal) => {
+        concat!(
+            ", kv AS MATERIALIZED (
         SELECT c.* FROM head, unnest({0}::bytea[], {1}::int8[], {2}::int8[], {3}::int8[], {4}::int8[], {5}::text[],
                                      {6}::bytea[], {7}::bool[])
                    AS c (key, index, created_index, version, previous, content_type, value, last)
@@ -159,20 +162,34 @@ pub(super) const CHANGES: &str = ", kv AS MATERIALIZED (
         SELECT key, index, created_index, version, content_type, value FROM kv WHERE last AND version > 0
         ON CONFLICT (key) DO UPDATE SET index = excluded.index, created_index = excluded.created_index,
             version = excluded.version, content_type = excluded.content_type, value = excluded.value, lease = NULL
-    ), gone AS (
-        DELETE FROM state.kv USING head WHERE key = ANY ({8}::bytea[])
-    ), history AS (
+    )",
+            $gone,
+            ", history AS (
         INSERT INTO state.history (key, index, created_index, version, previous, content_type, value)
         SELECT key, index, created_index, version, previous, content_type, value FROM kv
-    )";
+    )"
+        )
+    };
+}
+const CHANGES: &str = changes!("");
+const DELETIONS: &str = changes!(
+    ", gone AS (
+        DELETE FROM state.kv AS k USING head, unnest({8}::bytea[]) AS g (key) WHERE k.key = g.key
+    )"
+);
 
-/// The columns of [`CHANGES`].
+/// The parts that write these columns: without deletions there is a part less.
+pub(super) fn parts(columns: &[Column]) -> &'static str {
+    if columns.len() > 8 { DELETIONS } else { CHANGES }
+}
+
+/// The columns of changes; the keys that are deleted last, if there are any.
 pub(super) fn columns(changes: Vec<Change>) -> Vec<Column> {
     // The later of two wins.
     let last: HashMap<&[u8], i64> = changes.iter().map(|c| (c.item.key.as_slice(), c.item.index)).collect();
     let is_last: Vec<bool> = changes.iter().map(|c| last.get(c.item.key.as_slice()) == Some(&c.item.index)).collect();
     let gone = changes.iter().zip(&is_last).filter(|(c, last)| c.deleted && **last).map(|(c, _)| c.item.key.clone());
-    let gone = gone.collect();
+    let gone: Vec<Vec<u8>> = gone.collect();
     let ints = |of: fn(&Change) -> i64| Column::Ints(changes.iter().map(of).collect());
     let (index, created) = (ints(|c| c.item.index), ints(|c| c.item.created_index));
     let (version, previous) = (ints(|c| c.item.version), ints(|c| c.previous));
@@ -182,7 +199,7 @@ pub(super) fn columns(changes: Vec<Change>) -> Vec<Column> {
         types.push(change.item.content_type);
         values.push(change.item.value);
     }
-    vec![
+    let mut columns = vec![
         Column::Bytes(keys),
         index,
         created,
@@ -191,8 +208,11 @@ pub(super) fn columns(changes: Vec<Change>) -> Vec<Column> {
         Column::Texts(types),
         Column::Bytes(values),
         Column::Flags(is_last),
-        Column::Bytes(gone),
-    ]
+    ];
+    if !gone.is_empty() {
+        columns.push(Column::Bytes(gone));
+    }
+    columns
 }
 
 #[cfg(test)]

@@ -267,7 +267,7 @@ impl Hot for Operations {
         TOUCH
     }
 
-    fn parts(&self) -> &'static str {
+    fn parts(&self, _: &[Column]) -> &'static str {
         store::USES
     }
 

@@ -31,6 +31,7 @@ async fn head(client: &Client) -> i64 {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_transaction_is_one_entry_and_all_or_nothing() {
     let (db, _daemon, client) = start().await;
+    record::settled(&db).await;
     let (status, made) = txn(
         &client,
         &json!({

@@ -3,7 +3,7 @@
 
 use serde::{Deserialize, Serialize};
 
-use crate::audit::model::{Filter, Stored};
+use crate::audit::model::Filter;
 use crate::audit::store::search::Kept;
 
 use super::BLOCK;
@@ -45,11 +45,11 @@ pub(in crate::audit) struct Block {
 }
 
 impl Block {
-    /// Of the entries there are, in order.
-    pub fn of(number: i64, entries: &[Stored]) -> Self {
+    /// Of the entries there are, in order: index, leaf, details.
+    pub fn of<'a>(number: i64, entries: impl Iterator<Item = (i64, &'a [u8], Option<&'a [u8]>)>) -> Self {
         let (mut outline, mut names, mut tokens) = (Outline::default(), Names::default(), Gathered::default());
-        for stored in entries {
-            let entry = read::entry(stored, &mut |text| tokens.text(text));
+        for (index, leaf, details) in entries {
+            let entry = read::entry(leaf, details, &mut |text| tokens.text(text));
             let said = &entry.said;
             let kind = [&*said.actor, &*entry.room, &*entry.action, &*entry.outcome];
             let known = outline.kinds.iter().position(|k| k.iter().zip(kind).all(|(a, b)| a == b));
@@ -59,7 +59,7 @@ impl Block {
                 outline.kinds.len() - 1
             });
             outline.of.push(u16::try_from(of).unwrap_or(u16::MAX));
-            outline.at.push(u8::try_from(stored.index - number * BLOCK).unwrap_or(u8::MAX));
+            outline.at.push(u8::try_from(index - number * BLOCK).unwrap_or(u8::MAX));
             tokens.names(said);
             names.resources.push(Text(entry.said.resource));
             names.requests.push(Text(entry.said.request_id));
@@ -146,6 +146,7 @@ impl Read {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::audit::model::Stored;
 
     fn entry(index: i64, actor: &str, resource: &str) -> Stored {
         let leaf = serde_json::json!({"action": "state:put", "outcome": "ok", "room": "state",
@@ -161,7 +162,7 @@ mod tests {
     }
 
     fn fitting(entries: &[Stored], filter: &Filter) -> Vec<i64> {
-        let made = Block::of(1, entries);
+        let made = Block::of(1, entries.iter().map(Stored::parts));
         let kept = Kept { block: 1, outline: made.outline, names: Some(made.names) };
         let read = Read::new(&kept).unwrap();
         read.fitting(filter, kept.names.as_deref(), (0, 1000)).unwrap().into_iter().map(|(index, _)| index).collect()

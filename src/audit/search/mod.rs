@@ -18,7 +18,7 @@ use sqlx::{Connection as _, PgConnection};
 use tokio::sync::{Notify, watch};
 
 use crate::kernel::supervisor::{Stop, Supervisor, Task, TaskError};
-use crate::ledger::Ledger;
+use crate::ledger::{Ledger, Whole};
 use crate::store::Store;
 
 use super::model::Stored;
@@ -52,16 +52,16 @@ pub(super) fn start(
     tasks: &Supervisor,
 ) -> watch::Receiver<i64> {
     let (tell, told) = watch::channel(-1);
-    let (db, index) = (db.clone(), ledger.watch_index());
+    let (db, ledger, index) = (db.clone(), ledger.clone(), ledger.watch_index());
     let task = Task::restarting("audit/search", move |stop| {
         let (db, mut index, tell, metrics) = (db.clone(), index.clone(), tell.clone(), metrics.clone());
-        let hurry = hurry.clone();
+        let (hurry, ledger) = (hurry.clone(), ledger.clone());
         async move {
             let mut conn = db.background("search").await?;
             let mut at = store::indexed(&mut conn).await?;
             loop {
                 let head = *index.borrow_and_update();
-                at = round(&mut conn, at, head, &stop, &|at| {
+                at = round(&ledger, &mut conn, at, head, &stop, &|at| {
                     metrics.indexed.set(head.min(at + TAIL));
                     tell.send_if_modified(|known| std::mem::replace(known, at) != at);
                 })
@@ -85,6 +85,7 @@ pub(super) fn start(
 
 /// Makes the blocks that became whole; tells and answers the last entry of the last of them, by whichever daemon.
 async fn round(
+    ledger: &Ledger,
     conn: &mut PgConnection,
     mut at: i64,
     head: i64,
@@ -93,7 +94,7 @@ async fn round(
 ) -> Result<i64, TaskError> {
     tell(at);
     while (at + 1) / BLOCK < (head + 1) / BLOCK && !stop.is_cancelled() {
-        at = match blocks(conn, head).await? {
+        at = match blocks(ledger, conn, head).await? {
             Some(at) => at,
             // Another daemon is at it.
             None => return store::indexed(conn).await.inspect(|at| tell(*at)).map_err(Into::into),
@@ -104,7 +105,7 @@ async fn round(
 }
 
 /// Makes the next blocks, and the shelf that is full with the last of them.
-async fn blocks(conn: &mut PgConnection, head: i64) -> Result<Option<i64>, TaskError> {
+async fn blocks(ledger: &Ledger, conn: &mut PgConnection, head: i64) -> Result<Option<i64>, TaskError> {
     let mut tx = conn.begin().await?;
     // What is derived can be derived again: it need not make the writer's commits wait for the disk.
     store::not_synchronous(&mut tx).await?;
@@ -116,10 +117,17 @@ async fn blocks(conn: &mut PgConnection, head: i64) -> Result<Option<i64>, TaskE
     if end <= first {
         return Ok(Some(at));
     }
-    let entries = entries::unindexed(&mut tx, first * BLOCK - 1, (end - first) * BLOCK).await?;
-    let of_block = |a: &Stored, b: &Stored| a.index / BLOCK == b.index / BLOCK;
-    let made: Vec<Block> =
-        entries.chunk_by(of_block).map(|entries| Block::of(entries[0].index / BLOCK, entries)).collect();
+    let made: Vec<Block> = match ledger.lately(first * BLOCK..end * BLOCK) {
+        Some(all) => {
+            let blocks = all.chunks(BLOCK as usize).zip(first..);
+            blocks.map(|(whole, number)| Block::of(number, whole.iter().map(Whole::parts))).collect()
+        }
+        None => {
+            let all = entries::unindexed(&mut tx, first * BLOCK - 1, (end - first) * BLOCK).await?;
+            let blocks = all.chunk_by(|a, b| a.index / BLOCK == b.index / BLOCK);
+            blocks.map(|some| Block::of(some[0].index / BLOCK, some.iter().map(Stored::parts))).collect()
+        }
+    };
     let to = end * BLOCK - 1;
     store::keep_blocks(&mut tx, &made, to).await?;
     if end == (shelf + 1) * BLOCKS {

@@ -6,8 +6,6 @@ use std::fmt;
 use serde::de::{DeserializeSeed, Deserializer, IgnoredAny, MapAccess, SeqAccess, Visitor};
 use serde::{Deserialize, Serialize};
 
-use crate::audit::model::Stored;
-
 /// A text that is borrowed where it has no escapes. (`Cow` alone is so only as a field.)
 #[derive(Default, Deserialize, Serialize)]
 pub(super) struct Text<'a>(#[serde(borrow)] pub Cow<'a, str>);
@@ -46,9 +44,9 @@ pub(in crate::audit) struct Read<'a> {
 }
 
 /// Reads an entry; `each` is told every text and number of what it changed and signalled. What is not in form is not there.
-pub(in crate::audit) fn entry<'a>(stored: &'a Stored, each: &mut impl FnMut(&str)) -> Read<'a> {
-    let Leaf { time, room, action, outcome } = serde_json::from_slice(&stored.leaf).unwrap_or_default();
-    let said = stored.details.as_deref().map(|d| details(d, each)).unwrap_or_default();
+pub(in crate::audit) fn entry<'a>(leaf: &'a [u8], details: Option<&'a [u8]>, each: &mut impl FnMut(&str)) -> Read<'a> {
+    let Leaf { time, room, action, outcome } = serde_json::from_slice(leaf).unwrap_or_default();
+    let said = details.map(|d| self::details(d, each)).unwrap_or_default();
     Read { time, room, action, outcome, said }
 }
 

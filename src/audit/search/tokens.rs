@@ -234,7 +234,7 @@ mod tests {
     fn a_block_too_full_to_list_may_hold_anything() {
         let many: String = (0..MOST).map(|i| format!("w{i} ")).collect();
         let (stored, _) = entry("a", "state:put", "ok", "key/k", &many);
-        let made = block::Block::of(0, &[stored]);
+        let made = block::Block::of(0, [stored.parts()].into_iter());
         assert_eq!(made.tokens, [ANYTHING]);
         assert!(holds(&made.tokens, &[1, 2]));
     }
@@ -260,7 +260,7 @@ mod tests {
                 ..Filter::default()
             };
             prop_assert!(filter.fits(&found) && filter.says(stored.details.as_deref()));
-            let made = block::Block::of(0, &[stored]);
+            let made = block::Block::of(0, [stored.parts()].into_iter());
             prop_assert!(holds(&made.tokens, &wanted(&filter)));
         }
     }

@@ -63,6 +63,7 @@ impl Writer {
         match self.shared.unblocked(s.backend, wrote).await {
             Ok(true) => {
                 self.shared.metrics.optimistic.inc();
+                self.shared.lately.push(batch.before + 1, batch.entries);
                 self.advance_place(run);
                 jobs.into_iter().for_each(Job::settle);
                 Tried::Ended(Turn::Fine)
