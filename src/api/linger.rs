@@ -4,24 +4,58 @@
 //! very answer that says what was wrong, and a request it sent after it. So what is left of a body is read and thrown away,
 //! up to the limit of the largest bodies; the time it may take is limited as ever.
 
+use std::future::Future as _;
 use std::pin::Pin;
 use std::task::{Context, Poll};
+use std::time::Duration;
 
-use axum::body::{Body, Bytes, HttpBody};
-use hyper::body::{Frame, SizeHint};
+use axum::body::{Bytes, HttpBody};
+use hyper::body::{Frame, Incoming, SizeHint};
+use tokio::time::{Sleep, sleep};
 
 use crate::kernel::supervisor::detach;
 
+/// A body of which each part has to arrive in time. A timer is made only when there is something to wait for: most bodies come
+/// with the head of their request.
+struct Arriving {
+    body: Incoming,
+    within: Duration,
+    late: Option<Pin<Box<Sleep>>>,
+}
+
+impl HttpBody for Arriving {
+    type Data = Bytes;
+    type Error = axum::Error;
+
+    fn poll_frame(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, axum::Error>>> {
+        if let Poll::Ready(frame) = Pin::new(&mut self.body).poll_frame(cx) {
+            self.late = None;
+            return Poll::Ready(frame.map(|frame| frame.map_err(axum::Error::new)));
+        }
+        let within = self.within;
+        let late = self.late.get_or_insert_with(|| Box::pin(sleep(within)));
+        late.as_mut().poll(cx).map(|()| Some(Err(axum::Error::new("timed out"))))
+    }
+
+    fn is_end_stream(&self) -> bool {
+        self.body.is_end_stream()
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        self.body.size_hint()
+    }
+}
+
 /// A body that is read to its end, by whomever.
 pub(super) struct Linger {
-    body: Option<Body>,
+    body: Option<Arriving>,
     most: usize,
 }
 
 impl Linger {
-    /// Of more than `most` bytes the rest is not worth the wait.
-    pub fn new(body: Body, most: usize) -> Self {
-        Self { body: Some(body), most }
+    /// Of more than `most` bytes the rest is not worth the wait; each part has to arrive `within` this.
+    pub fn new(body: Incoming, most: usize, within: Duration) -> Self {
+        Self { body: Some(Arriving { body, within, late: None }), most }
     }
 }
 
@@ -56,7 +90,7 @@ impl Drop for Linger {
     fn drop(&mut self) {
         let most = self.most;
         // A body that says it is larger will not be waited for.
-        let fits = |b: &Body| !b.is_end_stream() && b.size_hint().lower() <= most as u64;
+        let fits = |b: &Arriving| !b.is_end_stream() && b.size_hint().lower() <= most as u64;
         let body = self.body.take().filter(fits);
         // At the very end there is nobody left to read it.
         if let (Some(body), true) = (body, tokio::runtime::Handle::try_current().is_ok()) {

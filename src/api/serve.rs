@@ -192,10 +192,10 @@ where
         let router = router.clone();
         async move {
             let mut request = request.map(|body| {
-                let body = axum::body::Body::new(tower_http::timeout::TimeoutBody::new(arrival, body));
-                // Most requests have none, and are left alone.
-                let most = limits.body.saturating_mul(LARGE);
-                if body.is_end_stream() { body } else { axum::body::Body::new(Linger::new(body, most)) }
+                if body.is_end_stream() {
+                    return axum::body::Body::empty();
+                }
+                axum::body::Body::new(Linger::new(body, limits.body.saturating_mul(LARGE), arrival))
             });
             request.extensions_mut().insert(peer);
             // Hyper keeps the room of this future until the next request; what an answer took is given back with it.
