@@ -93,6 +93,10 @@ impl Follower {
     /// Follows until stopped.
     pub async fn run(&mut self, stop: Stop) -> Result<(), TaskError> {
         let mut listener = self.shared.store.listener("sop_ledger").await?;
+        // Whoever took itself for alone notifies from now on.
+        let conn = self.connection().await?;
+        let announced = store::announce(conn).await;
+        self.kept(announced)?;
         loop {
             // The interest in notifications stands before we look, so nothing that comes in between is missed.
             self.drain().await?;
@@ -107,6 +111,9 @@ impl Follower {
                     let index = note.payload().parse::<i64>().unwrap_or(i64::MAX);
                     // Of our own writer there is news on its way, with all that reading would show.
                     let ours = self.shared.writers.iter().any(|pid| pid.load(Ordering::Acquire) == note.process_id());
+                    if !ours {
+                        self.shared.others.store(true, Ordering::Relaxed);
+                    }
                     if !ours && index > *self.at.borrow() {
                         self.read_on().await?;
                     }

@@ -317,6 +317,11 @@ pub(super) async fn surroundings(conn: &mut PgConnection, daemon: &str) -> Resul
     Ok((Timestamp::from_offset(t), others))
 }
 
+/// Tells who listens that somebody has come. No index is this small, so there is nothing to read.
+pub(super) async fn announce(conn: &mut PgConnection) -> Result<(), sqlx::Error> {
+    sqlx::query("SELECT pg_notify('sop_ledger', '-1')").execute(conn).await.map(|_| ())
+}
+
 /// A claim as it stands.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct ClaimRow {
