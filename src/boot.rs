@@ -169,6 +169,7 @@ impl<'a> Ground<'a> {
             projections: vec![views.entities.clone(), views.clients.clone(), views.keys.clone(), views.board.clone()],
             fencing: state::fenced,
             partitioned: PARTITIONED,
+            present: state::kind_of_keys(),
         };
         let ledger = Ledger::start(parts, &self.tasks).await.map_err(said)?;
         let check = self.master.check_value();

@@ -40,6 +40,17 @@ pub trait Hot: Send + Sync {
 
     /// Reads the facts of these keys; a key that is not there has none.
     fn load<'a>(&'a self, conn: &'a mut PgConnection, keys: &'a [Vec<u8>]) -> BoxFuture<'a, Loaded>;
+
+    /// Keys after this one of the facts there are, some thousand in order; none at the end. For a kind whose keys are to be known
+    /// to be new without being read: each of its facts that comes into being is touched by its key, and never with others as a
+    /// prefix.
+    fn every<'a>(
+        &'a self,
+        _: &'a mut PgConnection,
+        _: Option<&'a [u8]>,
+    ) -> BoxFuture<'a, Result<Vec<Vec<u8>>, sqlx::Error>> {
+        Box::pin(async { Ok(Vec::new()) })
+    }
 }
 
 /// One column of a kind's rows.

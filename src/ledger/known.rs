@@ -4,8 +4,10 @@
 //! was read or decided (rule 9).
 
 use std::collections::HashMap;
+use std::sync::Arc;
 
 use super::hot::{Fact, Hot};
+use super::present::Present;
 use super::touch::{Touched, What};
 
 /// Facts of one kind: what each key is, or that there is none.
@@ -15,8 +17,8 @@ type Kind = HashMap<Vec<u8>, Option<Fact>>;
 const GENERATION: usize = 65_536;
 
 /// The facts as of the writer's place in the record.
-#[derive(Default)]
 pub(super) struct Known {
+    present: Arc<Present>,
     /// What was used last.
     young: HashMap<&'static str, Kind>,
     /// What was used before the young ones filled a generation; forgotten when they do so again.
@@ -25,11 +27,25 @@ pub(super) struct Known {
 }
 
 impl Known {
+    /// Nothing, at a place that the writer has just found.
+    pub fn nothing(present: Arc<Present>) -> Self {
+        present.begin();
+        Self { present, young: HashMap::new(), old: HashMap::new(), count: 0 }
+    }
+
+    /// Whether a fact is certainly not there, so that it need not be read.
+    pub fn lacks(&self, kind: &'static str, key: &[u8]) -> bool {
+        self.present.lacks(kind, key)
+    }
+
     fn get(&self, kind: &'static str, key: &[u8]) -> Option<&Option<Fact>> {
         self.young.get(kind).and_then(|k| k.get(key)).or_else(|| self.old.get(kind).and_then(|k| k.get(key)))
     }
 
     fn set(&mut self, kind: &'static str, key: Vec<u8>, fact: Option<Fact>) {
+        if fact.is_some() {
+            self.present.there(kind, &key);
+        }
         if self.young.entry(kind).or_default().insert(key, fact).is_none() {
             self.count += 1;
         }
@@ -41,6 +57,7 @@ impl Known {
 
     /// Forgets what somebody else changed.
     pub fn drop(&mut self, touched: &Touched) {
+        self.present.touched(touched);
         for generation in [&mut self.young, &mut self.old] {
             forget(generation, touched);
         }
@@ -102,13 +119,15 @@ impl Overlay {
 
 #[cfg(test)]
 mod tests {
-    use std::sync::Arc;
-
     use super::super::hot::ENTRIES;
     use super::super::touch::Touch;
     use super::*;
 
     const KIND: &str = "entry";
+
+    fn nothing() -> Known {
+        Known::nothing(Arc::new(Present::new(&ENTRIES)))
+    }
 
     fn fact(n: i64) -> Option<Fact> {
         Some(Arc::new(n))
@@ -125,7 +144,7 @@ mod tests {
 
     #[test]
     fn absent_is_not_unknown() {
-        let mut known = Known::default();
+        let mut known = nothing();
         let mut turn = Overlay::default();
         assert_eq!(seen(&turn, &known, "a"), None, "unknown");
         turn.set(&ENTRIES, b"a".to_vec(), None);
@@ -136,7 +155,7 @@ mod tests {
 
     #[test]
     fn a_turn_that_fails_leaves_nothing_and_one_that_commits_its_last_word() {
-        let mut known = Known::default();
+        let mut known = nothing();
         let mut first = Overlay::default();
         first.set(&ENTRIES, b"a".to_vec(), fact(1));
         first.merge(&mut known);
@@ -155,7 +174,7 @@ mod tests {
 
     #[test]
     fn what_others_touched_is_forgotten_in_both_generations() {
-        let mut known = Known::default();
+        let mut known = nothing();
         for n in 0..GENERATION {
             known.set(KIND, format!("k/{n}").into_bytes(), fact(0));
         }

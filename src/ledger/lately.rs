@@ -4,6 +4,7 @@ use std::collections::VecDeque;
 use std::ops::Range;
 use std::sync::{Mutex, PoisonError};
 
+use super::Ledger;
 use super::entry::Sealed;
 
 /// Bytes held at most.
@@ -72,6 +73,14 @@ impl Lately {
         let all = range.clone().zip(&held.entries).all(|(index, whole)| index == whole.index);
         let most = usize::try_from(range.end - range.start).unwrap_or(0);
         (all && held.entries.len() >= most).then(|| (0..most).filter_map(|_| held.pop()).collect())
+    }
+}
+
+impl Ledger {
+    /// The entries of this range, if this daemon's writer wrote all of them lately; they are given away once, to one follower.
+    #[must_use]
+    pub fn lately(&self, range: Range<i64>) -> Option<Vec<Whole>> {
+        self.0.shared.lately.take(range)
     }
 }
 

@@ -23,6 +23,7 @@ mod lately;
 pub mod merkle;
 mod metrics;
 mod moments;
+mod present;
 pub mod segment;
 mod signals;
 mod store;
@@ -95,6 +96,8 @@ pub struct Parts {
     pub fencing: Fencing,
     /// Tables of the rooms that are partitioned by index as the entries are.
     pub partitioned: &'static [&'static str],
+    /// The kind of hot command whose keys are known to be new without being read.
+    pub present: &'static dyn hot::Hot,
 }
 
 /// The ledger as the rooms see it. Cheap to clone.
@@ -134,6 +137,8 @@ struct Shared {
     others: AtomicBool,
     /// The last turns were of one command each.
     calm: AtomicBool,
+    /// Which keys there may be.
+    present: Arc<present::Present>,
     /// What was written lately.
     lately: lately::Lately,
     /// Rung when something was queued.
@@ -215,6 +220,7 @@ impl Ledger {
             writers: Default::default(),
             others: AtomicBool::new(true),
             calm: AtomicBool::new(false),
+            present: Arc::new(present::Present::new(parts.present)),
             lately: lately::Lately::default(),
             bell: Arc::default(),
             halted: std::sync::OnceLock::new(),
@@ -354,7 +360,8 @@ impl Ledger {
                 return Err(Refusal::unavailable("the daemon is stopping; nothing was changed"));
             }
         }
-        match tokio::time::timeout(self.0.shared.write_timeout, heard).await {
+        // Boxed: a timer is as large and as aligned as little else, and every future around it would be so too.
+        match Box::pin(tokio::time::timeout(self.0.shared.write_timeout, heard)).await {
             Ok(Ok(heard)) => Ok(heard),
             Ok(Err(_)) => Err(Refusal::unavailable(
                 "the daemon stopped before it could answer; whether the change was made is not known",
@@ -424,12 +431,6 @@ impl Ledger {
     #[must_use]
     pub fn index(&self) -> i64 {
         *self.0.at.borrow()
-    }
-
-    /// The entries of this range, if this daemon's writer wrote all of them lately; they are given away once, to one follower.
-    #[must_use]
-    pub fn lately(&self, range: std::ops::Range<i64>) -> Option<Vec<lately::Whole>> {
-        self.0.shared.lately.take(range)
     }
 
     /// Tells of each new index, once the projections reflect it.

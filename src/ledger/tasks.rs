@@ -43,6 +43,11 @@ pub(super) fn start(
         async move { s.discipline().await.map_err(Into::into) }
     }));
     let s = shared.clone();
+    tasks.start(Task::restarting("ledger/present", move |stop| {
+        let s = s.clone();
+        async move { s.present.run(&s.store, &stop).await }
+    }));
+    let s = shared.clone();
     let writer = Task::restarting("ledger/writer", move |stop| {
         let (writer, s) = (writer.clone(), s.clone());
         async move { Writer::run(&writer, &s, stop).await }

@@ -185,6 +185,20 @@ impl Hot for Keys {
             Ok(found.into_iter().map(|(key, standing)| (key, Arc::new(standing) as Fact)).collect())
         })
     }
+
+    fn every<'a>(
+        &'a self,
+        conn: &'a mut PgConnection,
+        after: Option<&'a [u8]>,
+    ) -> BoxFuture<'a, Result<Vec<Vec<u8>>, sqlx::Error>> {
+        Box::pin(store::every_key(conn, after))
+    }
+}
+
+/// The kind of hot command that changes keys.
+#[must_use]
+pub fn kind_of_keys() -> &'static dyn Hot {
+    &KEYS
 }
 
 fn standing(fact: Option<&Fact>) -> Option<&Standing> {

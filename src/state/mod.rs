@@ -42,6 +42,7 @@ use crate::ledger::{Committed, Failure, Ledger};
 use crate::store::Store;
 
 pub use hub::Hub;
+pub use kv::kind_of_keys;
 use leases::Renewals;
 pub use metrics::Metrics;
 use model::{Condition, Deleted, Item, Written};

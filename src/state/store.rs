@@ -147,6 +147,18 @@ pub(super) async fn list(conn: &mut PgConnection, wanted: &Wanted<'_>) -> Result
     found(&rows, wanted)
 }
 
+/// Keys after this one, in order, ten thousand at most.
+pub(super) async fn every_key(conn: &mut PgConnection, after: Option<&[u8]>) -> Result<Vec<Vec<u8>>, sqlx::Error> {
+    match after {
+        None => sqlx::query_scalar("SELECT key FROM state.kv ORDER BY key LIMIT 10000"),
+        Some(after) => {
+            sqlx::query_scalar("SELECT key FROM state.kv WHERE key > $1 ORDER BY key LIMIT 10000").bind(after)
+        }
+    }
+    .fetch_all(conn)
+    .await
+}
+
 /// The room's parts of the ledger's statement: of each key the last of a batch's changes becomes its state, each becomes a row
 /// of history. A key is either put or deleted, never both: one statement that did both would leave the row. What is put so hangs
 /// on no lease.

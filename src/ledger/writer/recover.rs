@@ -65,7 +65,7 @@ impl Writer {
                 return Ok(false);
             };
             let authz = AuthzFacts::from(head.index);
-            let known = Known::default();
+            let known = Known::nothing(self.shared.present.clone());
             self.place = Some(Place { index: head.index, time: head.time, frontier, authz, known });
             self.shared.head.store(head.index, std::sync::atomic::Ordering::Release);
             return Ok(true);

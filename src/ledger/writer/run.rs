@@ -103,6 +103,9 @@ impl Run {
             }
             // Until it is read, it is not there; what is read replaces this.
             self.overlay.set(*kind, key.clone(), None);
+            if place.known.lacks(kind.name(), key) {
+                continue;
+            }
             match unknown.iter_mut().find(|(k, _)| k.name() == kind.name()) {
                 Some((_, keys)) => keys.push(key.clone()),
                 None => unknown.push((*kind, vec![key.clone()])),
