@@ -7,6 +7,7 @@
 use std::hash::{BuildHasher as _, RandomState};
 use std::sync::atomic::{AtomicU64, Ordering};
 
+use prometheus::IntCounter;
 use sqlx::PgConnection;
 use tokio::sync::Notify;
 
@@ -34,10 +35,12 @@ pub(super) struct Present {
     begun: AtomicU64,
     whole: AtomicU64,
     bell: Notify,
+    spared: IntCounter,
 }
 
 impl Present {
-    pub fn new(kind: &'static dyn Hot) -> Self {
+    /// Of the keys of a kind; what it spares is counted.
+    pub fn new(kind: &'static dyn Hot, spared: IntCounter) -> Self {
         Self {
             kind,
             hasher: RandomState::new(),
@@ -46,6 +49,7 @@ impl Present {
             begun: AtomicU64::new(0),
             whole: AtomicU64::new(0),
             bell: Notify::new(),
+            spared,
         }
     }
 
@@ -97,9 +101,11 @@ impl Present {
 
     /// Whether a fact is certainly not there, at the writer's place.
     pub fn lacks(&self, kind: &str, key: &[u8]) -> bool {
-        kind == self.kind.name()
+        let lacks = kind == self.kind.name()
             && self.whole.load(Ordering::SeqCst) == self.begun.load(Ordering::SeqCst)
-            && self.bits(key).any(|(word, bit)| word.load(Ordering::Relaxed) & bit == 0)
+            && self.bits(key).any(|(word, bit)| word.load(Ordering::Relaxed) & bit == 0);
+        self.spared.inc_by(u64::from(lacks));
+        lacks
     }
 
     /// Takes in what the table has, whenever it was begun anew.
@@ -147,8 +153,12 @@ mod tests {
 
     const KIND: &str = "entry";
 
+    fn empty() -> Present {
+        Present::new(&ENTRIES, IntCounter::new("spared", "in this test").unwrap())
+    }
+
     fn whole() -> Present {
-        let present = Present::new(&ENTRIES);
+        let present = empty();
         present.begin();
         present.whole.store(1, Ordering::SeqCst);
         present
@@ -170,7 +180,7 @@ mod tests {
 
     #[test]
     fn it_lacks_nothing_until_it_is_whole() {
-        let present = Present::new(&ENTRIES);
+        let present = empty();
         present.begin();
         assert!(!present.lacks(KIND, b"k"));
         present.whole.store(1, Ordering::SeqCst);

@@ -4,12 +4,12 @@ use std::time::Duration;
 
 use futures_util::StreamExt;
 use reqwest::{Method, Response};
-use serde_json::Value;
+use serde_json::{Value, json};
 
 use crate::support::client::Client;
 use crate::support::daemon::{Daemon, Launch};
 use crate::support::postgres::{Database, database};
-use crate::support::record;
+use crate::support::{record, until};
 
 async fn start() -> (Database, Daemon, Client) {
     let db = database().await;
@@ -320,4 +320,54 @@ async fn puts_and_deletes_of_one_key_in_one_batch_leave_what_came_last() {
     .await
     .unwrap();
     assert_eq!(astray, 0);
+}
+
+/// Keys that were made before a restart, and by another daemon, are never taken for new; keys that are new are not looked up.
+#[tokio::test(flavor = "multi_thread")]
+async fn what_is_new_is_known_to_be_new_and_what_is_there_never_passes_for_it() {
+    let db = database().await;
+    let one = Launch::on(db.url()).start().await;
+    let client = Client::of(&one);
+    // More than the keys are read at a time when a daemon starts.
+    let (all, each) = (10_500, 125);
+    for first in (0..all).step_by(each) {
+        let puts: Vec<Value> =
+            (first..first + each).map(|n| json!({"put": {"key": format!("there/{n}"), "json": n}})).collect();
+        assert_eq!(client.json(Method::POST, "/v1/state/txn", &json!({"then": puts})).await.0, 200);
+    }
+    let one = one.restart().await;
+    let client = Client::of(&one);
+    let version = async |client: &Client, key: String| {
+        let (status, said) = client.json(Method::PUT, &format!("/v1/state/kv/{key}"), &json!(1)).await;
+        assert_eq!(status, 200, "{said}");
+        said["version"].as_i64().unwrap()
+    };
+    let spared = async || crate::ledger::metric(&client, "sop_ledger_spared_reads_total").await;
+    let fresh = std::sync::atomic::AtomicUsize::new(0);
+    until("what is new to be known", Duration::from_secs(20), || async {
+        let n = fresh.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
+        assert_eq!(version(&client, format!("fresh/{n}")).await, 1);
+        spared().await > 0.0
+    })
+    .await;
+    let before = spared().await;
+    for n in (0..all).step_by(83).chain([all - 1]) {
+        assert_eq!(version(&client, format!("there/{n}")).await, 2, "{n}");
+    }
+    // Two or three in a thousand may be looked up in vain; of those that are there, none is spared.
+    assert_eq!(spared().await, before);
+    for n in 0..50 {
+        assert_eq!(version(&client, format!("new/{n}")).await, 1);
+    }
+    assert!(spared().await >= before + 45.0);
+    let two = Launch::beside(&one, db.url()).start().await;
+    let other = client.also_of(&two);
+    for n in 0..20 {
+        assert_eq!(version(&other, format!("theirs/{n}")).await, 1);
+        assert_eq!(version(&client, format!("theirs/{n}")).await, 2);
+    }
+    let gone = json!({"then": [{"delete": {"prefix": "theirs/"}}]});
+    assert_eq!(other.json(Method::POST, "/v1/state/txn", &gone).await.0, 200);
+    assert_eq!(version(&client, "theirs/7".to_owned()).await, 1, "a key that is made again begins anew");
+    record::check(&db).await;
 }
