@@ -33,9 +33,9 @@ impl Known {
         Self { present, young: HashMap::new(), old: HashMap::new(), count: 0 }
     }
 
-    /// Whether a fact is certainly not there, so that it need not be read.
-    pub fn lacks(&self, kind: &'static str, key: &[u8]) -> bool {
-        self.present.lacks(kind, key)
+    /// Takes note of what an entry of the record touched: there may be a fact now that was not there before.
+    pub fn heard(&self, touched: &Touched) {
+        self.present.touched(touched);
     }
 
     fn get(&self, kind: &'static str, key: &[u8]) -> Option<&Option<Fact>> {
@@ -43,9 +43,6 @@ impl Known {
     }
 
     fn set(&mut self, kind: &'static str, key: Vec<u8>, fact: Option<Fact>) {
-        if fact.is_some() {
-            self.present.there(kind, &key);
-        }
         if self.young.entry(kind).or_default().insert(key, fact).is_none() {
             self.count += 1;
         }
@@ -57,7 +54,6 @@ impl Known {
 
     /// Forgets what somebody else changed.
     pub fn drop(&mut self, touched: &Touched) {
-        self.present.touched(touched);
         for generation in [&mut self.young, &mut self.old] {
             forget(generation, touched);
         }
@@ -93,6 +89,11 @@ impl Overlay {
             return None;
         }
         known.get(kind, key)
+    }
+
+    /// Whether a fact is certainly not there, so that it need not be read: not if SQL of this turn may have made it.
+    pub fn lacks(&self, known: &Known, kind: &'static str, key: &[u8]) -> bool {
+        !self.dropped.iter().any(|t| t.covers(kind, key)) && known.present.lacks(kind, key)
     }
 
     /// Takes note of what was read or decided.

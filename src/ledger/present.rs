@@ -1,8 +1,8 @@
 //! Which facts of a kind there may be: so that what is certainly new need not be looked up before it is decided.
 //!
-//! A Bloom filter over the keys of one kind. It is gathered from a place in the record on (what the writer reads, writes, and
-//! sees that others wrote), and at the same time filled with all keys that the table has; once those are in, a key that it lacks
-//! is at the writer's place not there. A key that was deleted stays in it, and is looked up in vain.
+//! A Bloom filter over the keys of one kind. It is gathered from a place in the record on (every key that an entry touches, ours
+//! or of others), and at the same time filled with all keys that the table has; once those are in, a key that it lacks is at the
+//! writer's place not there. A key that was deleted stays in it, and is looked up in vain.
 
 use std::hash::{BuildHasher as _, RandomState};
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -82,8 +82,8 @@ impl Present {
         }
     }
 
-    /// A fact is there.
-    pub fn there(&self, kind: &str, key: &[u8]) {
+    /// A fact may be there.
+    fn there(&self, kind: &str, key: &[u8]) {
         if kind == self.kind.name() {
             self.add(key);
         }
@@ -92,7 +92,7 @@ impl Present {
         }
     }
 
-    /// Somebody changed something. What is touched together with others does not come into being by it ([`Hot::every`]).
+    /// An entry changed something. What is touched together with others does not come into being by it ([`Hot::every`]).
     pub fn touched(&self, touched: &Touched) {
         if let What::Key(key) = &touched.what {
             self.there(&touched.kind, key);

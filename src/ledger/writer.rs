@@ -307,14 +307,15 @@ impl Writer {
             self.shared.metrics.unknown.inc();
             return Turn::Broken(Vec::new(), e);
         }
-        self.advance_place(run);
+        let news = self.advance_place(run);
         jobs.into_iter().for_each(Job::settle);
+        self.tell(news);
         Turn::Fine
     }
 
-    /// Moves the place past a batch of ours that committed, and tells the follower.
-    fn advance_place(&mut self, run: Run) {
-        let Some(place) = self.place.as_mut() else { return };
+    /// Moves the place past a batch of ours that committed; what there is to tell the follower.
+    fn advance_place(&mut self, run: Run) -> Option<News> {
+        let place = self.place.as_mut()?;
         let after = place.index;
         let done = run.done();
         let mut news = Vec::with_capacity(done.touched.len());
@@ -322,16 +323,23 @@ impl Writer {
             let index = after + 1 + i as i64;
             let touched = Touched::decode(column).unwrap_or_default();
             place.authz.note(index, &touched);
+            touched.iter().for_each(|t| place.known.heard(t));
             news.extend(touched.into_iter().map(|t| (index, t)));
         }
         done.overlay.merge(&mut place.known);
         place.index = after + done.touched.len() as i64;
         place.time = done.time;
         place.frontier = done.frontier;
-        if place.index > after {
+        (place.index > after).then(|| {
             self.shared.head.store(place.index, Ordering::Release);
             self.shared.metrics.entries.inc_by(done.touched.len() as u64);
-            self.shared.news(News { after, to: place.index, touched: news, began: self.began });
+            News { after, to: place.index, touched: news, began: self.began }
+        })
+    }
+
+    fn tell(&self, news: Option<News>) {
+        if let Some(news) = news {
+            self.shared.news(news);
         }
     }
 

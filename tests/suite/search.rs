@@ -152,7 +152,16 @@ async fn what_is_rare_is_found_on_a_shelf_off_it_and_in_the_tail() {
                 client.put(&format!("many/{round}/{i}"), "v").await.unwrap();
             }
         });
-        puts.await;
+        // Whatever is made of it meanwhile, what there is is found.
+        let looking = async {
+            loop {
+                assert_eq!(found(&client, "resource=key/rare/Gem").await, rare);
+            }
+        };
+        tokio::select! {
+            () = puts => {}
+            () = looking => {}
+        }
     }
     let last = client.put("rare/Gem-5", "v").await.unwrap();
     rare.push(last);

@@ -371,3 +371,61 @@ async fn what_is_new_is_known_to_be_new_and_what_is_there_never_passes_for_it() 
     assert_eq!(version(&client, "theirs/7".to_owned()).await, 1, "a key that is made again begins anew");
     record::check(&db).await;
 }
+
+/// In one turn under the lock: what SQL made a moment before does not pass for new, and what was put before a range is deleted
+/// around it is not forgotten.
+#[tokio::test(flavor = "multi_thread")]
+async fn what_a_turn_made_does_not_pass_for_new_in_it_or_after_it() {
+    let (db, _daemon, client) = start().await;
+    let spared = async || crate::ledger::metric(&client, "sop_ledger_spared_reads_total").await;
+    let fresh = std::sync::atomic::AtomicUsize::new(0);
+    until("what is new to be known", Duration::from_secs(20), || async {
+        let n = fresh.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
+        client.put(&format!("fresh/{n}"), "v").await.unwrap();
+        spared().await > 0.0
+    })
+    .await;
+    // Sent one after another while somebody holds the head, so that all but the first are of one turn.
+    let together = async |sent: Vec<(Method, &'static str, (&'static str, &'static str), String)>| {
+        let mut holder = db.connect().await;
+        sqlx::raw_sql("BEGIN; SELECT FROM ledger.head FOR UPDATE").execute(&mut holder).await.unwrap();
+        let mut answers = Vec::new();
+        for (method, path, (name, value), body) in sent {
+            let request = client.request(method, path).await.header(name, value).body(body);
+            answers.push(tokio::spawn(async move { request.send().await.unwrap() }));
+            tokio::time::sleep(Duration::from_millis(100)).await;
+        }
+        sqlx::raw_sql("ROLLBACK").execute(&mut holder).await.unwrap();
+        let mut all = Vec::new();
+        for answer in answers {
+            let answer = answer.await.unwrap();
+            all.push((answer.status().as_u16(), answer.json::<Value>().await.unwrap()));
+        }
+        all
+    };
+    let put = |path: &'static str, field| (Method::PUT, path, field, "1".to_owned());
+    let json_type = ("content-type", "application/json");
+    let made = json!({"then": [{"put": {"key": "made", "json": 1}}, {"delete": {"prefix": "nothing/"}}]}).to_string();
+    let said = together(vec![
+        put("/v1/state/kv/first", json_type),
+        (Method::POST, "/v1/state/txn", json_type, made),
+        put("/v1/state/kv/made", ("if-none-match", "*")),
+    ])
+    .await;
+    assert_eq!((said[1].0, said[2].0), (200, 412), "{said:?}");
+    let range = |from: &str, to: &str| {
+        let base64 = |text: &str| sop::kernel::crypto::base64(text);
+        json!({"key": base64(from), "range_end": base64(to)}).to_string()
+    };
+    let said = together(vec![
+        put("/v1/state/kv/first", json_type),
+        put("/v1/state/kv/a/1", json_type),
+        put("/v1/state/kv/a/9", json_type),
+        (Method::POST, "/v3/kv/deleterange", json_type, range("a/1", "a/5")),
+    ])
+    .await;
+    assert!(said.iter().all(|(status, _)| *status == 200) && said[3].1["deleted"] == "1", "{said:?}");
+    let (_, again) = client.json(Method::PUT, "/v1/state/kv/a/9", &json!(2)).await;
+    assert_eq!(again["version"], 2, "{again}");
+    record::check(&db).await;
+}

@@ -3,7 +3,7 @@
 use std::collections::HashMap;
 use std::time::Duration;
 
-use sqlx::PgConnection;
+use sqlx::{Connection as _, PgConnection};
 
 use crate::audit::model::{Filter, Stored};
 use crate::audit::{Audit, store as entries};
@@ -16,6 +16,8 @@ use super::shelf::{BLOCKS, Spot};
 use super::tokens::{self, Token};
 use super::{BLOCK, TAIL, store};
 
+/// A search is of one moment: a block that goes onto its shelf meanwhile would be found in neither place.
+const MOMENT: &str = "BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY";
 /// How long a page may look for what is rare before it answers with what it has, and how to go on.
 const PATIENCE: Duration = Duration::from_millis(400);
 /// How long counting may take.
@@ -103,10 +105,11 @@ impl Audit {
         let upto = self.searched(upto).await?;
         let mut conn = self.connection().await?;
         let refusal = |e| self.store.refusal(e);
-        let mut search = Search::new(&mut conn, filter, upto, after).await.map_err(refusal)?;
-        let (mut found, next) = search.page(limit, &self.clock).await.map_err(refusal)?;
-        let mut entries = entries::entries(&mut conn, &found).await.map_err(refusal)?;
-        found.clear();
+        let mut moment = conn.begin_with(MOMENT).await.map_err(refusal)?;
+        let mut search = Search::new(&mut moment, filter, upto, after).await.map_err(refusal)?;
+        let (found, next) = search.page(limit, &self.clock).await.map_err(refusal)?;
+        let mut entries = entries::entries(&mut moment, &found).await.map_err(refusal)?;
+        moment.commit().await.map_err(refusal)?;
         entries.sort_by_key(|e| if filter.ascending { e.index } else { -e.index });
         drop(conn);
         let entry = Entry::ok("audit:read", "entry").change("found", entries.len()).change("upto", upto);
@@ -123,8 +126,10 @@ impl Audit {
         let upto = self.searched(None).await?;
         let mut conn = self.connection().await?;
         let refusal = |e| self.store.refusal(e);
-        let mut search = Search::new(&mut conn, filter, upto, None).await.map_err(refusal)?;
+        let mut moment = conn.begin_with(MOMENT).await.map_err(refusal)?;
+        let mut search = Search::new(&mut moment, filter, upto, None).await.map_err(refusal)?;
         let counted = search.count(&self.clock).await.map_err(refusal)?;
+        moment.commit().await.map_err(refusal)?;
         drop(conn);
         let entry = Entry::ok("audit:read", "entry").change("counted", counted.entries).change("upto", upto);
         self.ledger.record(caller, permit, entry).await?;
@@ -138,9 +143,11 @@ impl Audit {
         if *indexed.borrow() + TAIL < upto {
             self.hurry.notify_one();
         }
-        let waited = indexed.wait_for(|whole| *whole + TAIL >= upto);
-        let waited = tokio::time::timeout(Duration::from_secs(5), waited).await.is_ok();
-        if waited {
+        let waited = async {
+            let there = self.ledger.index() >= upto || self.ledger.reach(upto, Duration::from_secs(5)).await.is_ok();
+            there && indexed.wait_for(|whole| whole.saturating_add(TAIL) >= upto).await.is_ok()
+        };
+        if tokio::time::timeout(Duration::from_secs(5), waited).await.unwrap_or(false) {
             Ok(upto)
         } else {
             Err(Refusal::unavailable(format!("the search has not reached index {upto} yet")))
@@ -201,7 +208,10 @@ impl<'a> Search<'a> {
     /// The page of a filter that everything fits.
     fn every(&self, limit: usize) -> (Vec<i64>, Option<i64>) {
         let Range { from, to } = self.range;
-        let more = (to - from + 1) > limit as i64;
+        if self.range.is_empty() {
+            return (Vec::new(), None);
+        }
+        let more = to - from >= limit as i64;
         let found: Vec<i64> = if self.filter.ascending {
             (from..=to).take(limit).collect()
         } else {
@@ -328,7 +338,8 @@ impl<'a> Search<'a> {
                 for fitting in self.fitting(part, some).await? {
                     fitting.add(&mut sums);
                 }
-                if clock.elapsed().saturating_sub(began) > COUNTING {
+                let last = self.range.is_empty() && some.last() == blocks.last();
+                if !last && clock.elapsed().saturating_sub(began) > COUNTING {
                     from = self.edge(part, some);
                     break 'all;
                 }

@@ -110,6 +110,8 @@ async fn blocks(ledger: &Ledger, conn: &mut PgConnection, head: i64) -> Result<O
     // What is derived can be derived again: it need not make the writer's commits wait for the disk.
     store::not_synchronous(&mut tx).await?;
     let Some(at) = store::take_indexed(&mut tx).await? else { return Ok(None) };
+    // After a failover that lost entries the database has fewer than this daemon has seen.
+    let head = entries::head(&mut tx).await?.map_or(-1, |(index, _)| index).min(head);
     let first = (at + 1) / BLOCK;
     let shelf = first / BLOCKS;
     // A shelf is full with the last block that is made at a time.
@@ -117,12 +119,13 @@ async fn blocks(ledger: &Ledger, conn: &mut PgConnection, head: i64) -> Result<O
     if end <= first {
         return Ok(Some(at));
     }
-    let made: Vec<Block> = match ledger.lately(first * BLOCK..end * BLOCK) {
-        Some(all) => {
+    let lately = ledger.lately(first * BLOCK..end * BLOCK);
+    let made: Vec<Block> = match lately {
+        Some(all) if same(&mut tx, all.last()).await? => {
             let blocks = all.chunks(BLOCK as usize).zip(first..);
             blocks.map(|(whole, number)| Block::of(number, whole.iter().map(Whole::parts))).collect()
         }
-        None => {
+        _ => {
             let all = entries::unindexed(&mut tx, first * BLOCK - 1, (end - first) * BLOCK).await?;
             let blocks = all.chunk_by(|a, b| a.index / BLOCK == b.index / BLOCK);
             blocks.map(|some| Block::of(some[0].index / BLOCK, some.iter().map(Stored::parts))).collect()
@@ -138,4 +141,11 @@ async fn blocks(ledger: &Ledger, conn: &mut PgConnection, head: i64) -> Result<O
     }
     tx.commit().await?;
     Ok(Some(to))
+}
+
+/// Whether the record has the last of these entries; then it has all, for histories that parted once do not meet again.
+async fn same(conn: &mut PgConnection, last: Option<&Whole>) -> Result<bool, sqlx::Error> {
+    let Some(last) = last else { return Ok(false) };
+    let index = last.index.unsigned_abs();
+    Ok(entries::leaves(conn, index, index + 1).await?.first() == Some(&last.leaf))
 }

@@ -63,9 +63,11 @@ impl Writer {
         match self.shared.unblocked(s.backend, wrote).await {
             Ok(true) => {
                 self.shared.metrics.optimistic.inc();
-                self.shared.lately.push(batch.before + 1, batch.entries);
-                self.advance_place(run);
+                let news = self.advance_place(run);
+                // First who waits for it, then who follows: waking another thread takes a while.
                 jobs.into_iter().for_each(Job::settle);
+                self.shared.lately.push(batch.before + 1, batch.entries);
+                self.tell(news);
                 Tried::Ended(Turn::Fine)
             }
             Ok(false) => self.missed(jobs),

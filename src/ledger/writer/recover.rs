@@ -91,6 +91,7 @@ impl Writer {
                 frontier.push(e.hash);
                 place.authz.note(e.index, &e.touched);
                 e.touched.iter().for_each(|t| place.known.drop(t));
+                e.touched.iter().for_each(|t| place.known.heard(t));
                 news.extend(e.touched.into_iter().map(|t| (e.index, t)));
             }
         }
@@ -155,8 +156,9 @@ impl Writer {
             return Ok(Settled::Nothing);
         };
         tracing::info!(%batch, "a commit of unknown fate had not happened; it was written again");
-        self.advance_place(again.1);
+        let news = self.advance_place(again.1);
         jobs.into_iter().for_each(Job::settle);
+        self.tell(news);
         Ok(Settled::Committed)
     }
 

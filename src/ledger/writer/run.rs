@@ -103,7 +103,7 @@ impl Run {
             }
             // Until it is read, it is not there; what is read replaces this.
             self.overlay.set(*kind, key.clone(), None);
-            if place.known.lacks(kind.name(), key) {
+            if self.overlay.lacks(&place.known, kind.name(), key) {
                 continue;
             }
             match unknown.iter_mut().find(|(k, _)| k.name() == kind.name()) {
