@@ -89,9 +89,7 @@ impl HttpBody for Linger {
 impl Drop for Linger {
     fn drop(&mut self) {
         let most = self.most;
-        // A body that says it is larger will not be waited for.
-        let fits = |b: &Arriving| !b.is_end_stream() && b.size_hint().lower() <= most as u64;
-        let body = self.body.take().filter(fits);
+        let body = self.body.take().filter(|body| !body.is_end_stream());
         // At the very end there is nobody left to read it.
         if let (Some(body), true) = (body, tokio::runtime::Handle::try_current().is_ok()) {
             detach(http_body_util::BodyExt::collect(http_body_util::Limited::new(body, most)));
