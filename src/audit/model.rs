@@ -36,13 +36,12 @@ impl Stored {
     /// What the search keeps of it.
     #[must_use]
     pub fn found(&self) -> Found {
-        let read = search::entry(&self.leaf, self.details.as_deref(), &mut |_| {});
-        let said = read.said;
+        let search::Read { leaf, said } = search::entry(&self.leaf, self.details.as_deref(), &mut |_| {});
         Found {
-            time: Timestamp::parse(&read.time).unwrap_or_default(),
-            room: read.room.into_owned(),
-            action: read.action.into_owned(),
-            outcome: read.outcome.into_owned(),
+            time: Timestamp::parse(&leaf.time).unwrap_or_default(),
+            room: leaf.room.into_owned(),
+            action: leaf.action.into_owned(),
+            outcome: leaf.outcome.into_owned(),
             actor: said.actor.into_owned(),
             resource: said.resource.into_owned(),
             request_id: said.request_id.into_owned(),

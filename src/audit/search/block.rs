@@ -51,7 +51,7 @@ impl Block {
         for (index, leaf, details) in entries {
             let entry = read::entry(leaf, details, &mut |text| tokens.text(text));
             let said = &entry.said;
-            let kind = [&*said.actor, &*entry.room, &*entry.action, &*entry.outcome];
+            let kind = [&*said.actor, &*entry.leaf.room, &*entry.leaf.action, &*entry.leaf.outcome];
             let known = outline.kinds.iter().position(|k| k.iter().zip(kind).all(|(a, b)| a == b));
             let of = known.unwrap_or_else(|| {
                 tokens.kind(kind);

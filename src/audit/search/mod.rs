@@ -28,7 +28,7 @@ use block::Block;
 use shelf::BLOCKS;
 
 pub use find::{Counted, Page};
-pub(super) use read::entry;
+pub(super) use read::{Read, entry};
 pub use tail::{Tail, Told};
 
 /// Entries in a block: those of a tile.
@@ -94,12 +94,17 @@ async fn round(
 ) -> Result<i64, TaskError> {
     tell(at);
     while (at + 1) / BLOCK < (head + 1) / BLOCK && !stop.is_cancelled() {
-        at = match blocks(ledger, conn, head).await? {
-            Some(at) => at,
+        let to = match blocks(ledger, conn, head).await? {
+            Some(to) => to,
             // Another daemon is at it.
             None => return store::indexed(conn).await.inspect(|at| tell(*at)).map_err(Into::into),
         };
-        tell(at);
+        tell(to);
+        // The database may have fewer entries than this daemon has seen: then there is nothing to go on with.
+        if to <= at {
+            return Ok(to);
+        }
+        at = to;
     }
     Ok(at)
 }

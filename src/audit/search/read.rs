@@ -12,15 +12,15 @@ pub(super) struct Text<'a>(#[serde(borrow)] pub Cow<'a, str>);
 
 /// What the search takes from a leaf.
 #[derive(Default, Deserialize)]
-struct Leaf<'a> {
+pub(in crate::audit) struct Leaf<'a> {
     #[serde(borrow)]
-    time: Cow<'a, str>,
+    pub time: Cow<'a, str>,
     #[serde(borrow)]
-    room: Cow<'a, str>,
+    pub room: Cow<'a, str>,
     #[serde(borrow)]
-    action: Cow<'a, str>,
+    pub action: Cow<'a, str>,
     #[serde(borrow)]
-    outcome: Cow<'a, str>,
+    pub outcome: Cow<'a, str>,
 }
 
 /// What it takes from the details.
@@ -36,18 +36,15 @@ pub(in crate::audit) struct Said<'a> {
 /// Both.
 #[derive(Default)]
 pub(in crate::audit) struct Read<'a> {
-    pub time: Cow<'a, str>,
-    pub room: Cow<'a, str>,
-    pub action: Cow<'a, str>,
-    pub outcome: Cow<'a, str>,
+    pub leaf: Leaf<'a>,
     pub said: Said<'a>,
 }
 
 /// Reads an entry; `each` is told every text and number of what it changed and signalled. What is not in form is not there.
 pub(in crate::audit) fn entry<'a>(leaf: &'a [u8], details: Option<&'a [u8]>, each: &mut impl FnMut(&str)) -> Read<'a> {
-    let Leaf { time, room, action, outcome } = serde_json::from_slice(leaf).unwrap_or_default();
+    let leaf = serde_json::from_slice(leaf).unwrap_or_default();
     let said = details.map(|d| self::details(d, each)).unwrap_or_default();
-    Read { time, room, action, outcome, said }
+    Read { leaf, said }
 }
 
 /// Reads the details alone.
