@@ -15,6 +15,8 @@ use tokio::time::{Sleep, sleep};
 
 use crate::kernel::supervisor::detach;
 
+use super::quiet;
+
 /// A body of which each part has to arrive in time. A timer is made only when there is something to wait for: most bodies come
 /// with the head of their request.
 struct Arriving {
@@ -28,7 +30,11 @@ impl HttpBody for Arriving {
     type Error = axum::Error;
 
     fn poll_frame(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, axum::Error>>> {
-        if let Poll::Ready(frame) = Pin::new(&mut self.body).poll_frame(cx) {
+        let (polled, woken) = quiet::hold(|| Pin::new(&mut self.body).poll_frame(cx));
+        if !self.body.is_end_stream() {
+            woken.wake();
+        }
+        if let Poll::Ready(frame) = polled {
             self.late = None;
             return Poll::Ready(frame.map(|frame| frame.map_err(axum::Error::new)));
         }

@@ -11,6 +11,7 @@ mod daemon;
 mod edge;
 mod linger;
 mod metrics;
+mod quiet;
 mod rate;
 mod refused;
 mod serve;

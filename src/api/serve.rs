@@ -18,6 +18,7 @@ use crate::kernel::supervisor::{self, Stop};
 use crate::kernel::web::LARGE;
 
 use super::linger::Linger;
+use super::quiet::Quiet;
 use super::refused::{Layer, Refused};
 use super::tls::Certificates;
 
@@ -206,12 +207,12 @@ where
     // Answers are gathered into one write. `pipeline_flush` would do so too, and take the limit off what waits to be written:
     // an answer without end, to a client that does not read, would be held in memory.
     http.timer(TokioTimer::new()).header_read_timeout(arrival).max_buf_size(64 * 1024).writev(false);
-    let mut connection = Box::pin(http.serve_connection(TokioIo::new(stream), service));
+    let mut connection = Quiet::new(http.serve_connection(TokioIo::new(stream), service));
     async move {
         tokio::select! {
             done = &mut connection => ended(done, peer, &refused),
             () = stop.cancelled() => {
-                connection.as_mut().graceful_shutdown();
+                connection.inner().graceful_shutdown();
                 ended(connection.await, peer, &refused);
             }
         }

@@ -63,6 +63,8 @@ pub(super) struct Writer {
     waiting: Vec<Box<dyn Job>>,
     /// The session of turns on the spot, on the runtime of the requests.
     express: Option<Session>,
+    /// What the follower is to be told of a turn on the spot.
+    untold: Option<News>,
     /// How often a session was lost. One of an earlier era is not used: it may be of a host that takes no writes any more.
     era: u64,
     /// When another daemon was last seen to have written.
@@ -80,6 +82,7 @@ struct Session {
     conn: PgConnection,
     backend: i32,
     era: u64,
+    who: Who,
 }
 
 /// Who takes a turn; each has a session, on the runtime it runs on.
@@ -101,7 +104,8 @@ enum Turn {
 impl Writer {
     pub fn new(shared: Arc<Shared>, queue: mpsc::Receiver<Box<dyn Job>>) -> Self {
         let (waiting, gather, began) = (Vec::new(), Gather::default(), Duration::ZERO);
-        Self { shared, queue, waiting, express: None, era: 0, foreign: None, place: None, unknown: None, gather, began }
+        let (express, untold, place, unknown) = (None, None, None, None);
+        Self { shared, queue, waiting, express, untold, era: 0, foreign: None, place, unknown, gather, began }
     }
 
     /// Runs until told to stop, and then until what queued before is written.
@@ -181,7 +185,7 @@ impl Writer {
         let mut conn = self.shared.store.dedicated("writer").await?;
         let backend = store::backend_pid(&mut conn).await?;
         self.shared.writers[who as usize].store(backend.cast_unsigned(), Ordering::Release);
-        Ok(Session { conn, backend, era: self.era })
+        Ok(Session { conn, backend, era: self.era, who })
     }
 
     /// One turn. `jobs` were taken before it: the one that woke us, or those of a turn that was broken off.
@@ -309,7 +313,7 @@ impl Writer {
         }
         let news = self.advance_place(run);
         jobs.into_iter().for_each(Job::settle);
-        self.tell(news);
+        self.tell(s.who, news);
         Turn::Fine
     }
 
@@ -337,8 +341,14 @@ impl Writer {
         })
     }
 
-    fn tell(&self, news: Option<News>) {
-        if let Some(news) = news {
+    /// Tells the follower of a turn whose callers are answered. On the runtime of the requests whoever was woken last runs
+    /// first, and that is to be the caller: there it is told when the turn is over ([`express`]).
+    fn tell(&mut self, who: Who, news: Option<News>) {
+        let now = match who {
+            Who::Thread => news,
+            Who::Bringer => std::mem::replace(&mut self.untold, news),
+        };
+        if let Some(news) = now {
             self.shared.news(news);
         }
     }

@@ -51,4 +51,11 @@ async fn on_the_spot(mut writer: OwnedMutexGuard<Writer>, job: Box<dyn Job>) {
             w.shared.bell.notify_one();
         }
     }
+    let (shared, news) = (w.shared.clone(), w.untold.take());
+    // The caller goes first, and finds the writer free when it comes back.
+    drop(writer);
+    if let Some(news) = news {
+        tokio::task::yield_now().await;
+        shared.news(news);
+    }
 }

@@ -67,7 +67,7 @@ impl Writer {
                 // First who waits for it, then who follows: waking another thread takes a while.
                 jobs.into_iter().for_each(Job::settle);
                 self.shared.lately.push(batch.before + 1, batch.entries);
-                self.tell(news);
+                self.tell(s.who, news);
                 Tried::Ended(Turn::Fine)
             }
             Ok(false) => self.missed(jobs),

@@ -158,7 +158,7 @@ impl Writer {
         tracing::info!(%batch, "a commit of unknown fate had not happened; it was written again");
         let news = self.advance_place(again.1);
         jobs.into_iter().for_each(Job::settle);
-        self.tell(news);
+        self.tell(s.who, news);
         Ok(Settled::Committed)
     }
 
