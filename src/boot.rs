@@ -451,7 +451,8 @@ impl Authority for Gate {
             })?;
             let mut permit = self.rules.decide(caller, asks, at)?;
             if !permit.allowed {
-                permit = self.governance.four_eyes(caller, asks, permit, at).await?;
+                // Rare, and large: every request would have room for it.
+                permit = Box::pin(self.governance.four_eyes(caller, asks, permit, at)).await?;
             }
             permit.depends.extend(credential.depends.iter().copied());
             Ok(permit)

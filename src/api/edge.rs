@@ -13,7 +13,7 @@ use axum::middleware::{self, Next};
 use axum::response::{IntoResponse, Response};
 use futures_util::FutureExt as _;
 use tower_http::compression::CompressionLayer;
-use tower_http::compression::predicate::{DefaultPredicate, Predicate as _, SizeAbove};
+use tower_http::compression::predicate::{DefaultPredicate, Predicate, SizeAbove};
 use tracing::Instrument as _;
 
 use crate::kernel::quota::{self, Limit, Quotas};
@@ -74,15 +74,17 @@ pub(super) fn around(router: Router, shared: Arc<Shared>) -> Router {
         .method_not_allowed_fallback(|method: Method| async move {
             Refusal::new(&problem::METHOD_NOT_ALLOWED, format!("this path does not take {method}; see Allow"))
         })
-        .layer(middleware::from_fn_with_state(shared, edge))
-        .layer(
-            CompressionLayer::new().compress_when(
-                // What comes in pieces would wait for each other in a compressor.
-                DefaultPredicate::new()
-                    .and(SizeAbove::new(COMPRESS_ABOVE))
-                    .and(|_: StatusCode, _: Version, _: &HeaderMap, said: &Extensions| said.get::<Live>().is_none()),
-            ),
-        )
+        // Both as one, the outer one first: each layer of a router is a box and a clone of every request's way.
+        .layer((compression(), middleware::from_fn_with_state(shared, edge)))
+}
+
+fn compression() -> CompressionLayer<impl Predicate> {
+    CompressionLayer::new().compress_when(
+        // What comes in pieces would wait for each other in a compressor.
+        DefaultPredicate::new()
+            .and(SizeAbove::new(COMPRESS_ABOVE))
+            .and(|_: StatusCode, _: Version, _: &HeaderMap, said: &Extensions| said.get::<Live>().is_none()),
+    )
 }
 
 /// Counts a request while it is answered.

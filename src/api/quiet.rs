@@ -107,6 +107,8 @@ mod tests {
     use std::sync::atomic::{AtomicUsize, Ordering};
     use std::task::ready;
 
+    use crate::kernel::supervisor::detach;
+
     use super::*;
 
     #[derive(Default)]
@@ -177,13 +179,13 @@ mod tests {
     async fn no_wake_up_is_lost_between_threads() {
         // A channel of one place, filled by one task and emptied by another: if a wake-up were lost they would stop.
         let (tx, mut rx) = tokio::sync::mpsc::channel(1);
-        let send = tokio::spawn(Quiet::new(async move {
+        let send = detach(Quiet::new(async move {
             for i in 0..100_000 {
                 tx.send(i).await.unwrap();
             }
         }));
         let mut next = 0;
-        let receive = tokio::spawn(Quiet::new(std::future::poll_fn(move |cx| {
+        let receive = detach(Quiet::new(std::future::poll_fn(move |cx| {
             while let Some(i) = ready!(rx.poll_recv(cx)) {
                 assert_eq!(i, next);
                 next += 1;
