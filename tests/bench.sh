@@ -16,8 +16,8 @@ $sop bench state-put --clients 1 --peer bare --seconds "$seconds"
 cat <<'TXT'
 
 What bounds `state-put`, on two cores without anything else to do (perf, 2026-11-28):
-- 128 clients: the processors. Of their time the request path takes 42 % (a fifth of it sending the answer, a tenth memory and the copying of futures), the writer's session in PostgreSQL 21 % (four tables, six indexes), the load generator 12 %, the writer 9 %, making it searchable 3 % (a fifth of all before the search was by shelves), other sessions 3 %; 9 % are idle, while a commit is on its way to the disk and everybody waits for it.
-- 1 client: what happens one after another. Without waiting for the disk the statement takes 0.18 ms where a bare INSERT takes 0.10 (pgbench); the rest of what it takes longer than that is the request itself: who asks, whether they may, the entry and its hashes, on caches that have gone cold in between.
+- 128 clients: the processors. Of their time the request path takes 40 % (a quarter of it in the kernel, mostly sending the answer; a fifth memory and the copying of what is in it), the writer's session in PostgreSQL 21 % (four tables, six indexes), the load generator 12 %, the writer 9 %, making it searchable 3 %, other sessions 3 %; 11 % are idle, while a commit is on its way to the disk and everybody waits for it.
+- 1 client: what happens one after another. Without waiting for the disk the statement takes 0.18 ms where a bare INSERT takes 0.10 (pgbench; the same with details and entries in one table); the rest of what it takes longer than that is the request itself: who asks, whether they may, the entry and its hashes, on caches that have gone cold in between.
 TXT
 $sop bench state-get --clients 1,8,32,128 "${peer[@]}" --seconds "$seconds"
 $sop bench state-put --daemons 2 --clients 128 --seconds "$seconds"

@@ -60,14 +60,24 @@ impl Woken {
     }
 }
 
+/// Wake-ups are made again when this ends, if by a panic too.
+struct Holding;
+
+impl Drop for Holding {
+    fn drop(&mut self) {
+        HELD.set(Held::No);
+    }
+}
+
 /// Takes a part of a body, and holds back the wake-up of the connection that brings it.
 pub(super) fn hold<T>(take: impl FnOnce() -> T) -> (T, Woken) {
+    let _holding = Holding;
     HELD.set(Held::Back(None));
     let taken = take();
-    let woken = match HELD.replace(Held::No) {
-        Held::Back(woken) => woken,
+    let woken = HELD.with_borrow_mut(|held| match held {
+        Held::Back(woken) => woken.take(),
         Held::No => None,
-    };
+    });
     (taken, Woken(woken))
 }
 
@@ -160,6 +170,12 @@ mod tests {
         let ((), woken) = hold(|| std::thread::scope(|s| s.spawn(|| waker().wake_by_ref()).join().unwrap()));
         drop(woken);
         assert_eq!(count.get(), 3, "another thread is heard");
+
+        poll();
+        let panics = || hold(|| -> () { panic!("on purpose") });
+        assert!(std::panic::catch_unwind(panics).is_err());
+        waker().wake_by_ref();
+        assert_eq!(count.get(), 4, "after a panic nothing is held back");
     }
 
     #[test]
