@@ -7,8 +7,8 @@ use reqwest::Method;
 use serde_json::{Value, json};
 
 use crate::support::client::Client;
-use crate::support::daemon::Launch;
-use crate::support::postgres::{database, database_alone};
+use crate::support::daemon::{Daemon, Launch};
+use crate::support::postgres::{Database, database, database_alone};
 use crate::support::proxy::{Fault, Proxy};
 use crate::support::{record, until};
 
@@ -16,6 +16,14 @@ pub async fn metric(client: &Client, name: &str) -> f64 {
     let text = client.bare(Method::GET, "/metrics").send().await.unwrap().text().await.unwrap();
     let line = text.lines().find(|l| l.starts_with(&format!("{name} "))).unwrap_or_else(|| panic!("no metric {name}"));
     line.rsplit(' ').next().unwrap().parse().unwrap()
+}
+
+/// A daemon behind the proxy and one beside it that wait for the head so long, and a client of each.
+async fn two_daemons(db: &Database, proxy: &Proxy, wait: &str) -> (Daemon, Daemon, Client, Client) {
+    let one = Launch::on(db.url_via(proxy)).env("SOP__LEDGER__LOCK_WAIT", wait).start().await;
+    let two = Launch::beside(&one, db.url()).env("SOP__LEDGER__LOCK_WAIT", wait).start().await;
+    let (a, b) = (Client::of(&one), Client::of(&one).also_of(&two));
+    (one, two, a, b)
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -55,9 +63,7 @@ async fn another_writer_may_advance_while_a_commit_is_unknown() {
         let db = database().await;
         let proxy = Proxy::before(&db);
         // The other daemon must not end the first one's session before the cut does.
-        let one = Launch::on(db.url_via(&proxy)).env("SOP__LEDGER__LOCK_WAIT", "1s").start().await;
-        let two = Launch::beside(&one, db.url()).env("SOP__LEDGER__LOCK_WAIT", "1s").start().await;
-        let (a, b) = (Client::of(&one), Client::of(&one).also_of(&two));
+        let (one, _two, a, b) = two_daemons(&db, &proxy, "1s").await;
         a.put("k", "0").await.unwrap();
         b.put("other", "0").await.unwrap();
         let fault = proxy.arm(cut.committing("state.history").paused());
@@ -89,9 +95,7 @@ async fn another_writer_may_advance_while_a_commit_is_unknown() {
 async fn a_holder_that_stalls_is_ended_and_does_no_harm() {
     let db = database().await;
     let proxy = Proxy::before(&db);
-    let one = Launch::on(db.url_via(&proxy)).env("SOP__LEDGER__LOCK_WAIT", "500ms").start().await;
-    let two = Launch::beside(&one, db.url()).env("SOP__LEDGER__LOCK_WAIT", "500ms").start().await;
-    let (a, b) = (Client::of(&one), Client::of(&one).also_of(&two));
+    let (_one, _two, a, b) = two_daemons(&db, &proxy, "500ms").await;
     a.put("k", "0").await.unwrap();
     b.token().await;
     // The first daemon knows what the second wrote, or its statement would find the head moved and hold nothing.
@@ -164,9 +168,7 @@ async fn only_the_one_that_stalls_is_ended_not_those_that_wait_with_us() {
 async fn a_frozen_daemon_is_left_behind_and_wakes_up_harmless() {
     let db = database().await;
     let proxy = Proxy::before(&db);
-    let one = Launch::on(db.url_via(&proxy)).env("SOP__LEDGER__LOCK_WAIT", "500ms").start().await;
-    let two = Launch::beside(&one, db.url()).env("SOP__LEDGER__LOCK_WAIT", "500ms").start().await;
-    let (a, b) = (Client::of(&one), Client::of(&one).also_of(&two));
+    let (one, _two, a, b) = two_daemons(&db, &proxy, "500ms").await;
     a.put("k", "0").await.unwrap();
     b.token().await;
     a.put("k", "1").await.unwrap();
