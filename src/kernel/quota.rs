@@ -3,7 +3,6 @@
 //! Counted by each daemon for itself and forgotten when it stops: a quota keeps order, it is no account of what was used (the
 //! record is that).
 
-use std::fmt::Write as _;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
@@ -33,18 +32,10 @@ pub struct Limit {
 /// The fields `RateLimit-Policy` and `RateLimit` (draft-ietf-httpapi-ratelimit-headers, structured fields of RFC 9651).
 #[must_use]
 pub fn fields(limits: &[Limit]) -> [(&'static str, String); 2] {
-    // Every answer has them: each is written into one text.
-    let list = |one: fn(&mut String, &Limit) -> std::fmt::Result| {
-        let mut text = String::with_capacity(32 * limits.len());
-        for (i, limit) in limits.iter().enumerate() {
-            text.push_str(if i == 0 { "" } else { ", " });
-            let _ = one(&mut text, limit);
-        }
-        text
-    };
+    let list = |one: fn(&Limit) -> String| limits.iter().map(one).collect::<Vec<_>>().join(", ");
     [
-        ("ratelimit-policy", list(|text, l| write!(text, "\"{}\";q={};w={}", l.name, l.quota, l.window))),
-        ("ratelimit", list(|text, l| write!(text, "\"{}\";r={};t={}", l.name, l.left, l.reset))),
+        ("ratelimit-policy", list(|l| format!("\"{}\";q={};w={}", l.name, l.quota, l.window))),
+        ("ratelimit", list(|l| format!("\"{}\";r={};t={}", l.name, l.left, l.reset))),
     ]
 }
 
