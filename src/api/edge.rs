@@ -12,15 +12,16 @@ use axum::http::{Extensions, HeaderMap, HeaderName, HeaderValue, Method, StatusC
 use axum::middleware::{self, Next};
 use axum::response::{IntoResponse, Response};
 use futures_util::FutureExt as _;
+use smallvec::SmallVec;
 use tower_http::compression::CompressionLayer;
 use tower_http::compression::predicate::{DefaultPredicate, Predicate, SizeAbove};
-use tracing::Instrument as _;
 
 use crate::kernel::quota::{self, Limit, Quotas};
 use crate::kernel::web::gateway::{self, Grpc, Live};
 use crate::kernel::web::{Away, BodyLimit, Caller, Reason, RequestInfo, SOP_INDEX, pairs, problem_response};
 use crate::kernel::{Clock, Refusal, ids, problem};
 use crate::ledger::Ledger;
+use crate::telemetry;
 
 use super::metrics::Metrics;
 use super::rate::{Rate, Who};
@@ -115,27 +116,19 @@ async fn edge(State(shared): State<Arc<Shared>>, mut request: Request, next: Nex
     let began = shared.clock.elapsed();
     let bare = !request.headers().contains_key(header::AUTHORIZATION);
     let method = request.method().clone();
-    let matched = request.extensions().get::<MatchedPath>().cloned();
-    let route = matched.as_ref().map_or("unmatched", MatchedPath::as_str);
     let info = Arc::new(RequestInfo {
         id: request_id(request.headers(), &shared.clock),
         trace_id: trace_id(request.headers()),
         method: method.as_str().to_owned(),
         path: request.uri().path().to_owned(),
+        route: request.extensions().get::<MatchedPath>().cloned(),
         peer: request.extensions().get::<Peer>().and_then(|p| p.0),
         idempotency: None,
         proposing: None,
         fencing: None,
     });
     request.extensions_mut().insert(BodyLimit(shared.limits.body));
-    let span = tracing::info_span!(
-        "request",
-        id = info.id.as_str(),
-        method = method.as_str(),
-        route = route,
-        trace = info.trace_id.as_deref()
-    );
-    let inner = inside(&shared, request, next, info.clone()).instrument(span.clone());
+    let inner = telemetry::during(info.clone(), inside(&shared, request, next, info.clone()));
     let mut response = match AssertUnwindSafe(inner).catch_unwind().await {
         Ok(Ok(response)) => response,
         Ok(Err(refusal)) => refusal.into_response(),
@@ -170,10 +163,10 @@ async fn edge(State(shared): State<Arc<Shared>>, mut request: Request, next: Nex
     if let Some(layer) = Layer::of(status, reason) {
         shared.refused.note(info.peer, layer, reason);
     }
-    shared.metrics.timer(route).observe(took.as_secs_f64());
-    shared.metrics.requests.with_label_values(&[method.as_str(), route, status.as_str()]).inc();
-    let _in = span.entered();
-    tracing::debug!(status = status.as_u16(), ms = took.as_secs_f64() * 1e3, "{method} {}", info.path);
+    shared.metrics.timer(info.route()).observe(took.as_secs_f64());
+    shared.metrics.requests.with_label_values(&[method.as_str(), info.route(), status.as_str()]).inc();
+    let ms = took.as_secs_f64() * 1e3;
+    telemetry::of(info.clone(), || tracing::debug!(status = status.as_u16(), ms, "{method} {}", info.path));
     response
 }
 
@@ -207,8 +200,8 @@ async fn inside(
     info: Arc<RequestInfo>,
 ) -> Result<Response, Refusal> {
     let _in_flight = InFlight::enter(shared)?;
-    let (method, matched) = (request.method().clone(), request.extensions().get::<MatchedPath>().cloned());
-    let asked = Asked { method: &method, route: matched.as_ref().map_or("unmatched", MatchedPath::as_str) };
+    let method = request.method().clone();
+    let asked = Asked { method: &method, route: info.route() };
     if request.uri().path_and_query().map_or(0, |p| p.as_str().len()) > 8192 {
         return Err(Refusal::new(&problem::URI_TOO_LONG, "the request target has more than 8 KiB"));
     }
@@ -326,12 +319,12 @@ struct Asked<'a> {
 }
 
 /// The header fields about limits that an answer has.
-struct Fields(Vec<(HeaderName, HeaderValue)>);
+struct Fields(SmallVec<[(HeaderName, HeaderValue); 2]>);
 
 impl Fields {
     fn of(limits: &[Limit]) -> Self {
         let field = |(name, value): (&'static str, String)| {
-            Some((HeaderName::from_static(name), HeaderValue::try_from(value).ok()?))
+            Some((HeaderName::from_static(name), HeaderValue::from_str(&value).ok()?))
         };
         Self(quota::fields(limits).into_iter().filter_map(field).collect())
     }

@@ -4,12 +4,14 @@ use std::net::IpAddr;
 use std::sync::Arc;
 
 use axum::body::Bytes;
+use axum::extract::MatchedPath;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 use smallvec::SmallVec;
 use uuid::Uuid;
 
 use crate::kernel::{BoxFuture, Refusal};
+use crate::telemetry;
 
 /// What of a request goes into the record.
 #[derive(Clone, Debug, Default)]
@@ -22,6 +24,8 @@ pub struct RequestInfo {
     pub method: String,
     /// Path without query.
     pub path: String,
+    /// The route it took, if there is one: what is counted and logged names its template.
+    pub route: Option<MatchedPath>,
     /// Who is on the other end of the connection; `None` on a unix socket.
     pub peer: Option<IpAddr>,
     /// From the `Idempotency-Key` header of a request that takes one.
@@ -30,6 +34,20 @@ pub struct RequestInfo {
     pub proposing: Option<Arc<Proposing>>,
     /// From `If-Fencing-Token`: lock name and token.
     pub fencing: Option<(String, i64)>,
+}
+
+impl RequestInfo {
+    /// The template of its route.
+    #[must_use]
+    pub fn route(&self) -> &str {
+        self.route.as_ref().map_or("unmatched", MatchedPath::as_str)
+    }
+}
+
+impl telemetry::Request for RequestInfo {
+    fn about(&self) -> telemetry::About<'_> {
+        telemetry::About { id: &self.id, method: &self.method, route: self.route(), trace: self.trace_id.as_deref() }
+    }
 }
 
 /// The block an address is of: a /24 of IPv4, a /48 of IPv6, `unix` for a socket.
