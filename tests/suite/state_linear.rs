@@ -237,7 +237,9 @@ impl Worker {
 
     async fn act(&mut self) -> Operation {
         let want = self.want();
-        let which = self.home.unwrap_or_else(|| self.dice.up_to(2));
+        // Who writes alone takes turns without the lock; who does not, under it.
+        let alone = self.scene.clock.elapsed().as_millis() / 1500 % 2 == 1;
+        let which = if alone { 0 } else { self.home.unwrap_or_else(|| self.dice.up_to(2)) };
         let client = self.scene.client.clone_at(&self.scene.urls[which].borrow().clone());
         let request = want.request(&client, &self.scene.base).await.timeout(Duration::from_secs(3));
         let from = self.now();
