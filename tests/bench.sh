@@ -16,7 +16,7 @@ $sop bench state-put --clients 1 --peer bare --seconds "$seconds"
 cat <<'TXT'
 
 What bounds `state-put`, on two cores without anything else to do (perf, 2026-11-28):
-- 128 clients: the processors. Of their time the request path takes 40 % (a quarter of it in the kernel, mostly sending the answer; a fifth memory and the copying of what is in it), the writer's session in PostgreSQL 21 % (four tables, six indexes: a fifth of it the indexes, an eighth the flush), the load generator 12 %, the writer 10 %, making it searchable 3 %, other sessions 3 %; 8 to 13 % are idle, while a commit is on its way to the disk (0.6 ms of a turn, 0.15 where nothing else runs) and everybody waits for it. With `database.sync = false` it is a quarter more.
+- 128 clients: the processors. Of their time the request path takes 40 % (a quarter of it in the kernel, mostly sending the answer; a fifth memory and the copying of what is in it), the writer's session in PostgreSQL 21 % (four tables, six indexes: a fifth of it the indexes, an eighth the flush), the load generator 12 %, the writer 10 %, making it searchable 3 %, other sessions 3 %; 8 to 13 % are idle, while a commit is on its way to the disk (0.6 ms of a turn, 0.15 where nothing else runs) and everybody waits for it. With `database.sync = false` it is a tenth more.
 - 1 client: what happens one after another. Without waiting for the disk the statement takes 0.18 ms where a bare INSERT takes 0.10 (pgbench; the same with details and entries in one table); the rest of what it takes longer than that is the request itself: who asks, whether they may, the entry and its hashes, on caches that have gone cold in between.
 TXT
 $sop bench state-get --clients 1,8,32,128 "${peer[@]}" --seconds "$seconds"

@@ -12,7 +12,6 @@ use axum::http::{Extensions, HeaderMap, HeaderName, HeaderValue, Method, StatusC
 use axum::middleware::{self, Next};
 use axum::response::{IntoResponse, Response};
 use futures_util::FutureExt as _;
-use smallvec::SmallVec;
 use tower_http::compression::CompressionLayer;
 use tower_http::compression::predicate::{DefaultPredicate, Predicate, SizeAbove};
 
@@ -319,12 +318,12 @@ struct Asked<'a> {
 }
 
 /// The header fields about limits that an answer has.
-struct Fields(SmallVec<[(HeaderName, HeaderValue); 2]>);
+struct Fields(Vec<(HeaderName, HeaderValue)>);
 
 impl Fields {
     fn of(limits: &[Limit]) -> Self {
         let field = |(name, value): (&'static str, String)| {
-            Some((HeaderName::from_static(name), HeaderValue::from_str(&value).ok()?))
+            Some((HeaderName::from_static(name), HeaderValue::try_from(value).ok()?))
         };
         Self(quota::fields(limits).into_iter().filter_map(field).collect())
     }

@@ -11,7 +11,6 @@ use governor::clock::DefaultClock;
 use governor::middleware::StateInformationMiddleware;
 use governor::state::keyed::DashMapStateStore;
 use governor::{Quota, RateLimiter};
-use smallvec::SmallVec;
 
 use crate::config::Server;
 use crate::kernel::quota::Limit;
@@ -100,15 +99,10 @@ impl Rate {
     }
 
     /// Counts a request; `own` is the rate of this client, 0 if it has none. The limits it is held to, or the one that was exceeded.
-    pub(super) fn check(
-        &self,
-        who: Who,
-        own: u32,
-        operation: impl FnOnce() -> String,
-    ) -> Result<SmallVec<[Limit; 3]>, Limit> {
+    pub(super) fn check(&self, who: Who, own: u32, operation: impl FnOnce() -> String) -> Result<Vec<Limit>, Limit> {
         let counts = self.0.load();
         let rate = if own == 0 { counts.per_second } else { own };
-        let mut limits = SmallVec::new();
+        let mut limits = Vec::with_capacity(3);
         if !counts.operations.is_empty()
             && let Some((name, rate)) = counts.operations.get_key_value(operation().as_str())
         {

@@ -3,7 +3,6 @@
 //! Counted by each daemon for itself and forgotten when it stops: a quota keeps order, it is no account of what was used (the
 //! record is that).
 
-use std::fmt::Write as _;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
@@ -33,14 +32,11 @@ pub struct Limit {
 /// The fields `RateLimit-Policy` and `RateLimit` (draft-ietf-httpapi-ratelimit-headers, structured fields of RFC 9651).
 #[must_use]
 pub fn fields(limits: &[Limit]) -> [(&'static str, String); 2] {
-    let (mut policy, mut state) = (String::with_capacity(64), String::with_capacity(64));
-    for (i, l) in limits.iter().enumerate() {
-        let comma = if i == 0 { "" } else { ", " };
-        // Writing to a string cannot fail.
-        let _ = write!(policy, "{comma}\"{}\";q={};w={}", l.name, l.quota, l.window);
-        let _ = write!(state, "{comma}\"{}\";r={};t={}", l.name, l.left, l.reset);
-    }
-    [("ratelimit-policy", policy), ("ratelimit", state)]
+    let list = |one: fn(&Limit) -> String| limits.iter().map(one).collect::<Vec<_>>().join(", ");
+    [
+        ("ratelimit-policy", list(|l| format!("\"{}\";q={};w={}", l.name, l.quota, l.window))),
+        ("ratelimit", list(|l| format!("\"{}\";r={};t={}", l.name, l.left, l.reset))),
+    ]
 }
 
 /// 429, with the fields.
