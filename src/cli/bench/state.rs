@@ -99,6 +99,26 @@ impl Watcher {
         Ok(joined)
     }
 
+    /// Hears every `step`th of so many events, from `first` on: its number, and when it was heard.
+    async fn listen(
+        mut self,
+        first: usize,
+        step: usize,
+        events: usize,
+        clock: Clock,
+    ) -> anyhow::Result<Vec<(usize, Duration)>> {
+        let (mut took, mut seen) = (Vec::new(), HashSet::new());
+        for _ in (first..events).step_by(step) {
+            let line = self.heard("\"key\":\"watched/").await?;
+            let now = clock.elapsed();
+            let n = line.split("watched/").nth(1).and_then(|key| key.split('"').next()?.split('/').nth(1));
+            let n: usize = n.and_then(|n| n.parse().ok()).context("an event has no number")?;
+            ensure!(n % step == first && seen.insert(n), "event {n} came twice, or astray");
+            took.push((n, now));
+        }
+        Ok(took)
+    }
+
     /// The next line that has this in it.
     async fn heard(&mut self, wanted: &str) -> anyhow::Result<String> {
         loop {
@@ -129,23 +149,8 @@ pub(super) async fn watchers(global: &Global, ours: &Sop, client: &Client, secon
             let (address, bearer) = (ours.address().to_owned(), bearer.clone());
             async move { Watcher::join(&address, &prefix, &bearer).await }
         });
-        for (w, mut watcher) in (first..).zip(try_join_all(joining).await?) {
-            let clock = clock.clone();
-            listening.push(detach(async move {
-                let (mut took, mut seen) = (Vec::new(), HashSet::new());
-                for _ in (0..events).filter(|n| n % groups == w % groups) {
-                    let line = watcher.heard("\"key\":\"watched/").await?;
-                    let now = clock.elapsed();
-                    let n = line.split("watched/").nth(1).and_then(|key| key.split('"').next()?.split('/').nth(1));
-                    let n: usize = n.and_then(|n| n.parse().ok()).context("an event has no number")?;
-                    ensure!(
-                        n % groups == w % groups && seen.insert(n),
-                        "event {n} came to watcher {w} twice, or astray"
-                    );
-                    took.push((n, now));
-                }
-                anyhow::Ok(took)
-            }));
+        for (w, watcher) in (first..).zip(try_join_all(joining).await?) {
+            listening.push(detach(watcher.listen(w % groups, groups, events, clock.clone())));
         }
     }
     let (sent_, clock_) = (sent.clone(), clock.clone());
