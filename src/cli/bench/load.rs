@@ -130,6 +130,8 @@ pub(super) async fn fill(address: &str, request: &Request, clients: usize, count
 /// A request of a load that does not wait for answers.
 #[derive(Clone, Copy)]
 pub(super) struct Timed {
+    /// Which request of all.
+    pub number: usize,
     /// When it was to be sent.
     pub due: Duration,
     /// From being sent to its answer.
@@ -171,7 +173,7 @@ pub(super) async fn paced(
                     bail!("{status}: {}", String::from_utf8_lossy(&buffer));
                 }
                 let now = clock.elapsed();
-                all.push(Timed { due, took: now.saturating_sub(sent), late: now.saturating_sub(from) });
+                all.push(Timed { number: n, due, took: now.saturating_sub(sent), late: now.saturating_sub(from) });
             }
         })
     });

@@ -166,9 +166,7 @@ pub(super) async fn watchers(global: &Global, ours: &Sop, client: &Client, secon
     let made = load::paced(ours.address(), &put, 8, EVENTS, length);
     let (made, synced) = tokio::try_join!(made, disk::syncs(ours.dir(), length))?;
     let sent = |n: usize| Duration::from_micros(sent[n].load(Ordering::Acquire));
-    let number = |due: Duration| (due.as_secs_f64() * EVENTS).round() as usize;
-    let answered: HashMap<usize, Duration> =
-        made.iter().map(|m| (number(m.due), sent(number(m.due)) + m.took)).collect();
+    let answered: HashMap<usize, Duration> = made.iter().map(|m| (m.number, sent(m.number) + m.took)).collect();
     let mut all = Vec::new();
     for listener in listening {
         let took = tokio::time::timeout(Duration::from_secs(10), listener).await;
@@ -178,10 +176,7 @@ pub(super) async fn watchers(global: &Global, ours: &Sop, client: &Client, secon
     let put = quantile(made.iter().map(|m| m.late), 0.99);
     let at = |q| quantile(all.iter().map(|(n, heard)| heard.saturating_sub(sent(*n))), q);
     let (p50, p99, most) = (at(0.5), at(0.99), at(1.0));
-    let after = |q| {
-        let known = |n: &usize| answered.get(n).copied().unwrap_or_else(|| sent(*n));
-        quantile(all.iter().map(|(n, heard)| heard.saturating_sub(known(n))), q)
-    };
+    let after = |q| quantile(all.iter().map(|(n, heard)| heard.saturating_sub(answered[n])), q);
     let (after_p99, after_most) = (after(0.99), after(1.0));
     let (disk_p99, disk_most) = (quantile(synced.iter().copied(), 0.99), quantile(synced, 1.0));
     row(
