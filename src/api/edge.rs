@@ -17,11 +17,14 @@ use tower_http::compression::predicate::{DefaultPredicate, Predicate, SizeAbove}
 
 use crate::kernel::quota::{self, Limit, Quotas};
 use crate::kernel::web::gateway::{self, Grpc, Live};
-use crate::kernel::web::{Away, BodyLimit, Caller, Reason, RequestInfo, SOP_INDEX, pairs, problem_response};
+use crate::kernel::web::{
+    Away, BodyLimit, Caller, Nothing, Reason, RequestInfo, SOP_INDEX, pairs, parse_query, problem_response,
+};
 use crate::kernel::{Clock, Refusal, ids, problem};
 use crate::ledger::Ledger;
 use crate::telemetry;
 
+use super::describe::Plain;
 use super::metrics::Metrics;
 use super::rate::{Rate, Who};
 use super::refused::{Layer, Refused};
@@ -46,11 +49,12 @@ pub(super) struct Shared {
     in_flight: AtomicUsize,
     metrics: Metrics,
     public_entries: bool,
+    plain: Plain,
     pub(super) refused: Refused,
 }
 
 impl Shared {
-    pub fn new(parts: &Parts) -> Result<Self, Refusal> {
+    pub fn new(parts: &Parts, plain: Plain) -> Result<Self, Refusal> {
         Ok(Self {
             ledger: parts.ledger.clone(),
             authenticator: parts.authenticator.clone(),
@@ -61,6 +65,7 @@ impl Shared {
             in_flight: AtomicUsize::new(0),
             metrics: Metrics::new(&parts.registry).map_err(Refusal::internal)?,
             public_entries: parts.public_entries,
+            plain,
             refused: parts.refused.clone(),
         })
     }
@@ -247,6 +252,9 @@ async fn inside(
     if let Some((lock, token)) = whole.fenced() {
         // Rare, and large: every request would have room for it.
         Box::pin(shared.ledger.fenced(lock, *token)).await?;
+    }
+    if query.is_some() && shared.plain.get(info.route()).is_some_and(|methods| methods.contains(&method)) {
+        parse_query::<Nothing>(request.uri())?;
     }
     let (mut request, caller) = whole.read(request, caller, &info, shared.limits.body).await?;
     request.extensions_mut().insert(caller);

@@ -8,6 +8,7 @@
 //! **Why this way.** Everything is handed in ([`Parts`]), so the same front serves tests of one layer and the whole daemon.
 
 mod daemon;
+mod describe;
 mod edge;
 mod linger;
 mod metrics;
@@ -119,13 +120,14 @@ pub fn plain_pages(readiness: Readiness, tasks: Supervisor, registry: prometheus
 /// # Errors
 /// When a metric is registered twice.
 pub fn router(parts: Parts, rooms: OpenApiRouter) -> Result<Router, Refusal> {
-    let shared = Arc::new(edge::Shared::new(&parts)?);
-    parts.rate.start(&parts.tasks);
-    shared.refused.start(&parts.ledger, parts.limits.refusals, &parts.tasks);
-    let own = daemon::routes(parts.readiness, parts.tasks, parts.registry);
+    let own = daemon::routes(parts.readiness.clone(), parts.tasks.clone(), parts.registry.clone());
     let all = OpenApiRouter::with_openapi(Document::openapi()).merge(rooms).merge(own);
     let (router, mut document) = all.merge(tx::routes(parts.ledger.clone())).split_for_parts();
+    let shared = Arc::new(edge::Shared::new(&parts, describe::plain(&document))?);
+    parts.rate.start(&parts.tasks);
+    shared.refused.start(&parts.ledger, parts.limits.refusals, &parts.tasks);
     tx::describe(&mut document, parts.ledger.verbs());
+    describe::complete(&mut document);
     let router = router.merge(daemon::document(&document));
     Ok(edge::around(router, shared))
 }

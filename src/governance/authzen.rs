@@ -8,7 +8,7 @@ use serde::{Deserialize, Deserializer};
 use serde_json::value::RawValue;
 use serde_json::{Map, Value};
 
-use crate::kernel::web::{EntityName, parse_json};
+use crate::kernel::web::{EntityName, Strict, parse_json};
 use crate::kernel::{Refusal, ids};
 
 /// One evaluation, complete.
@@ -121,7 +121,7 @@ pub fn read(text: &[u8]) -> Result<Evaluation, Refusal> {
 }
 
 fn whole(text: &str) -> Option<Evaluation> {
-    let w: Whole<'_> = serde_json::from_str(text).ok()?;
+    let Strict(w): Strict<Whole<'_>> = serde_json::from_str(text).ok()?;
     let thing = |part: Part<'_>| {
         let named = !part.kind.is_empty() && ids::id_fault(&part.id).is_none();
         let name = EntityName { kind: part.kind.into_owned(), id: part.id.into_owned() };
@@ -232,7 +232,7 @@ fn batch(whole: &Members<'_>) -> Option<Batch> {
         return None;
     }
     let semantic = match whole.get("options") {
-        Some(options) => serde_json::from_str::<Options>(options.get()).ok()?.evaluations_semantic,
+        Some(options) => serde_json::from_str::<Strict<Options>>(options.get()).ok()?.0.evaluations_semantic,
         None => Semantic::ExecuteAll,
     };
     let items = items.iter().map(|item| read(item.with(whole).as_bytes())).collect();

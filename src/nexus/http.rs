@@ -15,7 +15,9 @@ use utoipa_axum::routes;
 use uuid::Uuid;
 
 use crate::kernel::cloudevents::{self, Brought};
-use crate::kernel::web::{Answer, Body, Caller, Json, Listing, Path, Query, faulty, page_limit, problem_document};
+use crate::kernel::web::{
+    Answer, Body, Caller, Json, Listing, Path, Query, faulty, last_event_id, page_limit, problem_document,
+};
 use crate::kernel::{Fault, Refusal, ids};
 
 use super::Nexus;
@@ -174,7 +176,7 @@ async fn watch(
     headers: HeaderMap,
 ) -> Result<Response, Refusal> {
     let [name] = names([name])?;
-    let last = headers.get("last-event-id").and_then(|v| v.to_str().ok()?.parse().ok());
+    let last = last_event_id(&headers)?;
     let watch = nexus.watch(&caller, name, last.or(q.after), Duration::from_secs(5)).await?;
     let events = stream::unfold(watch, |mut watch: Watch| async move {
         let event = match watch.next().await? {

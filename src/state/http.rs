@@ -54,7 +54,9 @@ struct At {
 }
 
 /// Put a value: the body, any bytes, under a key
-#[utoipa::path(put, path = "/v1/state/kv/{*key}", tag = "state", params(("key" = String, Path, description = "The key, a name"), OnLease),
+#[utoipa::path(put, path = "/v1/state/kv/{*key}", tag = "state", params(("key" = String, Path, description = "The key, a name"), OnLease,
+        ("If-Match" = Option<String>, Header, description = "Only if its index is one of these tags; `*`: if it is there"),
+        ("If-None-Match" = Option<String>, Header, description = "Only if its index is none of these tags; `*`: if it is not there")),
     request_body(content = Vec<u8>, content_type = "*/*"),
     responses((status = 200, body = Written), (status = 412, description = "The condition does not hold")))]
 async fn put(
@@ -85,7 +87,7 @@ async fn get(
     Query(q): Query<At>,
     headers: HeaderMap,
 ) -> Result<Response, Refusal> {
-    let (index, item) = state.get(&caller, &key, Moment { at: q.at }).await?;
+    let (index, item) = state.get(&caller, &key, Moment { at: moment(q.at)? }).await?;
     Ok(value_response(index, &item, &headers))
 }
 
@@ -99,14 +101,16 @@ async fn head(
     Query(q): Query<At>,
     headers: HeaderMap,
 ) -> Result<Response, Refusal> {
-    let (index, item) = state.get(&caller, &key, Moment { at: q.at }).await?;
+    let (index, item) = state.get(&caller, &key, Moment { at: moment(q.at)? }).await?;
     // The server leaves the body out of the answer to a HEAD and keeps its length.
     Ok(value_response(index, &item, &headers))
 }
 
 fn value_response(index: i64, item: &Item, headers: &HeaderMap) -> Response {
     let tag = format!("\"{}\"", item.index);
-    let known = headers.get(header::IF_NONE_MATCH).and_then(|v| v.to_str().ok()).is_some_and(|v| v == tag || v == "*");
+    let same = |known: &str| known == "*" || known.strip_prefix("W/").unwrap_or(known) == tag;
+    let known = headers.get_all(header::IF_NONE_MATCH).iter().filter_map(|v| v.to_str().ok());
+    let known = known.flat_map(|v| v.split(',')).any(|known| same(known.trim()));
     let mut response = if known {
         StatusCode::NOT_MODIFIED.into_response()
     } else {
@@ -130,7 +134,10 @@ fn value_response(index: i64, item: &Item, headers: &HeaderMap) -> Response {
 }
 
 /// Delete a key
-#[utoipa::path(delete, path = "/v1/state/kv/{*key}", tag = "state", params(("key" = String, Path, description = "The key, a name")),
+#[utoipa::path(delete, path = "/v1/state/kv/{*key}", tag = "state",
+    params(("key" = String, Path, description = "The key, a name"),
+        ("If-Match" = Option<String>, Header, description = "Only if its index is one of these tags"),
+        ("If-None-Match" = Option<String>, Header, description = "Only if its index is none of these tags")),
     responses((status = 200, body = Deleted), (status = 404, description = "There is no such key"), (status = 412, description = "The condition does not hold")))]
 async fn delete(
     Room(state): Room<State>,
@@ -172,10 +179,18 @@ async fn list(
 ) -> Result<Answer<Listing<Map<String, Value>>>, Refusal> {
     let prefix = valid_prefix(q.prefix)?;
     let (limit, after) = (page_limit(q.limit)?, q.after.as_deref());
-    let asked = List { prefix: &prefix, at: q.at, limit, after, values: !q.keys_only };
+    let asked = List { prefix: &prefix, at: moment(q.at)?, limit, after, values: !q.keys_only };
     let page = state.list(&caller, asked).await?;
     let items = page.items.iter().map(|i| i.to_json(!q.keys_only)).collect();
     Ok(Answer::ok(Listing { items, next: page.next }).at(page.index))
+}
+
+/// As of which index.
+fn moment(at: Option<i64>) -> Result<Option<i64>, Refusal> {
+    if at.is_some_and(|at| at < 0) {
+        return Err(Refusal::malformed("?at", "at is an index, from 0"));
+    }
+    Ok(at)
 }
 
 fn content_type(headers: &HeaderMap) -> Result<String, Refusal> {

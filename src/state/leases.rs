@@ -257,7 +257,15 @@ async fn flush(ledger: &Ledger, metrics: &Metrics, together: Vec<Renewal>) {
 }
 
 /// Lease, owner and request of each.
-struct Renew(Vec<(Uuid, String, String)>);
+pub(super) struct Renew(Vec<(Uuid, String, String)>);
+
+impl Renew {
+    /// Of these leases of the caller's.
+    pub fn of(caller: &Caller, ids: Vec<Uuid>) -> Self {
+        let (owner, request) = (caller.actor(), &caller.request().id);
+        Self(ids.into_iter().map(|id| (id, owner.to_owned(), request.clone())).collect())
+    }
+}
 
 impl Command for Renew {
     type Out = Vec<(Uuid, String, i64)>;

@@ -28,6 +28,11 @@ pub(super) struct Terms {
 }
 
 impl Terms {
+    /// As the API has it.
+    pub fn mode(self) -> &'static str {
+        if self.read { "read" } else { "write" }
+    }
+
     /// Whether these holders leave room.
     fn fits(self, holds: &[Hold]) -> bool {
         if self.read {
@@ -104,8 +109,8 @@ pub(super) fn taken(name: &str, holds: &[Hold], waiting: usize) -> Refusal {
         Some(h) => format!("lock {name} is held by {}; {waiting} wait for it", h.owner),
         None => format!("lock {name} is about to pass to who waits for it"),
     };
-    let holders: Vec<Value> =
-        holds.iter().map(|h| json!({"holder": h.owner, "fencing_token": h.token, "read": h.terms.read})).collect();
+    let holder = |h: &Hold| json!({"holder": h.owner, "fencing_token": h.token, "mode": h.terms.mode()});
+    let holders: Vec<Value> = holds.iter().map(holder).collect();
     Refusal::new(&problem::CONFLICT, detail)
         .with("holder", newest.map(|h| h.owner.clone()))
         .with("fencing_token", newest.map(|h| h.token))

@@ -213,6 +213,11 @@ impl State {
         self.metrics.count("list");
         let head = self.ledger.index();
         let from: Option<Cursor> = asked.after.map(cursor::decode).transpose()?;
+        if let (Some(from), Some(at)) = (&from, asked.at)
+            && from.at != at
+        {
+            return Err(Refusal::malformed("?at", format!("the pages of this list are of index {}", from.at)));
+        }
         let at = from.as_ref().map(|c| c.at).or(asked.at);
         let after = from.as_ref().and_then(|c| crypto::from_base64(&c.key));
         let wanted = Wanted {

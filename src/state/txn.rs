@@ -25,7 +25,7 @@ use super::store::txn::{self as rows, Compared};
 
 use ahead::Ahead;
 use doing::{Done, Known};
-pub(super) use request::{PutOperation, Request};
+pub(super) use request::{PutOperation, Request, written};
 
 /// What of a key is compared
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize, utoipa::ToSchema)]

@@ -16,7 +16,7 @@ use crate::ledger::{Failure, Tx};
 
 use super::kv::{Delete, Put};
 use super::model::{Change, Condition, key_fault};
-use super::txn::PutOperation;
+use super::txn::{PutOperation, written};
 use super::{State, store};
 
 /// `"*"`, or indexes
@@ -49,8 +49,8 @@ struct PutBody {
     #[serde(default)]
     value: Option<String>,
     /// Any JSON, kept as it is written, as `application/json`
-    #[serde(default)]
-    #[schema(value_type = Object)]
+    #[serde(default, deserialize_with = "written")]
+    #[schema(value_type = Value)]
     json: Option<Box<RawValue>>,
     #[serde(default)]
     content_type: Option<String>,

@@ -9,7 +9,7 @@ use crate::kernel::web::{Ask, Caller};
 use crate::kernel::{BoxFuture, Refusal, ids, problem, supervisor};
 use crate::ledger::Committed;
 
-use super::leases::{End, Ended, Grant, Lease, chosen, seconds};
+use super::leases::{End, Ended, Grant, Lease, Renew, chosen, seconds};
 use super::locks::{Acquire, Asked, Held, Hold, Release, Released, Terms, Waiter, taken};
 use super::store::{leases as lease_rows, locks as rows};
 use super::{State, model};
@@ -69,6 +69,12 @@ impl State {
     /// Renews leases of the caller's; those that there were, with their time to live in milliseconds.
     pub(super) async fn renew(&self, caller: &Caller, ids: Vec<Uuid>) -> Result<(i64, Vec<(Uuid, i64)>), Refusal> {
         let asks: Vec<Ask> = ids.iter().map(|id| Ask::new("state:lease-renew", "Lease", id.to_string())).collect();
+        if caller.request().idempotency.is_some() {
+            // What is to be done once has an outcome of its own, and so an entry.
+            let done = self.ledger.write(caller, &asks, Renew::of(caller, ids)).await?;
+            self.metrics.counted("lease-renew", if done.replayed { 0 } else { done.value.len() });
+            return Ok((done.index, done.value.into_iter().map(|(id, _, ttl)| (id, ttl)).collect()));
+        }
         self.ledger.pass(caller, &asks).await?;
         self.renewals.give(caller, ids).await
     }

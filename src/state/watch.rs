@@ -132,10 +132,12 @@ impl Watch {
         tokio::pin!(until);
         let mut groups: Vec<Group> = Vec::new();
         loop {
+            // What there was when it was asked is told, however short the wait; only then is there nothing.
+            let caught_up = self.sent >= self.seat.joined;
             let event = tokio::select! {
                 biased;
                 event = self.next() => event,
-                () = &mut until => return Ok((self.sent, groups)),
+                () = &mut until, if caught_up => return Ok((self.sent, groups)),
             };
             match event {
                 Some(Event::Changes(group)) => groups.push(group),

@@ -45,6 +45,7 @@ mod search;
 mod secrets;
 mod spool;
 mod state;
+mod state_contract;
 mod state_etcd;
 mod state_etcd_live;
 mod state_faults;

@@ -18,7 +18,7 @@ async fn start() -> (Database, Daemon, Client) {
     (db, daemon, client)
 }
 
-fn header<'a>(answer: &'a Response, name: &str) -> &'a str {
+pub fn header<'a>(answer: &'a Response, name: &str) -> &'a str {
     answer.headers().get(name).unwrap_or_else(|| panic!("no {name}")).to_str().unwrap()
 }
 

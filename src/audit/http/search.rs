@@ -13,7 +13,7 @@ use serde_json::{Map, Value, json};
 use crate::audit::model::Filter;
 use crate::audit::search::tokens;
 use crate::audit::{Audit, Tail, Told};
-use crate::kernel::web::{Answer, Caller, Query, cursor, page_limit, problem_document};
+use crate::kernel::web::{Answer, Caller, Query, cursor, last_event_id, page_limit, problem_document};
 use crate::kernel::{Refusal, Timestamp};
 
 /// A query string of what is known of entries, and of more. `deny_unknown_fields` and `flatten` do not go together.
@@ -232,7 +232,7 @@ pub(super) async fn stream(
     Query(q): Query<StreamQuery>,
     headers: HeaderMap,
 ) -> Result<Response, Refusal> {
-    let last = headers.get("last-event-id").and_then(|v| v.to_str().ok()?.parse().ok());
+    let last = last_event_id(&headers)?;
     let tail = audit.tail(&caller, q.known().filter()?, last.or(q.after)).await?;
     let events = streams::unfold((tail, audit), |(mut tail, audit): (Tail, Audit)| async move {
         let event = match tail.next().await? {

@@ -1,14 +1,15 @@
-//! What handlers take apart: bodies, queries, names, preconditions. Each says where the fault is and what would be right.
+//! What handlers take apart: bodies, names, preconditions. Each says where the fault is and what would be right.
 
 use std::io::Read as _;
 
 use axum::body::Bytes;
 use axum::extract::{FromRequest, FromRequestParts, Request};
 use axum::http::request::Parts;
-use axum::http::{HeaderMap, Uri, header};
+use axum::http::{HeaderMap, header};
 use serde::de::DeserializeOwned;
 
 use super::caller::Caller;
+use super::objects::Objects;
 use crate::kernel::{Fault, Refusal, ids, problem};
 
 /// The largest body, set by the api on every request.
@@ -124,7 +125,7 @@ pub fn parse_json<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, Refusal> {
         return Err(Refusal::malformed("", format!("the body is not UTF-8 (first bad byte at {})", e.valid_up_to())));
     }
     let mut reader = serde_json::Deserializer::from_slice(bytes);
-    match serde_path_to_error::deserialize(&mut reader) {
+    match serde_path_to_error::deserialize(Objects(&mut reader)) {
         Ok(value) => {
             reader.end().map(|()| value).map_err(|e| Refusal::malformed("", format!("after the JSON document: {e}")))
         }
@@ -157,130 +158,6 @@ fn pointer(path: &serde_path_to_error::Path) -> String {
         }
     }
     out
-}
-
-/// A query string.
-pub struct Query<T>(pub T);
-
-impl<S: Send + Sync, T: DeserializeOwned> FromRequestParts<S> for Query<T> {
-    type Rejection = Refusal;
-
-    async fn from_request_parts(parts: &mut Parts, _: &S) -> Result<Self, Refusal> {
-        parse_query(&parts.uri).map(Self)
-    }
-}
-
-/// Parameters every read takes; a handler's own query need not name them.
-const EVERYWHERE: &[&str] = &["min_index", "consistency"];
-
-/// Reads a query into `T`. Unknown and repeated parameters are faults.
-///
-/// # Errors
-/// 400 naming the parameter.
-pub fn parse_query<T: DeserializeOwned>(uri: &Uri) -> Result<T, Refusal> {
-    let mut map = serde_json::Map::new();
-    for (name, value) in pairs(uri.query().unwrap_or_default())? {
-        if EVERYWHERE.contains(&name.as_str()) {
-            continue;
-        }
-        // Numbers and booleans are read from their text; a field that wants a string gets its text back.
-        if map.insert(name.clone(), serde_json::Value::String(value)).is_some() {
-            return Err(Refusal::malformed(format!("?{name}"), format!("the parameter {name} is given twice")));
-        }
-    }
-    serde_path_to_error::deserialize(QueryMap(map)).map_err(|e: serde_path_to_error::Error<serde_json::Error>| {
-        let at = e.path().to_string();
-        let text = e.inner().to_string();
-        let name = text.strip_prefix("unknown field `").and_then(|t| t.split('`').next()).unwrap_or(&at);
-        Refusal::malformed(format!("?{name}"), format!("the parameter {name}: {text}"))
-    })
-}
-
-/// The pairs of a query string, percent-decoded, `+` for a space.
-///
-/// # Errors
-/// 400 when they are not UTF-8.
-pub fn pairs(query: &str) -> Result<Vec<(String, String)>, Refusal> {
-    let decode = |text: &str| {
-        let spaced = text.replace('+', " ");
-        let decoded = percent_encoding::percent_decode_str(&spaced).decode_utf8().map(|d| d.into_owned());
-        decoded.map_err(|_| Refusal::malformed("?", "a parameter is not UTF-8"))
-    };
-    let parts = query.split('&').filter(|p| !p.is_empty());
-    parts.map(|p| p.split_once('=').unwrap_or((p, ""))).map(|(n, v)| Ok((decode(n)?, decode(v)?))).collect()
-}
-
-/// A map of strings whose values also read as numbers and booleans.
-struct QueryMap(serde_json::Map<String, serde_json::Value>);
-
-impl<'de> serde::Deserializer<'de> for QueryMap {
-    type Error = serde_json::Error;
-
-    fn deserialize_any<V: serde::de::Visitor<'de>>(self, visitor: V) -> Result<V::Value, Self::Error> {
-        let pairs = self.0.into_iter().map(|(k, v)| (k, Text(v.as_str().unwrap_or_default().to_owned())));
-        visitor.visit_map(serde::de::value::MapDeserializer::new(pairs))
-    }
-
-    serde::forward_to_deserialize_any! {
-        bool i8 i16 i32 i64 i128 u8 u16 u32 u64 u128 f32 f64 char str string bytes byte_buf option unit unit_struct
-        newtype_struct seq tuple tuple_struct map struct enum identifier ignored_any
-    }
-}
-
-struct Text(String);
-
-impl serde::de::IntoDeserializer<'_, serde_json::Error> for Text {
-    type Deserializer = Self;
-    fn into_deserializer(self) -> Self {
-        self
-    }
-}
-
-macro_rules! parsed {
-    ($($method:ident $visit:ident $kind:ty, $wanted:literal;)*) => {$(
-        fn $method<V: serde::de::Visitor<'de>>(self, visitor: V) -> Result<V::Value, Self::Error> {
-            match self.0.parse::<$kind>() {
-                Ok(value) => visitor.$visit(value),
-                Err(_) => Err(serde::de::Error::custom(format!("{:?} is not {}", self.0, $wanted))),
-            }
-        }
-    )*};
-}
-
-impl<'de> serde::Deserializer<'de> for Text {
-    type Error = serde_json::Error;
-
-    fn deserialize_any<V: serde::de::Visitor<'de>>(self, visitor: V) -> Result<V::Value, Self::Error> {
-        visitor.visit_string(self.0)
-    }
-
-    fn deserialize_option<V: serde::de::Visitor<'de>>(self, visitor: V) -> Result<V::Value, Self::Error> {
-        visitor.visit_some(self)
-    }
-
-    fn deserialize_enum<V: serde::de::Visitor<'de>>(
-        self,
-        _: &'static str,
-        _: &'static [&'static str],
-        visitor: V,
-    ) -> Result<V::Value, Self::Error> {
-        visitor.visit_enum(serde::de::IntoDeserializer::<Self::Error>::into_deserializer(self.0))
-    }
-
-    parsed! {
-        deserialize_bool visit_bool bool, "true or false";
-        deserialize_i64 visit_i64 i64, "a whole number";
-        deserialize_i32 visit_i32 i32, "a whole number";
-        deserialize_u64 visit_u64 u64, "a whole number";
-        deserialize_u32 visit_u32 u32, "a whole number";
-        deserialize_u16 visit_u16 u16, "a whole number";
-        deserialize_f64 visit_f64 f64, "a number";
-    }
-
-    serde::forward_to_deserialize_any! {
-        i8 i16 i128 u8 u128 f32 char str string bytes byte_buf unit unit_struct
-        newtype_struct seq tuple tuple_struct map struct identifier ignored_any
-    }
 }
 
 /// The parts of a path.
@@ -328,7 +205,8 @@ impl<S: Send + Sync> FromRequestParts<S> for Caller {
     }
 }
 
-/// `If-Match` and `If-None-Match` (RFC 9110): tags without quotes and weakness marks, or `*`.
+/// `If-Match` and `If-None-Match` (RFC 9110, 13.1): tags without quotes, or `*`. Weak ones are as good as others where whether
+/// something is new is asked, and match nothing in `If-Match`, which wants the very same.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Preconditions {
     /// `If-Match`.
@@ -363,15 +241,26 @@ fn tags(headers: &HeaderMap, name: &str) -> Result<Option<Tags>, Refusal> {
             return Ok(Some(Tags::Any));
         }
         for tag in value.split(',').map(str::trim).filter(|t| !t.is_empty()) {
-            let tag = tag.strip_prefix("W/").unwrap_or(tag);
-            let bare = tag.strip_prefix('"').and_then(|t| t.strip_suffix('"'));
-            all.push(bare.ok_or_else(malformed)?.to_owned());
+            let bare = |tag: &str| tag.strip_prefix('"').and_then(|t| t.strip_suffix('"')).map(str::to_owned);
+            let weak = tag.strip_prefix("W/");
+            let of = bare(weak.unwrap_or(tag)).ok_or_else(malformed)?;
+            all.push(if weak.is_some() && name == "If-Match" { tag.to_owned() } else { of });
         }
     }
     if all.is_empty() && headers.contains_key(name) {
         return Err(malformed());
     }
     Ok((!all.is_empty()).then_some(Tags::These(all)))
+}
+
+/// `Last-Event-ID`: the index after which a client that was cut off goes on. Empty, it is none (HTML, 9.2.4).
+///
+/// # Errors
+/// 400 for what is no index: who meant to go on would begin at the head instead, and miss what lies between.
+pub fn last_event_id(headers: &HeaderMap) -> Result<Option<i64>, Refusal> {
+    let Some(value) = headers.get("last-event-id").filter(|v| !v.is_empty()) else { return Ok(None) };
+    let index = value.to_str().ok().and_then(|v| v.parse().ok()).filter(|index| *index >= 0);
+    index.map(Some).ok_or_else(|| Refusal::malformed("", "Last-Event-ID is an index"))
 }
 
 /// `limit` of a list, 1-1000.
@@ -429,38 +318,21 @@ mod tests {
         assert!(parse_json::<Outer>(br#"{"items":[{"n":1}],"flag":true}"#).is_ok());
     }
 
-    #[derive(Debug, Deserialize, PartialEq)]
-    #[serde(deny_unknown_fields)]
-    struct Q {
-        #[serde(default)]
-        at: Option<i64>,
-        #[serde(default)]
-        prefix: Option<String>,
-        #[serde(default)]
-        keys_only: Option<bool>,
-    }
-
     #[test]
-    fn queries() {
-        let q = |s: &str| parse_query::<Q>(&format!("/x?{s}").parse().unwrap());
-        assert_eq!(
-            q("at=3&prefix=a%2Fb+c&keys_only=true&min_index=4").unwrap(),
-            Q { at: Some(3), prefix: Some("a/b c".into()), keys_only: Some(true) }
-        );
-        assert_eq!(q("prefix=12").unwrap().prefix.as_deref(), Some("12"));
-        for (bad, name) in [("at=x", "?at"), ("att=1", "?att"), ("at=1&at=2", "?at"), ("keys_only=maybe", "?keys_only")]
-        {
-            let r = q(bad).unwrap_err();
-            assert_eq!((r.problem().status, r.errors()[0].pointer.as_str()), (400, name));
-        }
-        assert_eq!(q("prefix=%ff").unwrap_err().problem().status, 400);
+    fn where_a_client_goes_on() {
+        let after =
+            |v: &str| last_event_id(&HeaderMap::from_iter([("last-event-id".parse().unwrap(), v.parse().unwrap())]));
+        assert_eq!((after("7").unwrap(), after("").unwrap()), (Some(7), None));
+        assert!(["abc", "-1", "99999999999999999999", "7 "].iter().all(|v| after(v).is_err()));
     }
 
     #[test]
     fn entity_tags() {
         let tags_of = |v: &str| tags(&HeaderMap::from_iter([(header::IF_MATCH, v.parse().unwrap())]), "If-Match");
         assert_eq!(tags_of("*").unwrap(), Some(Tags::Any));
-        assert_eq!(tags_of(r#""1", W/"2""#).unwrap(), Some(Tags::These(vec!["1".into(), "2".into()])));
+        assert_eq!(tags_of(r#""1", W/"2""#).unwrap(), Some(Tags::These(vec!["1".into(), r#"W/"2""#.into()])));
+        let new = HeaderMap::from_iter([(header::IF_NONE_MATCH, r#""1", W/"2""#.parse().unwrap())]);
+        assert_eq!(tags(&new, "If-None-Match").unwrap(), Some(Tags::These(vec!["1".into(), "2".into()])));
         assert_eq!(tags_of("1").unwrap_err().problem().status, 400);
         assert_eq!(tags_of("").unwrap_err().problem().status, 400);
         assert_eq!(tags(&HeaderMap::new(), "If-Match").unwrap(), None);

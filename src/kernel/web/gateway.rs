@@ -11,6 +11,7 @@ use serde::de::{DeserializeOwned, Deserializer, Visitor};
 use serde_json::{Map, Value, json};
 
 use super::extract::{Body, BodyLimit};
+use super::objects::Strict;
 use super::respond::{Reason, told_beside};
 use crate::kernel::crypto::from_base64;
 use crate::kernel::{Problem, Refusal, problem};
@@ -186,7 +187,7 @@ impl<S: Send + Sync, T: DeserializeOwned + Default> FromRequest<S> for Messages<
 }
 
 fn read_all<T: DeserializeOwned + Default>(bytes: &[u8]) -> Result<Vec<T>, Grpc> {
-    let mut reader = serde_json::Deserializer::from_slice(bytes).into_iter::<Option<T>>();
+    let mut reader = serde_json::Deserializer::from_slice(bytes).into_iter::<Option<Strict<T>>>();
     let mut all = Vec::new();
     loop {
         // A list of fields in their order is none of its forms, though it could be read.
@@ -195,7 +196,7 @@ fn read_all<T: DeserializeOwned + Default>(bytes: &[u8]) -> Result<Vec<T>, Grpc>
         match (list, reader.next()) {
             (Some(fault), _) => return Err(fault),
             (None, None) => return Ok(all),
-            (None, Some(Ok(one))) => all.push(one.unwrap_or_default()),
+            (None, Some(Ok(one))) => all.push(one.map(|Strict(one)| one).unwrap_or_default()),
             (None, Some(Err(e))) => return Err(Grpc::new(INVALID, format!("json: {e}"))),
         }
     }

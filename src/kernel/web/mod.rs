@@ -11,7 +11,9 @@ mod caller;
 pub mod cursor;
 mod extract;
 pub mod gateway;
+mod objects;
 mod optional;
+mod query;
 mod respond;
 
 pub use caller::{
@@ -19,8 +21,10 @@ pub use caller::{
     RequestInfo, Voiced, block,
 };
 pub use extract::{
-    Body, BodyLimit, Json, LARGE, LargeJson, Name, Path, Preconditions, Query, Tags, faulty, inflate, is_json,
-    page_limit, pairs, parse_json, parse_query, read_body,
+    Body, BodyLimit, Json, LARGE, LargeJson, Name, Path, Preconditions, Tags, faulty, inflate, is_json, last_event_id,
+    page_limit, parse_json, read_body,
 };
-pub use optional::{Away, JsonOr, WhileAway};
+pub use objects::Strict;
+pub use optional::{Away, JsonOr, Nothing, WhileAway};
+pub use query::{Query, pairs, parse_query};
 pub use respond::{Answer, Listing, Reason, SOP_INDEX, problem_document, problem_response};

@@ -29,6 +29,11 @@ impl<S: Send + Sync, T: DeserializeOwned + Default> FromRequest<S> for JsonOr<T>
     }
 }
 
+/// A body without members: what says all it has to say by its path.
+#[derive(Default, serde::Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Nothing {}
+
 /// Left in a request that was let through although the store could not say what is newest.
 #[derive(Clone, Debug)]
 pub struct Away(pub Refusal);

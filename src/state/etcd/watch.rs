@@ -170,7 +170,8 @@ pub(super) async fn watch(
         }
         Err(refusal) => return Err(refusal.into()),
     };
-    let created = told.message(watch.joined(), created);
+    // Between the last change of a key and the head there was none: the watch begins behind both.
+    let created = told.message(watch.joined().max(head), created);
     Ok(streamed(messages(watch, told, created)))
 }
 

@@ -8,7 +8,7 @@ use utoipa_axum::routes;
 use uuid::Uuid;
 
 use crate::kernel::Refusal;
-use crate::kernel::web::{Answer, Ask, Caller, Json, Listing, Path, Query, cursor, page_limit};
+use crate::kernel::web::{Answer, Ask, Caller, Json, JsonOr, Listing, Nothing, Path, Query, cursor, page_limit};
 
 use crate::state::State;
 use crate::state::leases::{Ended, Lease, TTL, absent, seconds};
@@ -82,7 +82,7 @@ struct Shown {
     lock: Option<String>,
     /// Keys that go with it; at most 1,000 are named
     #[serde(skip_serializing_if = "Option::is_none")]
-    #[schema(value_type = Vec<String>)]
+    #[schema(value_type = Vec<Value>)]
     keys: Option<Vec<Value>>,
 }
 
@@ -104,7 +104,12 @@ async fn grant(Room(state): Room<State>, caller: Caller, Json(wanted): Json<Want
 /// Renew a lease: it lives its whole time from here
 #[utoipa::path(post, path = "/v1/state/leases/{id}/renew", tag = "state", params(("id" = Uuid, Path, description = "The lease")),
     responses((status = 200, body = Renewed), (status = 404, description = "It has ended, or is another's")))]
-async fn renew(Room(state): Room<State>, caller: Caller, Path(id): Path<Uuid>) -> Result<Answer<Renewed>, Refusal> {
+async fn renew(
+    Room(state): Room<State>,
+    caller: Caller,
+    Path(id): Path<Uuid>,
+    _: JsonOr<Nothing>,
+) -> Result<Answer<Renewed>, Refusal> {
     let (index, renewed) = state.renew(&caller, vec![id]).await?;
     let (id, ttl) = renewed.first().copied().ok_or_else(|| absent(id))?;
     Ok(Answer::ok(Renewed { id, ttl: seconds(ttl) }).at(index))

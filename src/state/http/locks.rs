@@ -33,7 +33,7 @@ pub(super) fn routes() -> OpenApiRouter<State> {
         .routes(routes!(acquire, read, release))
         .routes(routes!(campaign))
         .routes(routes!(resign))
-        .routes(routes!(observe))
+        .routes(routes!(observe, observe_by_post))
         .routes(routes!(election))
 }
 
@@ -76,7 +76,7 @@ struct LockRequest {
 #[schema(as = Candidacy)]
 struct Candidacy {
     /// What it says when it leads: any JSON, at most 16 KiB
-    #[schema(value_type = Object)]
+    #[schema(value_type = Value)]
     value: Value,
     /// Seconds its lease lives without a renewal, 1-86,400; not wanted with `lease`
     #[serde(default)]
@@ -139,23 +139,19 @@ struct Party {
     mode: &'static str,
     /// What a leader says, or would
     #[serde(skip_serializing_if = "Option::is_none")]
-    #[schema(value_type = Object)]
+    #[schema(value_type = Value)]
     value: Option<Value>,
-}
-
-fn mode(terms: Terms) -> &'static str {
-    if terms.read { "read" } else { "write" }
 }
 
 impl Party {
     fn holding(h: &Hold) -> Self {
         let (fencing_token, value) = (Some(h.token), said(h.value.as_ref()));
-        Self { holder: h.owner.clone(), fencing_token, since_index: None, mode: mode(h.terms), value }
+        Self { holder: h.owner.clone(), fencing_token, since_index: None, mode: h.terms.mode(), value }
     }
 
     fn waiting(w: &Waiter) -> Self {
         let (since_index, value) = (Some(w.place), said(w.value.as_ref()));
-        Self { holder: w.owner.clone(), fencing_token: None, since_index, mode: mode(w.terms), value }
+        Self { holder: w.owner.clone(), fencing_token: None, since_index, mode: w.terms.mode(), value }
     }
 }
 
@@ -168,7 +164,7 @@ struct Standing {
     holder: Option<String>,
     fencing_token: Option<i64>,
     /// What the leader says
-    #[schema(value_type = Object)]
+    #[schema(value_type = Value)]
     value: Option<Value>,
     /// How many may hold it at once, while somebody does
     limit: Option<i64>,
@@ -305,4 +301,12 @@ async fn observe(Room(state): Room<State>, caller: Caller, Path(name): Path<Stri
         Some((Ok::<_, Infallible>(event), observed))
     });
     Ok(SseResponse::new(events).into_response())
+}
+
+/// The same, for who asks by POST
+#[utoipa::path(post, path = "/v1/state/elections/{name}/observe", tag = "state",
+    params(("name" = String, Path, description = "The election, a name; `/` as `%2F`")),
+    responses((status = 200, description = "`leader` and `bookmark` events", content_type = "text/event-stream", body = String)))]
+async fn observe_by_post(room: Room<State>, caller: Caller, name: Path<String>) -> Result<Response, Refusal> {
+    observe(room, caller, name).await
 }

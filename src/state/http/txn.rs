@@ -44,6 +44,9 @@ async fn compact(
     caller: Caller,
     Json(request): Json<CompactRequest>,
 ) -> Result<Answer<Compacted>, Refusal> {
+    if request.before < 0 {
+        return Err(Refusal::malformed("/before", "before is an index, from 0"));
+    }
     let done = state.compact(&caller, request.before).await?;
     Ok(Answer::ok(done.value).at(done.index))
 }

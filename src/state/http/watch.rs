@@ -15,7 +15,7 @@ use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
 
 use crate::kernel::Refusal;
-use crate::kernel::web::{Answer, Caller, pairs, problem_document};
+use crate::kernel::web::{Answer, Caller, last_event_id, pairs, problem_document};
 
 use crate::state::State;
 use crate::state::hub::Selection;
@@ -103,8 +103,7 @@ async fn watch(
     query: WatchQuery,
     headers: HeaderMap,
 ) -> Result<Response, Refusal> {
-    let last = headers.get("last-event-id").and_then(|v| v.to_str().ok()?.parse().ok());
-    let after = last.or(query.after);
+    let after = last_event_id(&headers)?.or(query.after);
     let watch = state.watch(&caller, query.selection()?, after, patience(&headers)).await?;
     if let Some(seconds) = query.wait {
         let (index, groups) = watch.poll(Duration::from_secs_f64(seconds)).await?;

@@ -1,6 +1,6 @@
 //! A transaction as it is sent, and what is wrong with it.
 
-use serde::Deserialize;
+use serde::{Deserialize, Deserializer};
 use serde_json::value::RawValue;
 use serde_json::{Map, Value, json};
 use uuid::Uuid;
@@ -45,7 +45,6 @@ struct Condition {
     op: Relation,
     /// Base64 for `value`, `true` or `false` for `exists`, a number for the others
     #[serde(default)]
-    #[schema(value_type = Object)]
     operand: Value,
 }
 
@@ -69,14 +68,19 @@ pub(in crate::state) struct PutOperation {
     #[serde(default)]
     pub value: Option<String>,
     /// Any JSON, kept as it is written, as `application/json`
-    #[serde(default)]
-    #[schema(value_type = Object)]
+    #[serde(default, deserialize_with = "written")]
+    #[schema(value_type = Value)]
     pub json: Option<Box<RawValue>>,
     #[serde(default)]
     pub content_type: Option<String>,
     /// The key goes when this lease ends
     #[serde(default)]
     pub lease: Option<Uuid>,
+}
+
+/// What is written, `null` too: only what is missing is none.
+pub(in crate::state) fn written<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<Box<RawValue>>, D::Error> {
+    Deserialize::deserialize(deserializer).map(Some)
 }
 
 /// A key, or all under a prefix
@@ -306,11 +310,13 @@ mod tests {
 
     #[test]
     fn json_is_kept_as_it_was_written() {
-        let body = br#"{"then": [{"put": {"key": "a", "json": {"b": 1.50, "a":  null}}}, {"get": {"key": "a"}}]}"#;
+        let body = br#"{"then": [{"put": {"key": "a", "json": {"b": 1.50, "a":  null}}}, {"put": {"key": "b", "json": null}}]}"#;
         let txn = crate::kernel::web::parse_json::<Request>(body).unwrap().check().unwrap();
         let Op::Put(put) = &txn.then[0] else { panic!("a put") };
         let (value, content_type) = put.value.clone().unwrap();
         assert_eq!(value, br#"{"b": 1.50, "a":  null}"#);
         assert_eq!(content_type, "application/json");
+        let Op::Put(put) = &txn.then[1] else { panic!("a put") };
+        assert_eq!(put.value.as_ref().unwrap().0, b"null");
     }
 }
