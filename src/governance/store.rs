@@ -5,6 +5,7 @@ pub(super) mod decisions;
 pub(super) mod proposals;
 pub(super) mod shadows;
 
+use futures_util::{StreamExt as _, TryStreamExt as _};
 use serde_json::Value;
 use sqlx::postgres::PgRow;
 use sqlx::{PgConnection, Row as _};
@@ -34,9 +35,11 @@ fn row(r: &PgRow) -> Result<Row, sqlx::Error> {
     })
 }
 
+/// All of them, each read as it comes: a session that is kept waiting inside a transaction is ended by PostgreSQL, and reading a
+/// hundred thousand afterwards took a slow machine longer than that.
 pub(super) async fn all(conn: &mut PgConnection) -> Result<Vec<Row>, sqlx::Error> {
-    let rows = sqlx::query("SELECT type, id, attrs, parents, index FROM governance.entities").fetch_all(conn).await?;
-    rows.iter().map(row).collect()
+    let rows = sqlx::query("SELECT type, id, attrs, parents, index FROM governance.entities").fetch(conn);
+    rows.map(|r| row(&r?)).try_collect().await
 }
 
 pub(super) async fn some(conn: &mut PgConnection, names: &[EntityName]) -> Result<Vec<Row>, sqlx::Error> {
