@@ -9,7 +9,7 @@ SOAK ?= 3600
 # Clients that nobody here wrote, pinned in tests/clients/requirements.txt and package-lock.json.
 CLIENTS := $(or $(CARGO_TARGET_DIR),target)/clients
 
-.PHONY: help run test test-clients test-patroni soak lint fmt bench postgres clean
+.PHONY: help run test test-clients test-patroni soak lint fmt pgo bench postgres clean
 
 help: ## Show what there is
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -47,9 +47,12 @@ lint: ## rustfmt and clippy, warnings denied
 fmt: ## Format the source
 	$(CARGO) fmt
 
-bench: postgres ## Measure beside etcd (Debian: etcd-server), and npm's oidc-provider and Cerbos; write docs/benchmarks.md
+pgo: postgres ## The daemon to deploy: built, watched under load, built again for it (needs llvm-profdata; half an hour on two cores)
+	@CARGO=$(CARGO) ./tests/pgo.sh
+
+bench: postgres ## Measure it (without llvm-profdata, what cargo builds) beside etcd (Debian: etcd-server), and npm's oidc-provider and Cerbos; write docs/benchmarks.md
 	$(CARGO) build --release --locked
-	./tests/bench.sh > docs/benchmarks.md
+	SOP=$$(CARGO=$(CARGO) ./tests/pgo.sh || echo "measuring what cargo builds, then" >&2) ./tests/bench.sh > docs/benchmarks.md
 	@cat docs/benchmarks.md
 
 clean: ## Remove what was built; ./data stays

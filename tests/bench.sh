@@ -1,22 +1,33 @@
 #!/usr/bin/env bash
-# All measurements, as Markdown. Needs a release build; etcd is measured beside us where it is installed.
+# All measurements, as Markdown, of the binary SOP, and a few of what `cargo build --release` makes. Etcd is measured beside us where
+# it is installed.
 set -euo pipefail
-sop=${SOP:-./target/release/sop}
+plain=${CARGO_TARGET_DIR:-target}/release/sop
+sop=${SOP:-$plain}
 peer=()
 seconds=${SECONDS_A_ROUND:-3}
 command -v etcd >/dev/null && peer=(--peer etcd)
+built="The daemon, and the load generator, which is the same binary, are as \`cargo build --release\` makes them."
+[ "$sop" = "$plain" ] || built="The daemon, and the load generator, which is the same binary, are those of \`make pgo\`, built for what they were seen to do."
 cat <<TXT
 # Benchmarks
 Made by \`make bench\` on $(nproc) cores ($(sed -n 's/^model name[^:]*: //p' /proc/cpuinfo | head -n 1)), $(free -g | awk '/^Mem/ {print $2}') GiB, $(uname -sr), PostgreSQL $(ls /usr/lib/postgresql | sort -n | tail -n 1)${peer:+, $(etcd --version | head -n 1)}.
 The load generator, the daemon, PostgreSQL and the peer share these cores. Every layer is on: authentication, decision, entry with details, history, commit on disk.
+$built
 Medians of interleaved rounds; the machine is shared and noisy, so look at the ratios.
 TXT
 $sop bench state-put --clients 1,8,32,128 "${peer[@]}" --seconds "$seconds"
 $sop bench state-put --clients 1 --peer bare --seconds "$seconds"
+if [ "$sop" != "$plain" ]; then
+    echo
+    echo "The same two, as \`cargo build --release\` makes them, without a profile:"
+    $plain bench state-put --clients 1,128 "${peer[@]}" --seconds "$seconds"
+    $plain bench state-put --clients 1 --peer bare --seconds "$seconds"
+fi
 cat <<'TXT'
 
-What bounds `state-put`, on two cores without anything else to do (perf, 2026-11-28):
-- 128 clients: the processors. Of their time the request path takes 40 % (a quarter of it in the kernel, mostly sending the answer; a fifth memory and the copying of what is in it), the writer's session in PostgreSQL 21 % (four tables, six indexes: a fifth of it the indexes, an eighth the flush), the load generator 12 %, the writer 10 %, making it searchable 3 %, other sessions 3 %; 8 to 13 % are idle, and no less where the next turn is written while a commit is on its way to the disk (docs/decisions/patience.md), which takes 0.6 ms of a turn (0.15 where nothing else runs). With `database.sync = false` it is a tenth more.
+What bounds `state-put`, on two cores without anything else to do (perf, 2026-11-28, without a profile):
+- 128 clients: the processors. Of their time the request path takes 40 % (a quarter of it in the kernel, mostly sending the answer; a fifth memory and the copying of what is in it), the writer's session in PostgreSQL 21 % (four tables, six indexes: a fifth of it the indexes, an eighth the flush), the load generator 12 %, the writer 10 %, making it searchable 3 %, other sessions 3 %; 8 to 13 % are idle, and no less where the next turn is written while a commit is on its way to the disk (docs/decisions/patience.md), which takes 0.6 ms of a turn (0.15 where nothing else runs). With `database.sync = false` it is a tenth more. With a profile, in another hour: request path 34 %, PostgreSQL 30 %, load generator 12 %, writer 9 %, search 2 %, idle 12 %.
 - 1 client: what happens one after another. Without waiting for the disk the statement takes 0.18 ms where a bare INSERT takes 0.10 (pgbench; the same with details and entries in one table); the rest of what it takes longer than that is the request itself: who asks, whether they may, the entry and its hashes, on caches that have gone cold in between.
 TXT
 $sop bench state-get --clients 1,8,32,128 "${peer[@]}" --seconds "$seconds"

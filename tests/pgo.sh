@@ -1,0 +1,50 @@
+#!/usr/bin/env bash
+# Profile-guided optimization: the daemon is built so that it counts what it runs, is put under the loads of the benchmarks, and is
+# built again for what it was seen to do (docs/decisions/pgo.md). Says the binary's path. What did not change is not done again.
+set -euo pipefail
+mkdir -p "${CARGO_TARGET_DIR:-target}/pgo"
+here=$(cd "${CARGO_TARGET_DIR:-target}/pgo" && pwd)
+
+# Of rustc (`rustup component add llvm-tools`), or of the machine, the newest. Before 19 it cannot read what this rustc counts.
+profdata() {
+    local tool version
+    for tool in "$(rustc --print sysroot)"/lib/rustlib/*/bin/llvm-profdata \
+        $(ls -d /usr/lib/llvm-*/bin/llvm-profdata 2>/dev/null | sort -rV) "$(command -v llvm-profdata || true)"; do
+        [ -x "$tool" ] || continue
+        version=$("$tool" --version 2>/dev/null | sed -nE 's/.*LLVM version ([0-9]+).*/\1/p' | head -n 1)
+        [ "${version:-0}" -lt 19 ] || { echo "$tool"; return; }
+    done
+    echo "needs llvm-profdata, 19 or later: rustup component add llvm-tools, or Debian's llvm-19" >&2
+    return 1
+}
+
+# Every room's hot path: what is not run counts as cold, and is made small instead of fast.
+train() {
+    "$@" state-put --clients 128,8,1 --seconds 5 --rounds 1
+    "$@" state-get --clients 32 --seconds 4 --rounds 1
+    "$@" state-txn --clients 128 --seconds 5 --rounds 1
+    "$@" state-locks --seconds 2
+    for what in evaluate evaluations token introspect operation-use publish event events; do
+        "$@" "$what" --clients 32 --seconds 2 --rounds 1
+    done
+    "$@" verify --seconds 1
+}
+
+profdata=$(profdata)
+# With a target named, build scripts and macros are left as they are. Cargo's other settings must be the same both times: with
+# others the crates have other names, and the counts are silently left out.
+host=$(rustc -vV | sed -n 's/^host: //p')
+build=("${CARGO:-cargo}" build --release --locked --target "$host" --target-dir)
+RUSTFLAGS="${RUSTFLAGS:-} -Cprofile-generate=$here/counts" "${build[@]}" "$here/counting" >&2
+counting=$here/counting/$host/release/sop
+# Cargo does not look into a profile, so each has a name of its own.
+profile=$here/$(sha256sum "$counting" | cut -c 1-16).profdata
+if [ ! -e "$profile" ]; then
+    rm -rf "$here/counts"
+    LLVM_PROFILE_FILE=$here/counts/%m-%p.profraw train "$counting" bench >&2
+    "$profdata" merge -o "$profile.new" "$here"/counts/*.profraw
+    mv "$profile.new" "$profile"
+fi
+# The linker has to be told to keep what is hot together, and away from what is cold.
+RUSTFLAGS="${RUSTFLAGS:-} -Cprofile-use=$profile -Clink-arg=-Wl,-z,keep-text-section-prefix" "${build[@]}" "$here/built" >&2
+echo "$here/built/$host/release/sop"
