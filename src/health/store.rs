@@ -215,7 +215,15 @@ pub(super) async fn followed(conn: &mut PgConnection) -> Result<i64, sqlx::Error
     sqlx::query_scalar("SELECT at FROM health.followed WHERE id = 1").fetch_one(conn).await
 }
 
-/// Moves that forward, never back.
+/// Moves that forward, never back, and not past the head: who knows entries that a failover lost must not pass over those that
+/// come in their places.
 pub(super) async fn follow(conn: &mut PgConnection, to: i64) -> Result<(), sqlx::Error> {
-    sqlx::query("UPDATE health.followed SET at = $1 WHERE id = 1 AND at < $1").bind(to).execute(conn).await.map(|_| ())
+    sqlx::query(
+        "UPDATE health.followed AS f SET at = least($1, h.index) FROM ledger.head AS h
+         WHERE f.id = 1 AND h.id = 1 AND f.at < least($1, h.index)",
+    )
+    .bind(to)
+    .execute(conn)
+    .await
+    .map(|_| ())
 }
