@@ -41,6 +41,8 @@ pub(super) struct Publisher {
     pub metrics: Metrics,
     /// Where it is, between two rounds.
     pub place: Option<Place>,
+    /// The largest size that was signed since the start.
+    pub signed: u64,
 }
 
 /// What was published: the frontier, and the hashes of the unfinished tile at each level.
@@ -82,6 +84,13 @@ impl Publisher {
         let mut conn = self.store.reader().acquire().await?;
         let Some((index, root)) = store::head(&mut conn).await? else { return Ok(()) };
         let size = u64::try_from(index + 1)?;
+        // A failover lost entries, and nobody has tried to write since: what the file says of them is the proof.
+        if size < self.signed {
+            let signed = self.signed;
+            return Err(
+                format!("{signed} entries were published and the database has {size}; nothing is signed").into()
+            );
+        }
         let mut place = match self.place.take() {
             Some(place) => place,
             None => resume(&mut conn).await?,
@@ -115,6 +124,7 @@ impl Publisher {
         let note = self.keys.sign(size, root);
         keep(&mut conn, &tiles, size, &root, &note, now).await?;
         put(&self.file, note.as_bytes())?;
+        self.signed = size;
         self.metrics.published.set(i64::try_from(size).unwrap_or(i64::MAX));
         self.place = Some(place);
         Ok(())

@@ -74,11 +74,12 @@ async fn a_failover_that_lost_entries_stops_the_writing_until_an_operator_resume
     .await;
     let lost = client.put("k", "lost").await.unwrap();
     // It was published: others may hold a checkpoint that has it.
-    until("the checkpoint", Duration::from_secs(10), || async {
-        let kept = std::fs::read_to_string(daemon.launch.dir.join("checkpoint")).unwrap_or_default();
-        kept.lines().nth(1).and_then(|size| size.parse::<i64>().ok()).is_some_and(|size| size > lost)
-    })
-    .await;
+    let file = daemon.launch.dir.join("checkpoint");
+    let kept = || {
+        let kept = std::fs::read_to_string(&file).unwrap_or_default();
+        kept.lines().nth(1).and_then(|size| size.parse::<i64>().ok()).unwrap_or_default()
+    };
+    until("the checkpoint", Duration::from_secs(10), || async { kept() > lost }).await;
     db.cluster.kill().await;
     standby.promote().await;
     let refused = || async { client.request(Method::PUT, "/v1/state/kv/k").await.body("forked").send().await.unwrap() };
@@ -96,6 +97,7 @@ async fn a_failover_that_lost_entries_stops_the_writing_until_an_operator_resume
     let (fine, said) = daemon.launch.run(&resume).await;
     assert!(!fine && said.contains("in use by the daemon"), "{said}");
     assert!(daemon.terminate(Duration::from_secs(20)).await.success());
+    assert!(kept() > lost, "the proof of what was lost is kept");
     // It starts, is read, and writes nothing.
     let mut daemon = daemon.launch.clone().start().await;
     let ready = Client::of(&daemon).bare(Method::GET, "/readyz?verbose").send().await.unwrap();
