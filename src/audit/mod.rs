@@ -164,7 +164,6 @@ impl Audit {
             ledger: ledger.clone(),
             metrics: metrics.clone(),
             place: None,
-            signed: 0,
         };
         publisher::start(publisher, &ledger, config.audit.publish_interval.get(), tasks);
         let witness =

@@ -23,7 +23,7 @@ use crate::store::Store;
 
 use super::keys::Keys;
 use super::tiles::{Tile, WIDTH};
-use super::{Metrics, store, tree};
+use super::{Metrics, start, store, tree};
 
 /// Leaves read at a time.
 const PAGE: u64 = 8192;
@@ -41,8 +41,6 @@ pub(super) struct Publisher {
     pub metrics: Metrics,
     /// Where it is, between two rounds.
     pub place: Option<Place>,
-    /// The largest size that was signed since the start.
-    pub signed: u64,
 }
 
 /// What was published: the frontier, and the hashes of the unfinished tile at each level.
@@ -84,16 +82,16 @@ impl Publisher {
         let mut conn = self.store.reader().acquire().await?;
         let Some((index, root)) = store::head(&mut conn).await? else { return Ok(()) };
         let size = u64::try_from(index + 1)?;
-        // A failover lost entries, and nobody has tried to write since: what the file says of them is the proof.
-        if size < self.signed {
-            let signed = self.signed;
-            return Err(
-                format!("{signed} entries were published and the database has {size}; nothing is signed").into()
-            );
-        }
         let mut place = match self.place.take() {
             Some(place) => place,
-            None => resume(&mut conn).await?,
+            None => {
+                // The connection was lost, and a failover may have lost entries: the file is the proof of them.
+                let dir = self.file.parent().unwrap_or(Path::new("."));
+                if let Some(lost) = start::against_kept(&mut conn, dir, (index, root)).await? {
+                    return Err(format!("{}; nothing is signed", lost.why).into());
+                }
+                resume(&mut conn).await?
+            }
         };
         if place.frontier.size() >= size {
             self.place = Some(place);
@@ -124,7 +122,6 @@ impl Publisher {
         let note = self.keys.sign(size, root);
         keep(&mut conn, &tiles, size, &root, &note, now).await?;
         put(&self.file, note.as_bytes())?;
-        self.signed = size;
         self.metrics.published.set(i64::try_from(size).unwrap_or(i64::MAX));
         self.place = Some(place);
         Ok(())

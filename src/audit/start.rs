@@ -158,7 +158,11 @@ fn kept_note(data: &Path) -> Result<Option<String>, String> {
 }
 
 /// Compares with the checkpoint in the data folder.
-async fn against_kept(conn: &mut PgConnection, data: &Path, head: (i64, Hash)) -> Result<Option<Lost>, String> {
+pub(super) async fn against_kept(
+    conn: &mut PgConnection,
+    data: &Path,
+    head: (i64, Hash),
+) -> Result<Option<Lost>, String> {
     let Some(note) = kept_note(data)? else { return Ok(None) };
     let keys = keys::all(conn).await.map_err(failed)?;
     if keys.is_empty() {
