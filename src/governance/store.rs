@@ -35,8 +35,7 @@ fn row(r: &PgRow) -> Result<Row, sqlx::Error> {
     })
 }
 
-/// All of them, each read as it comes: a session that is kept waiting inside a transaction is ended by PostgreSQL, and reading a
-/// hundred thousand afterwards took a slow machine longer than that.
+/// All of them, each read as it comes: that many are not held twice.
 pub(super) async fn all(conn: &mut PgConnection) -> Result<Vec<Row>, sqlx::Error> {
     let rows = sqlx::query("SELECT type, id, attrs, parents, index FROM governance.entities").fetch(conn);
     rows.map(|r| row(&r?)).try_collect().await

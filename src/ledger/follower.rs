@@ -78,6 +78,7 @@ impl Follower {
         let began = self.shared.clock.elapsed();
         let mut conn = self.shared.store.dedicated("follower").await?;
         let mut tx = conn.begin_with("BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY").await?;
+        store::unhurried(&mut tx).await?;
         let at = store::head_index(&mut tx).await?;
         for p in &self.projections {
             p.load(&mut tx, at).await?;

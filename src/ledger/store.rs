@@ -60,6 +60,12 @@ pub(super) async fn head_index(conn: &mut PgConnection) -> Result<i64, sqlx::Err
     sqlx::query_scalar("SELECT index FROM ledger.head WHERE id = 1").fetch_one(conn).await
 }
 
+/// This transaction holds no lock, and may stand idle while what it read is made into what is wanted: a hundred thousand rows took
+/// a slow machine longer than a writer may hold the head.
+pub(super) async fn unhurried(conn: &mut PgConnection) -> Result<(), sqlx::Error> {
+    sqlx::query("SET LOCAL idle_in_transaction_session_timeout = '60s'").execute(conn).await.map(|_| ())
+}
+
 /// The leaf of an entry that is there.
 pub(super) async fn leaf(conn: &mut PgConnection, index: i64) -> Result<Vec<u8>, sqlx::Error> {
     sqlx::query_scalar("SELECT leaf FROM ledger.entries WHERE index = $1").bind(index).fetch_one(conn).await
