@@ -14,7 +14,9 @@ use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
 use uuid::Uuid;
 
-use crate::kernel::web::{Answer, Body, Caller, Listing, Name, Preconditions, Query, SOP_INDEX, Tags, page_limit};
+use crate::kernel::web::{
+    Answer, Body, Caller, Listing, Name, Preconditions, Query, SOP_INDEX, Tags, known, page_limit,
+};
 use crate::kernel::{Refusal, problem};
 
 use super::model::{Condition, Deleted, Item, Written, prefix_fault};
@@ -87,7 +89,7 @@ async fn get(
     Query(q): Query<At>,
     headers: HeaderMap,
 ) -> Result<Response, Refusal> {
-    let (index, item) = state.get(&caller, &key, Moment { at: moment(q.at)? }).await?;
+    let (index, item) = state.get(&caller, &key, Moment { at: q.at }).await?;
     Ok(value_response(index, &item, &headers))
 }
 
@@ -101,16 +103,18 @@ async fn head(
     Query(q): Query<At>,
     headers: HeaderMap,
 ) -> Result<Response, Refusal> {
-    let (index, item) = state.get(&caller, &key, Moment { at: moment(q.at)? }).await?;
+    let (index, item) = state.get(&caller, &key, Moment { at: q.at }).await?;
     // The server leaves the body out of the answer to a HEAD and keeps its length.
     Ok(value_response(index, &item, &headers))
 }
 
 fn value_response(index: i64, item: &Item, headers: &HeaderMap) -> Response {
     let tag = format!("\"{}\"", item.index);
-    let same = |known: &str| known == "*" || known.strip_prefix("W/").unwrap_or(known) == tag;
-    let known = headers.get_all(header::IF_NONE_MATCH).iter().filter_map(|v| v.to_str().ok());
-    let known = known.flat_map(|v| v.split(',')).any(|known| same(known.trim()));
+    let known = match known(headers) {
+        None => false,
+        Some(Tags::Any) => true,
+        Some(Tags::These(tags)) => tags.contains(&item.index.to_string()),
+    };
     let mut response = if known {
         StatusCode::NOT_MODIFIED.into_response()
     } else {
@@ -179,18 +183,10 @@ async fn list(
 ) -> Result<Answer<Listing<Map<String, Value>>>, Refusal> {
     let prefix = valid_prefix(q.prefix)?;
     let (limit, after) = (page_limit(q.limit)?, q.after.as_deref());
-    let asked = List { prefix: &prefix, at: moment(q.at)?, limit, after, values: !q.keys_only };
+    let asked = List { prefix: &prefix, at: q.at, limit, after, values: !q.keys_only };
     let page = state.list(&caller, asked).await?;
     let items = page.items.iter().map(|i| i.to_json(!q.keys_only)).collect();
     Ok(Answer::ok(Listing { items, next: page.next }).at(page.index))
-}
-
-/// As of which index.
-fn moment(at: Option<i64>) -> Result<Option<i64>, Refusal> {
-    if at.is_some_and(|at| at < 0) {
-        return Err(Refusal::malformed("?at", "at is an index, from 0"));
-    }
-    Ok(at)
 }
 
 fn content_type(headers: &HeaderMap) -> Result<String, Refusal> {

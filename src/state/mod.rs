@@ -297,6 +297,9 @@ impl State {
     }
 
     fn in_history(&self, at: i64, head: i64) -> Result<(), Refusal> {
+        if at < 0 {
+            return Err(Refusal::malformed("?at", "at is an index, from 0"));
+        }
         if at > head {
             return Err(Refusal::new(&problem::BEYOND_HEAD, format!("index {at} is beyond the head, which is {head}")));
         }

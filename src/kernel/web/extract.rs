@@ -232,6 +232,12 @@ impl<S: Send + Sync> FromRequestParts<S> for Preconditions {
     }
 }
 
+/// What a reader has already, by `If-None-Match`; what cannot be read is nothing.
+#[must_use]
+pub fn known(headers: &HeaderMap) -> Option<Tags> {
+    tags(headers, "If-None-Match").ok().flatten()
+}
+
 fn tags(headers: &HeaderMap, name: &str) -> Result<Option<Tags>, Refusal> {
     let malformed = || Refusal::malformed("", format!("{name} is `*` or a list of entity tags in double quotes"));
     let mut all = Vec::new();

@@ -190,14 +190,10 @@ fn read_all<T: DeserializeOwned + Default>(bytes: &[u8]) -> Result<Vec<T>, Grpc>
     let mut reader = serde_json::Deserializer::from_slice(bytes).into_iter::<Option<Strict<T>>>();
     let mut all = Vec::new();
     loop {
-        // A list of fields in their order is none of its forms, though it could be read.
-        let next = bytes[reader.byte_offset()..].iter().find(|b| !b.is_ascii_whitespace());
-        let list = (next == Some(&b'[')).then(|| Grpc::new(INVALID, "json: an object is wanted"));
-        match (list, reader.next()) {
-            (Some(fault), _) => return Err(fault),
-            (None, None) => return Ok(all),
-            (None, Some(Ok(one))) => all.push(one.map(|Strict(one)| one).unwrap_or_default()),
-            (None, Some(Err(e))) => return Err(Grpc::new(INVALID, format!("json: {e}"))),
+        match reader.next() {
+            None => return Ok(all),
+            Some(Ok(one)) => all.push(one.map(|Strict(one)| one).unwrap_or_default()),
+            Some(Err(e)) => return Err(Grpc::new(INVALID, format!("json: {e}"))),
         }
     }
 }

@@ -21,8 +21,8 @@ pub use caller::{
     RequestInfo, Voiced, block,
 };
 pub use extract::{
-    Body, BodyLimit, Json, LARGE, LargeJson, Name, Path, Preconditions, Tags, faulty, inflate, is_json, last_event_id,
-    page_limit, parse_json, read_body,
+    Body, BodyLimit, Json, LARGE, LargeJson, Name, Path, Preconditions, Tags, faulty, inflate, is_json, known,
+    last_event_id, page_limit, parse_json, read_body,
 };
 pub use objects::Strict;
 pub use optional::{Away, JsonOr, Nothing, WhileAway};
