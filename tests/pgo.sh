@@ -18,7 +18,7 @@ profdata() {
     return 1
 }
 
-# Every room's hot path: what is not run counts as cold, and is made small instead of fast.
+# What is not run counts as cold, and is made small instead of fast.
 train() {
     "$@" state-put --clients 128,8,1 --seconds 5 --rounds 1
     "$@" state-get --clients 32 --seconds 4 --rounds 1
