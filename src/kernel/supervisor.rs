@@ -280,6 +280,22 @@ pub fn detach<T: Send + 'static>(work: impl Future<Output = T> + Send + 'static)
     tokio::spawn(work)
 }
 
+/// The runtime that requests are answered on, for a task with a thread of its own.
+#[derive(Clone)]
+pub struct Requests(tokio::runtime::Handle);
+
+impl Requests {
+    /// The runtime of the caller.
+    pub fn here() -> Self {
+        Self(tokio::runtime::Handle::current())
+    }
+
+    /// Runs `work` there.
+    pub fn detach<T: Send + 'static>(&self, work: impl Future<Output = T> + Send + 'static) {
+        self.0.spawn(work);
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

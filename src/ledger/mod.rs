@@ -44,7 +44,7 @@ use tokio::sync::{Mutex, Notify, mpsc, oneshot, watch};
 
 use crate::kernel::crypto::MasterKey;
 use crate::kernel::problem::Problem;
-use crate::kernel::supervisor::{self, Stop, Supervisor};
+use crate::kernel::supervisor::{self, Requests, Stop, Supervisor};
 use crate::kernel::web::{Ask, Caller};
 use crate::kernel::{Clock, Refusal, problem};
 use crate::store::Store;
@@ -121,6 +121,8 @@ struct Shared {
     lock_wait: Duration,
     write_timeout: Duration,
     metrics: Metrics,
+    /// Where those are who wait for answers.
+    requests: Requests,
     /// The statement that writes, by the kinds of rows it carries.
     texts: hot::Texts,
     partitioned: &'static [&'static str],
@@ -209,6 +211,7 @@ impl Ledger {
             batch: parts.batch,
             lock_wait: parts.lock_wait,
             write_timeout: parts.write_timeout,
+            requests: Requests::here(),
             texts: hot::Texts::default(),
             partitioned: parts.partitioned,
             queue,

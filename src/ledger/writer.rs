@@ -44,6 +44,8 @@ use run::Run;
 const BROKEN_MOST: u32 = 4;
 /// For how long after another daemon wrote every turn is a locked one.
 const ALONE: Duration = Duration::from_millis(100);
+/// From so many on, those who wait are told by a task of their runtime.
+const MANY: usize = 16;
 /// Entries read at a time when catching up.
 const PAGE: i64 = 10_000;
 
@@ -312,7 +314,7 @@ impl Writer {
             return Turn::Broken(Vec::new(), e);
         }
         let news = self.advance_place(run);
-        jobs.into_iter().for_each(Job::settle);
+        self.shared.answer(jobs);
         self.tell(s.who, news);
         Turn::Fine
     }
@@ -373,6 +375,17 @@ impl Writer {
         (next.millis() - head.database_time.millis() > store::AHEAD_MS).then(|| {
             Refusal::new(&problem::CLOCK_UNSURE, "this daemon's clock is more than 5 seconds ahead of the database's; check time synchronisation on both")
         })
+    }
+}
+
+impl Shared {
+    /// Tells those who wait what came of it. Where they are many a task of their own runtime does: from another thread each of
+    /// them is woken through a queue that its threads share, and the next turn waits for all of it.
+    fn answer(&self, jobs: Vec<Box<dyn Job>>) {
+        if jobs.len() < MANY {
+            return jobs.into_iter().for_each(Job::settle);
+        }
+        self.requests.detach(async move { jobs.into_iter().for_each(Job::settle) });
     }
 }
 

@@ -65,7 +65,7 @@ impl Writer {
                 self.shared.metrics.optimistic.inc();
                 let news = self.advance_place(run);
                 // First who waits for it, then who follows: waking another thread takes a while.
-                jobs.into_iter().for_each(Job::settle);
+                self.shared.answer(jobs);
                 self.shared.lately.push(batch.before + 1, batch.entries);
                 self.tell(s.who, news);
                 Tried::Ended(Turn::Fine)
