@@ -281,7 +281,6 @@ pub fn detach<T: Send + 'static>(work: impl Future<Output = T> + Send + 'static)
 }
 
 /// The runtime that requests are answered on, for a task with a thread of its own.
-#[derive(Clone)]
 pub struct Requests(tokio::runtime::Handle);
 
 impl Requests {
