@@ -56,6 +56,7 @@ mod state_locks;
 mod state_txn;
 mod state_watch;
 mod token;
+mod turns;
 mod tx;
 mod tx_refused;
 mod verify;
