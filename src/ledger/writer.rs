@@ -238,7 +238,7 @@ impl Writer {
         self.drain(&mut jobs);
         if let Some(refusal) = self.refuse_all(&head) {
             jobs.iter_mut().for_each(|j| j.refuse(refusal.clone()));
-            return finish_read(&mut s.conn, jobs).await;
+            return self.shared.finish_read(&mut s.conn, jobs).await;
         }
         self.sets_out(jobs.len());
         self.shared.metrics.locked.inc();
@@ -304,7 +304,7 @@ impl Writer {
 
     async fn commit(&mut self, s: &mut Session, jobs: Vec<Box<dyn Job>>, run: Run) -> Turn {
         if !run.wrote() {
-            return finish_read(&mut s.conn, jobs).await;
+            return self.shared.finish_read(&mut s.conn, jobs).await;
         }
         if let Err(e) = store::commit(&mut s.conn).await {
             // Unknown: it may have happened (rule 12). Nobody is answered until it is known. A batch of refusals whose outcomes
@@ -343,7 +343,7 @@ impl Writer {
         })
     }
 
-    /// Tells the follower of a turn whose callers are answered. On the runtime of the requests whoever was woken last runs
+    /// Tells the follower of a turn whose callers are being answered. On the runtime of the requests whoever was woken last runs
     /// first, and that is to be the caller: there it is told when the turn is over ([`express`]).
     fn tell(&mut self, who: Who, news: Option<News>) {
         let now = match who {
@@ -387,16 +387,16 @@ impl Shared {
         }
         self.requests.detach(async move { jobs.into_iter().for_each(Job::settle) });
     }
-}
 
-/// Ends a transaction that wrote nothing. Its answers rest on rows read under the lock, so the lock was their fence.
-async fn finish_read(conn: &mut PgConnection, jobs: Vec<Box<dyn Job>>) -> Turn {
-    match store::rollback(conn).await {
-        Ok(()) => {
-            jobs.into_iter().for_each(Job::settle);
-            Turn::Fine
+    /// Ends a transaction that wrote nothing. Its answers rest on rows read under the lock, so the lock was their fence.
+    async fn finish_read(&self, conn: &mut PgConnection, jobs: Vec<Box<dyn Job>>) -> Turn {
+        match store::rollback(conn).await {
+            Ok(()) => {
+                self.answer(jobs);
+                Turn::Fine
+            }
+            Err(e) => again(jobs, e),
         }
-        Err(e) => again(jobs, e),
     }
 }
 

@@ -49,7 +49,7 @@ impl Writer {
         match store::head_index(&mut s.conn).await {
             Ok(head) if head == here => {
                 self.shared.metrics.optimistic.inc();
-                jobs.into_iter().for_each(Job::settle);
+                self.shared.answer(jobs);
                 Tried::Ended(Turn::Fine)
             }
             Ok(_) => self.missed(jobs),

@@ -12,7 +12,7 @@ use crate::kernel::web::Caller;
 use crate::kernel::{Refusal, problem};
 use crate::ledger::{Entry, Shared};
 
-use super::{AuthzFacts, Frontier, Head, Job, Known, PAGE, Place, Run, Session, Turn, Writer, finish_read, store};
+use super::{AuthzFacts, Frontier, Head, Job, Known, PAGE, Place, Run, Session, Turn, Writer, store};
 use crate::ledger::follower::News;
 use crate::ledger::store::{Batch, Holder};
 
@@ -132,7 +132,7 @@ impl Writer {
         let mut jobs = unknown.jobs;
         if stands {
             tracing::info!(batch = %unknown.batch, "a commit of unknown fate did happen");
-            jobs.into_iter().for_each(Job::settle);
+            self.shared.answer(jobs);
             return Ok(Settled::Committed);
         }
         tracing::info!(batch = %unknown.batch, "a commit of unknown fate did not happen; its commands run again");
@@ -157,7 +157,7 @@ impl Writer {
         };
         tracing::info!(%batch, "a commit of unknown fate had not happened; it was written again");
         let news = self.advance_place(again.1);
-        jobs.into_iter().for_each(Job::settle);
+        self.shared.answer(jobs);
         self.tell(s.who, news);
         Ok(Settled::Committed)
     }
@@ -173,7 +173,7 @@ impl Writer {
             jobs.push(job);
         }
         jobs.iter_mut().for_each(|j| j.refuse(refusal.clone()));
-        finish_read(conn, jobs).await
+        self.shared.finish_read(conn, jobs).await
     }
 
     /// The database cannot be reached: whoever waits is told so at once, but for those whose commit is of unknown fate.
