@@ -47,7 +47,7 @@ lint: ## rustfmt and clippy, warnings denied
 fmt: ## Format the source
 	$(CARGO) fmt
 
-pgo: postgres ## The daemon to deploy: built, watched under load, built again for it (needs llvm-profdata; half an hour on two cores)
+pgo: postgres ## The daemon to deploy: built, watched under load, built again for it (needs llvm-profdata, uses llvm-bolt; half an hour on two cores)
 	@CARGO=$(CARGO) ./tests/pgo.sh
 
 bench: postgres ## Measure it (without llvm-profdata, what cargo builds) beside etcd (Debian: etcd-server), and npm's oidc-provider and Cerbos; write docs/benchmarks.md

@@ -9,6 +9,7 @@ seconds=${SECONDS_A_ROUND:-3}
 command -v etcd >/dev/null && peer=(--peer etcd)
 built="The daemon, and the load generator, which is the same binary, are as \`cargo build --release\` makes them."
 [ "$sop" = "$plain" ] || built="The daemon, and the load generator, which is the same binary, are those of \`make pgo\`, built for what they were seen to do."
+case $sop in */laid-out/*) built="${built%.}, and laid out by BOLT." ;; esac
 cat <<TXT
 # Benchmarks
 Made by \`make bench\` on $(nproc) cores ($(sed -n 's/^model name[^:]*: //p' /proc/cpuinfo | head -n 1)), $(free -g | awk '/^Mem/ {print $2}') GiB, $(uname -sr), PostgreSQL $(ls /usr/lib/postgresql | sort -n | tail -n 1)${peer:+, $(etcd --version | head -n 1)}.

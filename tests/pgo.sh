@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Profile-guided optimization: the daemon is built so that it counts what it runs, is put under the loads of the benchmarks, and is
-# built again for what it was seen to do (docs/decisions/pgo.md). Says the binary's path. What did not change is not done again.
+# built again for what it was seen to do; where there is BOLT, the code of that is laid out anew for what it then was seen to do
+# (docs/decisions/pgo.md). Says the binary's path. What did not change is not done again.
 set -euo pipefail
 mkdir -p "${CARGO_TARGET_DIR:-target}/pgo"
 here=$(cd "${CARGO_TARGET_DIR:-target}/pgo" && pwd)
@@ -16,6 +17,16 @@ profdata() {
     done
     echo "needs llvm-profdata, 19 or later: rustup component add llvm-tools, or Debian's llvm-19" >&2
     return 1
+}
+
+# Of the LLVM of this rustc or later: an older one does not understand all of what that makes. Nothing where there is none.
+bolt() {
+    local tool version
+    for tool in $(ls -d /usr/lib/llvm-*/bin/llvm-bolt 2>/dev/null | sort -rV) "$(command -v llvm-bolt || true)"; do
+        [ -x "$tool" ] || continue
+        version=$("$tool" --version 2>/dev/null | sed -nE 's/.*LLVM version ([0-9]+).*/\1/p' | head -n 1)
+        [ "${version:-0}" -lt "$1" ] || { echo "$tool"; return; }
+    done
 }
 
 # What is not run counts as cold, and is made small instead of fast.
@@ -46,5 +57,27 @@ if [ ! -e "$profile" ]; then
     mv "$profile.new" "$profile"
 fi
 # The linker has to be told to keep what is hot together, and away from what is cold.
-RUSTFLAGS="${RUSTFLAGS:-} -Cprofile-use=$profile -Clink-arg=-Wl,-z,keep-text-section-prefix" "${build[@]}" "$here/built" >&2
-echo "$here/built/$host/release/sop"
+flags="-Cprofile-use=$profile -Clink-arg=-Wl,-z,keep-text-section-prefix"
+bolt=$(bolt "$(rustc -vV | sed -nE 's/^LLVM version: ([0-9]+).*/\1/p')")
+# BOLT finds its way by names and relocations.
+[ -z "$bolt" ] || flags="$flags -Cstrip=none -Clink-arg=-Wl,--emit-relocs"
+RUSTFLAGS="${RUSTFLAGS:-} $flags" "${build[@]}" "$here/built" >&2
+built=$here/built/$host/release/sop
+if [ -z "$bolt" ]; then
+    echo "without llvm-bolt: $built is not laid out anew" >&2
+    echo "$built"
+    exit
+fi
+laid=$here/laid-out/$(sha256sum "$built" | cut -c 1-16)/sop
+if [ ! -e "$laid" ]; then
+    rm -rf "$here/laid-out" "$here/steps"
+    mkdir -p "$(dirname "$laid")" "$here/steps"
+    "$bolt" "$built" -instrument -instrumentation-file="$here/steps/of" -instrumentation-file-append-pid -o "$here/steps/sop" >&2
+    train "$here/steps/sop" bench >&2
+    "$(dirname "$bolt")/merge-fdata" "$here"/steps/of.*.fdata > "$here/steps/all"
+    "$bolt" "$built" -data="$here/steps/all" -reorder-blocks=ext-tsp -reorder-functions=cdsort -split-functions -split-all-cold \
+        -split-eh -icf=all -plt=hot -use-gnu-stack -o "$laid.new" >&2
+    mv "$laid.new" "$laid"
+    rm -rf "$here/steps"
+fi
+echo "$laid"
