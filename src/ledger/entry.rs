@@ -217,18 +217,17 @@ impl Object {
         Self(out)
     }
 
-    /// A member that is canonical JSON already.
-    pub fn raw(&mut self, name: &str, value: &[u8]) {
-        if self.0.len() > 1 {
-            self.0.push(b',');
-        }
-        write_scalar(&name, &mut self.0);
-        self.0.push(b':');
+    /// A member that is canonical JSON already. Names are ours, of letters, so nothing in them is escaped.
+    pub fn raw(&mut self, name: &'static str, value: &[u8]) {
+        debug_assert!(name.bytes().all(|b| b.is_ascii_lowercase() || b == b'_'));
+        self.0.extend_from_slice(if self.0.len() > 1 { b",\"" } else { b"\"" });
+        self.0.extend_from_slice(name.as_bytes());
+        self.0.extend_from_slice(b"\":");
         self.0.extend_from_slice(value);
     }
 
     /// A scalar, or a list of scalars.
-    pub fn member(&mut self, name: &str, value: &(impl Serialize + ?Sized)) {
+    pub fn member(&mut self, name: &'static str, value: &(impl Serialize + ?Sized)) {
         self.raw(name, b"");
         write_scalar(value, &mut self.0);
     }
