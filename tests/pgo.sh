@@ -6,26 +6,14 @@ set -euo pipefail
 mkdir -p "${CARGO_TARGET_DIR:-target}/pgo"
 here=$(cd "${CARGO_TARGET_DIR:-target}/pgo" && pwd)
 
-# Of rustc (`rustup component add llvm-tools`), or of the machine, the newest. Before 19 it cannot read what this rustc counts.
-profdata() {
+# The newest of an LLVM tool, of rustc or of the machine, if it is of a version or later.
+llvm() {
     local tool version
-    for tool in "$(rustc --print sysroot)"/lib/rustlib/*/bin/llvm-profdata \
-        $(ls -d /usr/lib/llvm-*/bin/llvm-profdata 2>/dev/null | sort -rV) "$(command -v llvm-profdata || true)"; do
+    for tool in "$(rustc --print sysroot)"/lib/rustlib/*/bin/"$1" \
+        $(ls -d /usr/lib/llvm-*/bin/"$1" 2>/dev/null | sort -rV) "$(command -v "$1" || true)"; do
         [ -x "$tool" ] || continue
         version=$("$tool" --version 2>/dev/null | sed -nE 's/.*LLVM version ([0-9]+).*/\1/p' | head -n 1)
-        [ "${version:-0}" -lt 19 ] || { echo "$tool"; return; }
-    done
-    echo "needs llvm-profdata, 19 or later: rustup component add llvm-tools, or Debian's llvm-19" >&2
-    return 1
-}
-
-# Of the LLVM of this rustc or later: an older one does not understand all of what that makes. Nothing where there is none.
-bolt() {
-    local tool version
-    for tool in $(ls -d /usr/lib/llvm-*/bin/llvm-bolt 2>/dev/null | sort -rV) "$(command -v llvm-bolt || true)"; do
-        [ -x "$tool" ] || continue
-        version=$("$tool" --version 2>/dev/null | sed -nE 's/.*LLVM version ([0-9]+).*/\1/p' | head -n 1)
-        [ "${version:-0}" -lt "$1" ] || { echo "$tool"; return; }
+        [ "${version:-0}" -lt "$2" ] || { echo "$tool"; return; }
     done
 }
 
@@ -41,7 +29,12 @@ train() {
     "$@" verify --seconds 1
 }
 
-profdata=$(profdata)
+# Before 19 it cannot read what this rustc counts.
+profdata=$(llvm llvm-profdata 19)
+if [ -z "$profdata" ]; then
+    echo "needs llvm-profdata, 19 or later: rustup component add llvm-tools, or Debian's llvm-19" >&2
+    exit 1
+fi
 # With a target named, build scripts and macros are left as they are. Cargo's other settings must be the same both times: with
 # others the crates have other names, and the counts are silently left out.
 host=$(rustc -vV | sed -n 's/^host: //p')
@@ -58,8 +51,8 @@ if [ ! -e "$profile" ]; then
 fi
 # The linker has to be told to keep what is hot together, and away from what is cold.
 flags="-Cprofile-use=$profile -Clink-arg=-Wl,-z,keep-text-section-prefix"
-bolt=$(bolt "$(rustc -vV | sed -nE 's/^LLVM version: ([0-9]+).*/\1/p')")
-# BOLT finds its way by names and relocations.
+# An older BOLT does not understand all of what this rustc's LLVM makes. It finds its way by names and relocations.
+bolt=$(llvm llvm-bolt "$(rustc -vV | sed -nE 's/^LLVM version: ([0-9]+).*/\1/p')")
 [ -z "$bolt" ] || flags="$flags -Cstrip=none -Clink-arg=-Wl,--emit-relocs"
 RUSTFLAGS="${RUSTFLAGS:-} $flags" "${build[@]}" "$here/built" >&2
 built=$here/built/$host/release/sop
