@@ -5,11 +5,12 @@ use std::time::{Duration, Instant};
 use futures_util::future::join_all;
 use reqwest::Method;
 use serde_json::{Value, json};
+use tokio::task::JoinHandle;
 
 use crate::support::client::Client;
 use crate::support::daemon::{Daemon, Launch};
 use crate::support::postgres::{Database, database, database_alone};
-use crate::support::proxy::{Fault, Proxy};
+use crate::support::proxy::{Armed, Fault, Proxy};
 use crate::support::{record, until};
 
 pub async fn metric(client: &Client, name: &str) -> f64 {
@@ -24,6 +25,28 @@ async fn two_daemons(db: &Database, proxy: &Proxy, wait: &str) -> (Daemon, Daemo
     let two = Launch::beside(&one, db.url()).env("SOP__LEDGER__LOCK_WAIT", wait).start().await;
     let (a, b) = (Client::of(&one), Client::of(&one).also_of(&two));
     (one, two, a, b)
+}
+
+/// A put whose statement stands still and has the head locked. One that found the head moved, because another daemon wrote
+/// something of its own, holds nothing, and is let go.
+async fn stalled_put(db: &Database, proxy: &Proxy, a: &Client) -> (Armed, JoinHandle<Result<i64, String>>) {
+    let mut conn = db.connect().await;
+    loop {
+        // Between Execute and Sync the server is `active`: the idle limit of the session never comes.
+        let stall = proxy.arm(Fault::stall().on("UPDATE ledger.head"));
+        let a = a.clone_at_self();
+        let put = tokio::spawn(async move { a.put("k", "stalled").await });
+        stall.hit().await;
+        for _ in 0..20 {
+            let free = sqlx::query("SELECT FROM ledger.head FOR UPDATE NOWAIT").execute(&mut conn).await;
+            if free.is_err() {
+                return (stall, put);
+            }
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+        stall.release();
+        let _ = put.await;
+    }
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -98,15 +121,7 @@ async fn a_holder_that_stalls_is_ended_and_does_no_harm() {
     let (_one, _two, a, b) = two_daemons(&db, &proxy, "500ms").await;
     a.put("k", "0").await.unwrap();
     b.token().await;
-    // The first daemon knows what the second wrote, or its statement would find the head moved and hold nothing.
-    a.put("k", "1").await.unwrap();
-    // Between Execute and Sync the server is `active`: the idle limit of the session never comes.
-    let stall = proxy.arm(Fault::stall().on("UPDATE ledger.head"));
-    let stalled = tokio::spawn({
-        let a = a.clone_at_self();
-        async move { a.put("k", "stalled").await }
-    });
-    stall.hit().await;
+    let (stall, stalled) = stalled_put(&db, &proxy, &a).await;
     let began = tokio::time::Instant::now();
     b.put("k", "went on").await.expect("the other daemon goes on");
     assert!(began.elapsed() < Duration::from_secs(4), "took {:?}", began.elapsed());
@@ -132,20 +147,9 @@ async fn only_the_one_that_stalls_is_ended_not_those_that_wait_with_us() {
     let three = Launch::beside(&one, db.url()).env("SOP__LEDGER__LOCK_WAIT", "2s").start().await;
     let a = Client::of(&one);
     a.token().await;
-    // A statement that finds the head moved holds nothing: the others write what they write as they start.
-    let mut conn = db.connect().await;
-    loop {
-        let before = a.put("k", "0").await.unwrap();
-        tokio::time::sleep(Duration::from_millis(300)).await;
-        let head: i64 = sqlx::query_scalar("SELECT index FROM ledger.head").fetch_one(&mut conn).await.unwrap();
-        if head == before {
-            break;
-        }
-    }
-    let stall = proxy.arm(Fault::stall().on("UPDATE ledger.head"));
-    let (a1, b, c) = (a.clone_at_self(), a.clone_at(&two.url), a.clone_at(&three.url));
-    let stalled = tokio::spawn(async move { a1.put("k", "stalled").await });
-    stall.hit().await;
+    a.put("k", "0").await.unwrap();
+    let (stall, stalled) = stalled_put(&db, &proxy, &a).await;
+    let (b, c) = (a.clone_at(&two.url), a.clone_at(&three.url));
     let (x, y) = tokio::join!(b.put("k", "two"), c.put("k", "three"));
     x.and(y).expect("both others go on");
     stall.release();
