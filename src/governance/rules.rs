@@ -106,6 +106,9 @@ impl Rules {
                 break;
             }
         }
+        // Each is looked up on the writer's thread, and questions of one caller rest on much the same.
+        depends.sort_unstable();
+        depends.dedup();
         self.count("api", answers.first().map_or(&[], |a| &a.bundles[..]), denied.is_none());
         let shown = denied.and_then(|i| asks.get(i)).or(asks.first());
         let decision = shown.map(|ask| Decision {
