@@ -253,7 +253,7 @@ mod tests {
         let all: Vec<Sealed> = (0..n)
             .map(|i| {
                 let time = Timestamp::from_millis(1_700_000_000_000 + i);
-                Entry::ok("state:put", format!("key/{i}")).seal(&Caller::daemon("t"), time).unwrap()
+                Entry::ok("state:put", format!("key/{i}")).seal(&Caller::daemon("t"), time, [7; 32])
             })
             .collect();
         let hashes: Vec<Hash> = all.iter().map(|s| s.hash).collect();

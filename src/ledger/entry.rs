@@ -7,9 +7,9 @@
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
+use crate::kernel::Timestamp;
 use crate::kernel::crypto::{self, Domain, Hash};
 use crate::kernel::web::{Caller, Decision, EntityName};
-use crate::kernel::{Refusal, Timestamp};
 
 use super::touch::Touch;
 
@@ -273,11 +273,9 @@ pub fn body(commitment: &Hash, segment: Option<&Hash>) -> Hash {
 }
 
 impl Entry {
-    /// Makes the bytes: details, commitment, leaf, hash.
-    ///
-    /// # Errors
-    /// When the operating system has no random bytes.
-    pub fn seal(self, caller: &Caller, time: Timestamp) -> Result<Sealed, Refusal> {
+    /// Makes the bytes: details, commitment (with a random `salt` of its own), leaf, hash.
+    #[must_use]
+    pub fn seal(self, caller: &Caller, time: Timestamp, salt: [u8; 32]) -> Sealed {
         let request = caller.request();
         let mut details = Object::new();
         details.member("actor", &caller.actor());
@@ -307,7 +305,6 @@ impl Entry {
             details.member("via", &caller.via());
         }
         let details = details.end();
-        let salt = crypto::random::<32>()?;
         let segment = self.segment.map(|s| s.root);
         let body = body(&commitment(&salt, &details), segment.as_ref());
         let room = self.action.split(':').next().unwrap_or(self.action);
@@ -321,7 +318,7 @@ impl Entry {
         let leaf = leaf.end();
         debug_assert!(leaf.len() <= LEAF_MAX);
         let hash = crypto::hash(Domain::Leaf, &[&leaf]);
-        Ok(Sealed { leaf, hash, salt, details, segment, touched: Touch::encode(&self.touched) })
+        Sealed { leaf, hash, salt, details, segment, touched: Touch::encode(&self.touched) }
     }
 }
 
@@ -401,11 +398,11 @@ mod tests {
         assert_eq!(written, canonical(&expected));
         let entry = Entry::ok("a:b", "c/d").reason("r").signal("info", "f").change("z", 1).change("a", "x");
         let segment = Segment { root: [7; 32], count: 3, hashes: Vec::new() };
-        let sealed = entry
-            .segment(segment)
-            .with_decision(Some(written))
-            .seal(&Caller::daemon("test"), Timestamp::from_millis(0))
-            .unwrap();
+        let sealed = entry.segment(segment).with_decision(Some(written)).seal(
+            &Caller::daemon("test"),
+            Timestamp::from_millis(0),
+            [7; 32],
+        );
         let details: Value = serde_json::from_slice(&sealed.details).unwrap();
         assert_eq!(canonical(&details), sealed.details);
         assert_eq!((details["records"].as_i64(), &details["decision"]["at"]), (Some(3), &json!(7)));
@@ -415,7 +412,7 @@ mod tests {
     fn the_leaf_commits_to_the_details() {
         let now = Timestamp::from_millis(1_700_000_000_123);
         let entry = Entry::ok("state:put", "key/a").change("size", 3).reason("a\u{0}\u{1f}\"\\/é");
-        let sealed = entry.seal(&Caller::daemon("test"), now).unwrap();
+        let sealed = entry.seal(&Caller::daemon("test"), now, [7; 32]);
         let leaf: Value = serde_json::from_slice(&sealed.leaf).unwrap();
         assert_eq!(leaf["room"], "state");
         assert_eq!(leaf["time"], "2023-11-14T22:13:20.123Z");

@@ -9,7 +9,7 @@ use sqlx::PgConnection;
 use tokio::sync::oneshot;
 use uuid::Uuid;
 
-use crate::kernel::crypto::MasterKey;
+use crate::kernel::crypto::{self, MasterKey};
 use crate::kernel::problem;
 use crate::kernel::web::{Caller, Permit};
 use crate::kernel::{BoxFuture, Refusal, Timestamp};
@@ -84,6 +84,8 @@ pub(super) struct Ticket<C: Command> {
     permit: Permit,
     /// The decision as the record keeps it.
     decision: Option<Vec<u8>>,
+    /// Of its entry; drawn before it queues, so that the writer need not ask the system for each.
+    salt: Result<[u8; 32], Refusal>,
     keyed: bool,
     /// The proposal that the change rests on, and who uses it up.
     approved: Option<(Uuid, Arc<dyn Approvals>)>,
@@ -97,8 +99,8 @@ impl<C: Command> Ticket<C> {
     pub fn new(command: C, caller: Caller, permit: Permit, keyed: bool) -> (Box<Self>, oneshot::Receiver<Heard<C>>) {
         let (reply, heard) = oneshot::channel();
         let decision = permit.decision.as_ref().map(entry::decided);
-        let state = State::Waiting;
-        (Box::new(Self { command, caller, permit, decision, keyed, approved: None, state, reply }), heard)
+        let (salt, state) = (crypto::random(), State::Waiting);
+        (Box::new(Self { command, caller, permit, decision, salt, keyed, approved: None, state, reply }), heard)
     }
 
     /// It rests on this proposal.
@@ -116,6 +118,10 @@ impl<C: Command> Ticket<C> {
         }
         approvals.spend(tx, proposal).await?;
         Ok((value, entry.change("proposal", proposal.to_string())))
+    }
+
+    fn seal(&self, entry: Entry, time: Timestamp) -> Result<Sealed, Refusal> {
+        Ok(entry.with_decision(self.decision.clone()).seal(&self.caller, time, self.salt.clone()?))
     }
 
     async fn execute(&mut self, tx: &mut Tx<'_>, means: &Means) -> Result<Option<Sealed>, Failure> {
@@ -147,7 +153,7 @@ impl<C: Command> Ticket<C> {
             Ok((value, entry)) => {
                 let nothing = entry.is_nothing();
                 let (index, time) = (tx.index() - i64::from(nothing), tx.now());
-                let sealed = entry.with_decision(self.decision.clone()).seal(&self.caller, time)?;
+                let sealed = self.seal(entry, time)?;
                 if let Some(key) = &key {
                     let raw = serde_json::value::to_raw_value(&value).map_err(Refusal::internal)?;
                     let outcome = seal_outcome(master, &Stored::Ok(raw))?;
@@ -227,7 +233,7 @@ impl<C: Command> Job for Ticket<C> {
                 Ok(None)
             }
             Ok(DecidedMany { value, entry, after, rows }) => {
-                let sealed = entry.with_decision(self.decision.clone()).seal(&self.caller, at.now)?;
+                let sealed = self.seal(entry, at.now)?;
                 self.state = State::Done(Committed { index: at.index, time: at.now, value, replayed: false });
                 Ok(Some(Made { sealed, after, rows }))
             }

@@ -49,7 +49,7 @@ impl Touch {
     /// For the column: per touch, the kind's length and bytes, a tag, the key's length (u32) and bytes.
     #[must_use]
     pub fn encode(touches: &[Self]) -> Vec<u8> {
-        let mut out = Vec::new();
+        let mut out = Vec::with_capacity(touches.len() * 32);
         for t in touches {
             let (tag, key): (u8, &[u8]) = match &t.what {
                 What::Key(k) => (b'k', k),
