@@ -13,6 +13,42 @@ use super::touch::{Touched, What};
 /// Facts of one kind: what each key is, or that there is none.
 type Kind = HashMap<Vec<u8>, Option<Fact>>;
 
+/// Facts by kind: there are a dozen kinds, and who looks at them one after the other finds one sooner than by its hash.
+#[derive(Default)]
+struct Kinds(Vec<(&'static str, Kind)>);
+
+impl Kinds {
+    fn get(&self, kind: &str) -> Option<&Kind> {
+        self.0.iter().find(|(k, _)| *k == kind).map(|(_, facts)| facts)
+    }
+
+    fn get_mut(&mut self, kind: &str) -> Option<&mut Kind> {
+        self.0.iter_mut().find(|(k, _)| *k == kind).map(|(_, facts)| facts)
+    }
+
+    /// Sets a fact; whether nothing was known of it.
+    fn set(&mut self, kind: &'static str, key: Vec<u8>, fact: Option<Fact>) -> bool {
+        match self.get_mut(kind) {
+            Some(facts) => facts.insert(key, fact).is_none(),
+            None => {
+                self.0.push((kind, Kind::from([(key, fact)])));
+                true
+            }
+        }
+    }
+
+    fn forget(&mut self, touched: &Touched) {
+        let Some(facts) = self.get_mut(&touched.kind) else { return };
+        match &touched.what {
+            What::Key(key) => {
+                facts.remove(key);
+            }
+            What::Prefix(prefix) => facts.retain(|key, _| !key.starts_with(prefix)),
+            What::All => facts.clear(),
+        }
+    }
+}
+
 /// How many facts a generation takes. Two are held, so at most twice as many.
 const GENERATION: usize = 65_536;
 
@@ -20,9 +56,9 @@ const GENERATION: usize = 65_536;
 pub(super) struct Known {
     present: Arc<Present>,
     /// What was used last.
-    young: HashMap<&'static str, Kind>,
+    young: Kinds,
     /// What was used before the young ones filled a generation; forgotten when they do so again.
-    old: HashMap<&'static str, Kind>,
+    old: Kinds,
     count: usize,
 }
 
@@ -30,7 +66,7 @@ impl Known {
     /// Nothing, at a place that the writer has just found.
     pub fn nothing(present: Arc<Present>) -> Self {
         present.begin();
-        Self { present, young: HashMap::new(), old: HashMap::new(), count: 0 }
+        Self { present, young: Kinds::default(), old: Kinds::default(), count: 0 }
     }
 
     /// Takes note of what an entry of the record touched: there may be a fact now that was not there before.
@@ -38,12 +74,17 @@ impl Known {
         self.present.touched(touched);
     }
 
+    /// How often it forgot what it had heard.
+    pub fn begun(&self) -> u64 {
+        self.present.begun()
+    }
+
     fn get(&self, kind: &'static str, key: &[u8]) -> Option<&Option<Fact>> {
         self.young.get(kind).and_then(|k| k.get(key)).or_else(|| self.old.get(kind).and_then(|k| k.get(key)))
     }
 
     fn set(&mut self, kind: &'static str, key: Vec<u8>, fact: Option<Fact>) {
-        if self.young.entry(kind).or_default().insert(key, fact).is_none() {
+        if self.young.set(kind, key, fact) {
             self.count += 1;
         }
         if self.count >= GENERATION {
@@ -55,26 +96,15 @@ impl Known {
     /// Forgets what somebody else changed.
     pub fn drop(&mut self, touched: &Touched) {
         for generation in [&mut self.young, &mut self.old] {
-            forget(generation, touched);
+            generation.forget(touched);
         }
-    }
-}
-
-fn forget(facts: &mut HashMap<&'static str, Kind>, touched: &Touched) {
-    let Some(kind) = facts.get_mut(touched.kind.as_str()) else { return };
-    match &touched.what {
-        What::Key(key) => {
-            kind.remove(key);
-        }
-        What::Prefix(prefix) => kind.retain(|key, _| !key.starts_with(prefix)),
-        What::All => kind.clear(),
     }
 }
 
 /// What a turn read and decided: merged when it committed, thrown away when it did not (rule 4).
 #[derive(Default)]
 pub(super) struct Overlay {
-    changed: HashMap<&'static str, Kind>,
+    changed: Kinds,
     /// What an `apply` of this turn touched: what was known of it is known no more (rule 5).
     dropped: Vec<Touched>,
 }
@@ -98,19 +128,19 @@ impl Overlay {
 
     /// Takes note of what was read or decided.
     pub fn set(&mut self, kind: &'static dyn Hot, key: Vec<u8>, fact: Option<Fact>) {
-        self.changed.entry(kind.name()).or_default().insert(key, fact);
+        self.changed.set(kind.name(), key, fact);
     }
 
     /// Takes note of what was changed by SQL.
     pub fn drop(&mut self, touched: Vec<Touched>) {
-        touched.iter().for_each(|t| forget(&mut self.changed, t));
+        touched.iter().for_each(|t| self.changed.forget(t));
         self.dropped.extend(touched);
     }
 
     /// The turn committed: what it knew is known.
     pub fn merge(self, known: &mut Known) {
         self.dropped.iter().for_each(|t| known.drop(t));
-        for (kind, facts) in self.changed {
+        for (kind, facts) in self.changed.0 {
             for (key, fact) in facts {
                 known.set(kind, key, fact);
             }
@@ -189,6 +219,6 @@ mod tests {
         assert_eq!((seen(&turn, &known, "k/1"), seen(&turn, &known, "j")), (None, Some(Some(2))));
         touched(Touch::all(KIND)).iter().for_each(|t| known.drop(t));
         assert_eq!(seen(&turn, &known, "j"), None);
-        assert!(known.old.values().chain(known.young.values()).all(HashMap::is_empty));
+        assert!(known.old.0.iter().chain(&known.young.0).all(|(_, facts)| facts.is_empty()));
     }
 }

@@ -34,7 +34,6 @@ use super::job::Job;
 use super::known::Known;
 use super::merkle::Frontier;
 use super::store::{self, Head};
-use super::touch::Touched;
 
 use gather::Gather;
 use recover::{Settled, Unknown};
@@ -323,22 +322,20 @@ impl Writer {
     fn advance_place(&mut self, run: Run) -> Option<News> {
         let place = self.place.as_mut()?;
         let after = place.index;
-        let done = run.done();
-        let mut news = Vec::with_capacity(done.touched.len());
-        for (i, column) in done.touched.iter().enumerate() {
-            let index = after + 1 + i as i64;
-            let touched = Touched::decode(column).unwrap_or_default();
+        let done = run.done(&place.known);
+        let entries = done.touched.len();
+        let mut news = Vec::with_capacity(entries);
+        for (index, touched) in (after + 1..).zip(done.touched) {
             place.authz.note(index, &touched);
-            touched.iter().for_each(|t| place.known.heard(t));
             news.extend(touched.into_iter().map(|t| (index, t)));
         }
         done.overlay.merge(&mut place.known);
-        place.index = after + done.touched.len() as i64;
+        place.index = after + entries as i64;
         place.time = done.time;
         place.frontier = done.frontier;
         (place.index > after).then(|| {
             self.shared.head.store(place.index, Ordering::Release);
-            self.shared.metrics.entries.inc_by(done.touched.len() as u64);
+            self.shared.metrics.entries.inc_by(entries as u64);
             News { after, to: place.index, touched: news, began: self.began }
         })
     }

@@ -58,9 +58,13 @@ impl Writer {
     }
 
     async fn advance(&mut self, s: &mut Session, jobs: Vec<Box<dyn Job>>, mut run: Run) -> Tried {
+        let Some(place) = self.place.as_ref() else { return locked(jobs) };
         let batch = run.batch();
         let wrote = store::advance(&mut s.conn, &self.shared.texts, &batch);
-        match self.shared.unblocked(s.backend, wrote).await {
+        let wrote = self.shared.unblocked(s.backend, wrote);
+        // In this order: the statement is sent first.
+        let (wrote, ()) = tokio::join!(biased; wrote, async { run.foresee(&place.known) });
+        match wrote {
             Ok(true) => {
                 self.shared.metrics.optimistic.inc();
                 let news = self.advance_place(run);

@@ -10,7 +10,7 @@ use crate::ledger::entry::Sealed;
 use crate::ledger::facts::AuthzFacts;
 use crate::ledger::hot::{At, Hot, HotKeys, Made, Rows, Texts};
 use crate::ledger::job::Job;
-use crate::ledger::known::Overlay;
+use crate::ledger::known::{Known, Overlay};
 use crate::ledger::merkle::Frontier;
 use crate::ledger::store::{self, Batch};
 use crate::ledger::touch::Touched;
@@ -30,6 +30,9 @@ pub(super) struct Run {
     rows: Rows,
     /// The column `touched` of all its entries.
     touched: Vec<Vec<u8>>,
+    /// The same read back, once its statement is on its way, and how often what is known had forgotten what it heard when it heard
+    /// of it.
+    foreseen: Option<(Vec<Vec<Touched>>, u64)>,
     overlay: Overlay,
     /// Rows were written by a command itself.
     wrote: bool,
@@ -38,7 +41,7 @@ pub(super) struct Run {
 
 /// What the place takes over from a run that committed.
 pub(super) struct Done {
-    pub touched: Vec<Vec<u8>>,
+    pub touched: Vec<Vec<Touched>>,
     pub overlay: Overlay,
     pub time: Timestamp,
     pub frontier: Frontier,
@@ -56,6 +59,7 @@ impl Run {
             entries: Vec::new(),
             rows: Rows::default(),
             touched: Vec::new(),
+            foreseen: None,
             overlay: Overlay::default(),
             wrote: false,
             tell,
@@ -79,8 +83,24 @@ impl Run {
         !self.touched.is_empty()
     }
 
-    pub fn done(self) -> Done {
-        Done { touched: self.touched, overlay: self.overlay, time: self.time, frontier: self.frontier }
+    /// Does what can be done before it has committed: to be called while its statement is on its way, and the writer would only
+    /// wait. To hear of what then does not come to be does no harm.
+    pub fn foresee(&mut self, known: &Known) {
+        let begun = known.begun();
+        let touched: Vec<Vec<Touched>> =
+            self.touched.iter().map(|column| Touched::decode(column).unwrap_or_default()).collect();
+        touched.iter().flatten().for_each(|t| known.heard(t));
+        self.foreseen = Some((touched, begun));
+    }
+
+    /// It has committed.
+    pub fn done(mut self, known: &Known) -> Done {
+        // What was heard before may be forgotten, and was not yet there for whoever read it again.
+        if self.foreseen.as_ref().is_none_or(|(_, begun)| *begun != known.begun()) {
+            self.foresee(known);
+        }
+        let touched = self.foreseen.take().map(|(touched, _)| touched).unwrap_or_default();
+        Done { touched, overlay: self.overlay, time: self.time, frontier: self.frontier }
     }
 
     fn next(&self) -> At {
@@ -221,5 +241,36 @@ impl Writer {
         }
         run.flush(conn, texts).await.map_err(|e| (0, e))?;
         Ok(run)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+
+    use super::*;
+    use crate::ledger::hot::ENTRIES;
+    use crate::ledger::present::Present;
+    use crate::ledger::touch::Touch;
+
+    #[test]
+    fn what_was_heard_before_its_commit_is_heard_again_if_it_was_forgotten_meanwhile() {
+        let present = Arc::new(Present::new(&ENTRIES, prometheus::IntCounter::new("spared", "in this test").unwrap()));
+        let (time, known) = (Timestamp::from_millis(0), Known::nothing(present.clone()));
+        let place = Place { index: 6, time, frontier: Frontier::default(), authz: AuthzFacts::from(6), known };
+        for forgotten in [false, true] {
+            let mut run = Run::new(&place, time, false);
+            run.touched.push(Touch::encode(&[Touch::key("entry", "k")]));
+            run.foresee(&place.known);
+            if forgotten {
+                present.begin();
+            }
+            present.filled();
+            assert_eq!(present.lacks("entry", b"k"), forgotten);
+            let done = run.done(&place.known);
+            present.filled();
+            assert!(!present.lacks("entry", b"k"));
+            assert_eq!(done.touched.len(), 1);
+        }
     }
 }
