@@ -27,7 +27,7 @@ use super::leases::{number, seconds};
 use super::model::Item;
 use super::range::{Found, Range};
 use super::store::leases as lease_rows;
-use super::txn::{Lease, Op, Outcome, Put, Txn};
+use super::txn::{Lease, Op, Outcome, Put, Told, Txn};
 use super::{State, kv, store};
 
 use messages::{
@@ -123,7 +123,7 @@ fn ranged(range: &Range, found: &Found) -> Map<String, Value> {
 }
 
 /// What an operation came to, as a transaction's answer has it.
-fn tell(outcome: &Outcome<'_>, index: i64) -> Value {
+fn tell(outcome: &Outcome<'_>, index: i64) -> Told {
     let (name, mut m) = match outcome {
         Outcome::Put { before, .. } => {
             let m = before.map(|before| ("prev_kv".to_owned(), kv(before))).into_iter().collect();
@@ -138,7 +138,7 @@ fn tell(outcome: &Outcome<'_>, index: i64) -> Value {
         Outcome::Get { range, found } => ("response_range", ranged(range, found)),
     };
     m.insert("header".into(), json!({"revision": index.to_string()}));
-    json!({name: m})
+    Told::Other(json!({name: m}))
 }
 
 /// What is not there is a lease: there is nothing else that must be.
@@ -163,8 +163,8 @@ impl State {
     async fn alone(&self, caller: &Caller, op: Op) -> Result<(i64, Map<String, Value>), Refusal> {
         let txn = Txn::new(Vec::new(), vec![op], Vec::new(), tell);
         let (index, answered) = self.txn(caller, txn).await?;
-        let only =
-            answered.results.into_iter().next().and_then(|r| r.as_object()?.values().next()?.as_object().cloned());
+        let only = answered.results.into_iter().next().map(Told::into_json);
+        let only = only.and_then(|r| r.as_object()?.values().next()?.as_object().cloned());
         Ok((index, only.unwrap_or_default()))
     }
 }
@@ -221,7 +221,7 @@ async fn txn(Room(state): Room<State>, caller: Caller, Message(asked): Message<T
         body.insert("succeeded".into(), true.into());
     }
     if !answered.results.is_empty() {
-        body.insert("responses".into(), answered.results.into());
+        body.insert("responses".into(), answered.results.into_iter().map(Told::into_json).collect());
     }
     Ok(reply(&state, index, body))
 }

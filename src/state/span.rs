@@ -78,9 +78,13 @@ impl std::fmt::Display for Span {
 /// what begins alike does so here too: a policy about `arp/*` is about all keys under `arp/`, be they names or not.
 #[must_use]
 pub(super) fn shown(key: &[u8]) -> String {
+    let plain = |b: &u8| b.is_ascii_alphanumeric() || b"._:-/".contains(b);
+    if let Some(name) = std::str::from_utf8(key).ok().filter(|_| key.iter().all(plain)) {
+        return name.to_owned();
+    }
     let mut out = String::with_capacity(key.len());
     for b in key {
-        if b.is_ascii_alphanumeric() || b"._:-/".contains(b) {
+        if plain(b) {
             out.push(char::from(*b));
         } else {
             let _ = write!(out, "%{b:02X}");

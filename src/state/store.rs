@@ -6,7 +6,7 @@ pub(super) mod locks;
 pub(super) mod ranges;
 pub(super) mod txn;
 
-use std::collections::HashMap;
+use std::collections::HashSet;
 
 use sqlx::postgres::PgRow;
 use sqlx::{PgConnection, Row as _};
@@ -198,8 +198,9 @@ pub(super) fn parts(columns: &[Column]) -> &'static str {
 /// The columns of changes; the keys that are deleted last, if there are any.
 pub(super) fn columns(changes: Vec<Change>) -> Vec<Column> {
     // The later of two wins.
-    let last: HashMap<&[u8], i64> = changes.iter().map(|c| (c.item.key.as_slice(), c.item.index)).collect();
-    let is_last: Vec<bool> = changes.iter().map(|c| last.get(c.item.key.as_slice()) == Some(&c.item.index)).collect();
+    let mut later = HashSet::with_capacity(changes.len());
+    let mut is_last: Vec<bool> = changes.iter().rev().map(|c| later.insert(c.item.key.as_slice())).collect();
+    is_last.reverse();
     let gone = changes.iter().zip(&is_last).filter(|(c, last)| c.deleted && **last).map(|(c, _)| c.item.key.clone());
     let gone: Vec<Vec<u8>> = gone.collect();
     let ints = |of: fn(&Change) -> i64| Column::Ints(changes.iter().map(of).collect());

@@ -4,11 +4,12 @@ mod ahead;
 mod doing;
 mod hot;
 mod request;
+mod standings;
 
 use std::collections::HashSet;
 
 use serde::{Deserialize, Serialize};
-use serde_json::Value;
+use serde_json::{Value, json};
 use sqlx::PgConnection;
 use uuid::Uuid;
 
@@ -18,7 +19,7 @@ use crate::ledger::hot::{At, DecidedMany, Fact, HotKeys};
 use crate::ledger::{Command, Entry, Failure, Tx};
 
 use super::leases::number;
-use super::model::Item;
+use super::model::{Item, Written};
 use super::range::{Found, Range};
 use super::span::{Span, shown};
 use super::store::txn::{self as rows, Compared};
@@ -150,8 +151,26 @@ pub(super) enum Outcome<'a> {
     Get { range: &'a Range, found: &'a Found },
 }
 
+/// What an operation came to, as the answer has it. Of a put, which there are most of, only what is to be said: it is written by
+/// who asked, not on the writer's thread.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(untagged)]
+pub(super) enum Told {
+    Put { put: Written },
+    Other(Value),
+}
+
+impl Told {
+    pub fn into_json(self) -> Value {
+        match self {
+            Self::Put { put } => json!({"put": put}),
+            Self::Other(told) => told,
+        }
+    }
+}
+
 /// How it is told: of the operation, and the index its changes stand at so far.
-pub(super) type Tell = fn(&Outcome<'_>, i64) -> Value;
+pub(super) type Tell = fn(&Outcome<'_>, i64) -> Told;
 
 /// A transaction.
 #[derive(Clone, Debug)]
@@ -176,7 +195,7 @@ pub(super) struct Answered {
     pub index: i64,
     /// Of each operation, in order: `{"put": ...}`, `{"delete": ...}`, `{"get": ...}`
     #[schema(value_type = Vec<Object>)]
-    pub results: Vec<Value>,
+    pub results: Vec<Told>,
     /// Nothing was done: what was read ahead has changed.
     #[serde(skip)]
     again: bool,
@@ -190,6 +209,15 @@ impl Put {
 }
 
 impl Op {
+    /// Its key, if it is about one.
+    fn key(&self) -> Option<&[u8]> {
+        match self {
+            Self::Put(put) => Some(put.key.as_slice()),
+            Self::Delete(delete) => delete.keys.single(),
+            Self::Get(range) => range.keys.single(),
+        }
+    }
+
     /// What it asks for. To be told what a key was is to get it.
     fn asks(&self) -> Vec<Ask> {
         let read = |keys: &Span| keys.ask("state:get", "state:list");
@@ -222,13 +250,10 @@ impl Txn {
     pub fn asks(&self) -> Vec<Ask> {
         let compared = self.compares.iter().map(|c| c.keys.ask("state:get", "state:list"));
         let done = self.then.iter().chain(&self.otherwise).flat_map(Op::asks);
-        let (mut seen, mut order) = (HashSet::new(), Vec::new());
-        for ask in compared.chain(done) {
-            if seen.insert((ask.action, ask.name.clone())) {
-                order.push(ask);
-            }
-        }
-        order
+        let all: Vec<Ask> = compared.chain(done).collect();
+        let mut seen = HashSet::with_capacity(all.len());
+        let first: Vec<bool> = all.iter().map(|ask| seen.insert((ask.action, ask.name.as_str()))).collect();
+        all.into_iter().zip(first).filter_map(|(ask, first)| first.then_some(ask)).collect()
     }
 
     /// Whether neither branch changes anything.

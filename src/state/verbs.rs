@@ -148,7 +148,7 @@ impl State {
         let PutBody { key, value, json, content_type, lease, if_match, if_none_match } = body;
         let condition = condition(if_match, if_none_match)?;
         let mut faults = Vec::new();
-        let put = PutOperation { key: key.clone(), value, json, content_type, lease }.check("", &mut faults);
+        let put = PutOperation { key: key.clone(), value, json, content_type, lease }.check(&"", &mut faults);
         if let Some(refusal) = faulty(faults) {
             return Err(refusal);
         }

@@ -23,7 +23,7 @@ async fn txn(
     caller: Caller,
     Json(request): Json<Request>,
 ) -> Result<Answer<Answered>, Refusal> {
-    let (index, answered) = state.txn(&caller, request.check()?).await?;
+    let (index, answered) = Box::pin(state.txn(&caller, request.check()?)).await?;
     Ok(Answer::ok(answered).at(index))
 }
 

@@ -17,31 +17,54 @@ use crate::state::store::{Standing, txn as rows};
 /// Of larger values none is read ahead, bytes.
 const SMALL: i32 = 64 * 1024;
 
-/// Keys, each as it was or not there.
+/// The keys it names, and those of them that were read.
 #[derive(Clone, Debug)]
-pub(super) struct Ahead(HashMap<Vec<u8>, Option<Arc<Item>>>);
+pub(super) struct Ahead {
+    /// All, in order, each once.
+    named: Arc<[Vec<u8>]>,
+    /// Each as it was or not there.
+    read: HashMap<Vec<u8>, Option<Arc<Item>>>,
+}
 
 impl Ahead {
+    /// All keys that the transaction names, in order, each once.
+    pub fn named(&self) -> &Arc<[Vec<u8>]> {
+        &self.named
+    }
+
     /// Whether all of them still stand where they stood.
     pub fn holds(&self, standing: impl Fn(&[u8]) -> Option<Standing>) -> bool {
-        self.0.iter().all(|(key, was)| standing(key).map(|s| s.index) == was.as_ref().map(|item| item.index))
+        self.read.iter().all(|(key, was)| standing(key).map(|s| s.index) == was.as_ref().map(|item| item.index))
     }
 
     /// What a key is.
     pub fn item(&self, key: &[u8]) -> Option<&Arc<Item>> {
-        self.0.get(key).and_then(Option::as_ref)
+        self.read.get(key).and_then(Option::as_ref)
     }
 
     /// What the operations before have made of a key, if it is looked at.
     pub fn set(&mut self, key: &[u8], item: impl FnOnce() -> Option<Item>) {
-        if let Some(was) = self.0.get_mut(key) {
+        if let Some(was) = self.read.get_mut(key) {
             *was = item().map(Arc::new);
         }
     }
 }
 
+/// In order, each once.
+fn distinct(mut keys: Vec<&[u8]>) -> Vec<&[u8]> {
+    keys.sort_unstable();
+    keys.dedup();
+    keys
+}
+
 impl Txn {
-    /// Keys of which it has to know more than where they stand, each once.
+    /// All keys that it names.
+    fn names(&self) -> Vec<&[u8]> {
+        let compared = self.compares.iter().filter_map(|c| c.keys.single());
+        distinct(compared.chain(self.then.iter().chain(&self.otherwise).filter_map(Op::key)).collect())
+    }
+
+    /// Keys of which it has to know more than where they stand.
     fn looks_at(&self) -> Vec<&[u8]> {
         let compared = self.compares.iter().filter(|c| matches!(c.target, Target::Value | Target::Lease));
         let done = self.then.iter().chain(&self.otherwise).filter_map(|op| match op {
@@ -49,10 +72,7 @@ impl Txn {
             Op::Delete(delete) => delete.keys.single().filter(|_| delete.before),
             Op::Get(range) => range.keys.single(),
         });
-        let mut keys: Vec<&[u8]> = compared.filter_map(|c| c.keys.single()).chain(done).collect();
-        keys.sort_unstable();
-        keys.dedup();
-        keys
+        distinct(compared.filter_map(|c| c.keys.single()).chain(done).collect())
     }
 }
 
@@ -70,7 +90,7 @@ impl State {
         if !locked && txn.of_single_keys() {
             txn.ahead = self.read_ahead(&txn).await;
         }
-        if txn.ahead.as_ref().is_some_and(|ahead| !ahead.0.is_empty()) {
+        if txn.ahead.as_ref().is_some_and(|ahead| !ahead.read.is_empty()) {
             // The command is gone with its answer.
             let answered = self.ledger.write(caller, asks, txn.clone()).await?.value;
             if !answered.again {
@@ -106,6 +126,6 @@ impl State {
                 found.insert(key.to_vec(), item);
             }
         }
-        Some(Ahead(found))
+        Some(Ahead { named: txn.names().into_iter().map(<[u8]>::to_vec).collect(), read: found })
     }
 }

@@ -10,7 +10,8 @@ use crate::kernel::{Refusal, problem};
 use crate::ledger::{Entry, Failure, Touch, Tx};
 
 use super::ahead::Ahead;
-use super::{Delete, Lease, Op, Outcome, Put, Tell};
+use super::standings::Standings;
+use super::{Delete, Lease, Op, Outcome, Put, Tell, Told};
 use crate::state::kv::KEY;
 use crate::state::leases;
 use crate::state::model::{Change, Item};
@@ -44,7 +45,8 @@ async fn possible(conn: &mut PgConnection, branch: &[Op], owner: &str, known: &K
 /// What must be known before the first change: after it nothing may be refused.
 #[derive(Default)]
 pub(super) struct Known {
-    standings: HashMap<Vec<u8>, Standing>,
+    /// Of the keys that may change.
+    standings: Standings,
     /// Keys whose value, type or lease stays, or is told.
     items: HashMap<Vec<u8>, Item>,
     /// What is read of the past, by the operation's place.
@@ -53,8 +55,8 @@ pub(super) struct Known {
 
 impl Known {
     /// Only where keys stand.
-    pub fn standing(standings: impl Iterator<Item = (Vec<u8>, Standing)>) -> Self {
-        Self { standings: standings.collect(), ..Self::default() }
+    pub fn standing(standings: Standings) -> Self {
+        Self { standings, ..Self::default() }
     }
 
     pub async fn load(conn: &mut PgConnection, branch: &[Op], owner: &str, head: i64) -> Result<Self, Failure> {
@@ -73,7 +75,11 @@ impl Known {
             }
         }
         if !changed.is_empty() {
-            known.standings = store::standings(conn, &changed).await?.into_iter().collect();
+            changed.sort_unstable();
+            changed.dedup();
+            let found: HashMap<_, _> = store::standings(conn, &changed).await?.into_iter().collect();
+            let at = changed.iter().map(|key| found.get(key).copied()).collect();
+            known.standings = Standings::new(changed.into(), at);
         }
         if !whole.is_empty() {
             known.items = ranges::items(conn, &whole).await?.into_iter().map(|i| (i.key.clone(), i)).collect();
@@ -141,7 +147,7 @@ pub(super) struct Done {
     known: Known,
     index: i64,
     tell: Tell,
-    results: Vec<Value>,
+    results: Vec<Told>,
     /// Decided and not yet written.
     pending: Vec<Change>,
     touched: Vec<Touch>,
@@ -163,7 +169,7 @@ impl Done {
     }
 
     pub fn put(&mut self, put: &Put) -> Result<(), Failure> {
-        let was = self.known.standings.get(&put.key).copied();
+        let was = self.known.standings.get(&put.key);
         let before = self.known.items.remove(&put.key);
         let kept = || before.as_ref().ok_or_else(|| Refusal::internal("a key that is kept was not read"));
         let (value, content_type) = match &put.value {
@@ -176,7 +182,7 @@ impl Done {
         };
         let (created_index, version) = was.map_or((self.index, 1), |w| (w.created_index, w.version + 1));
         let (key, index) = (put.key.clone(), self.index);
-        self.known.standings.insert(key.clone(), Standing { index, created_index, version });
+        self.known.standings.set(&key, Some(Standing { index, created_index, version }));
         let item = Item { key, index, created_index, version, content_type, value, lease };
         self.touched.push(Touch::key(KEY, put.key.clone()));
         self.put.push(shown(&put.key).into());
@@ -231,7 +237,7 @@ impl Done {
 
     /// How many went, and the index that it had.
     fn delete_key(&mut self, key: &[u8]) -> (i64, Option<i64>) {
-        let was = self.known.standings.remove(key);
+        let was = self.known.standings.set(key, None);
         if let Some(was) = was {
             self.touched.push(Touch::key(KEY, key));
             self.deleted.push(shown(key).into());
@@ -242,7 +248,12 @@ impl Done {
 
     /// Where a key stands by now.
     pub fn standing(&self, key: &[u8]) -> Option<Standing> {
-        self.known.standings.get(key).copied()
+        self.known.standings.get(key)
+    }
+
+    /// Where all keys stand by now, in their order.
+    pub fn standings(&self) -> impl Iterator<Item = Option<Standing>> {
+        self.known.standings.iter()
     }
 
     /// What is decided and not written.
@@ -257,7 +268,7 @@ impl Done {
             return Ok(0);
         }
         let deleted = rows::delete_span(tx.write(), keys, self.index).await?;
-        self.known.standings.retain(|key, _| !keys.contains(key));
+        self.known.standings.clear(keys);
         self.touched.push(Touch::prefix(KEY, keys.covering()));
         self.spans.insert(keys.to_string(), deleted.into());
         Ok(deleted)
@@ -278,7 +289,7 @@ impl Done {
         Ok(())
     }
 
-    pub fn entry(self, succeeded: bool) -> (Vec<Value>, Entry) {
+    pub fn entry(self, succeeded: bool) -> (Vec<Told>, Entry) {
         if self.touched.is_empty() {
             return (self.results, Entry::nothing());
         }

@@ -1,7 +1,6 @@
 //! Transactions that are decided in memory, and written with their neighbours in one statement: of single keys, on where they
 //! stand and what was read of them ahead. What asks for rows of keys, or puts on leases, runs SQL of its own.
 
-use std::collections::HashSet;
 use std::sync::Arc;
 
 use crate::kernel::Refusal;
@@ -10,6 +9,7 @@ use crate::ledger::{Entry, Failure};
 
 use super::ahead::Ahead;
 use super::doing::{Done, Known, READ_MOST, heavy};
+use super::standings::Standings;
 use super::{Answered, Compare, Lease, Op, Operand, Txn};
 use crate::state::kv::KEYS;
 use crate::state::model::Item;
@@ -27,28 +27,18 @@ impl Txn {
         self.compares.iter().all(|c| c.keys.single().is_some()) && self.then.iter().chain(&self.otherwise).all(single)
     }
 
-    /// All keys that it names, each once.
-    fn keys(&self) -> Vec<&[u8]> {
-        let compared = self.compares.iter().filter_map(|c| c.keys.single());
-        let mut seen = HashSet::new();
-        let all = compared.chain(self.then.iter().chain(&self.otherwise).filter_map(key));
-        all.filter(|key| seen.insert(*key)).collect()
-    }
-
     /// Where its keys stand, if that and what was read ahead is all it has to know.
     pub(super) fn decided_on(&self) -> Option<HotKeys> {
-        self.ahead.as_ref()?;
-        let keys = Some(self.keys()).filter(|keys| !keys.is_empty())?;
-        Some(HotKeys { kind: &KEYS, keys: keys.into_iter().map(<[u8]>::to_vec).collect() })
+        let keys = self.ahead.as_ref()?.named();
+        (!keys.is_empty()).then(|| HotKeys { kind: &KEYS, keys: keys.iter().cloned().collect() })
     }
 
     /// Decides it, on where its keys stand.
     pub(super) fn decided(&self, facts: &[Option<&Fact>], at: At) -> Result<DecidedMany<Answered>, Refusal> {
-        let keys = self.keys();
-        let standing = |fact: &Option<&Fact>| fact.and_then(|f| f.downcast_ref::<Standing>()).copied();
-        let known = keys.iter().zip(facts).filter_map(|(key, fact)| Some((key.to_vec(), standing(fact)?)));
-        let mut done = Done::new(Known::standing(known), at.index, self.tell);
         let mut ahead = self.ahead.clone().ok_or_else(|| Refusal::internal("nothing was read ahead"))?;
+        let standing = |fact: &Option<&Fact>| fact.and_then(|f| f.downcast_ref::<Standing>()).copied();
+        let standings = Standings::new(ahead.named().clone(), facts.iter().map(standing).collect());
+        let mut done = Done::new(Known::standing(standings), at.index, self.tell);
         if !ahead.holds(|key| done.standing(key)) {
             let value = Answered { succeeded: false, index: at.index - 1, results: Vec::new(), again: true };
             return Ok(DecidedMany {
@@ -71,7 +61,7 @@ impl Txn {
         for op in branch {
             done.one(op, &mut ahead).map_err(refusal)?;
         }
-        let after = keys.iter().map(|key| done.standing(key).map(|now| Arc::new(now) as Fact)).collect();
+        let after = done.standings().map(|at| at.map(|now| Arc::new(now) as Fact)).collect();
         let rows = done.changes().into_iter().map(|change| Box::new(change) as Row).collect();
         let (results, entry) = done.entry(succeeded);
         let index = if entry.is_nothing() { at.index - 1 } else { at.index };
@@ -91,15 +81,6 @@ fn compared(c: &Compare, done: &Done, ahead: &Ahead, key: &[u8]) -> Compared {
     Compared { index: was.index, created_index: was.created_index, version: was.version, value, lease }
 }
 
-/// The key of an operation.
-fn key(op: &Op) -> Option<&[u8]> {
-    match op {
-        Op::Put(put) => Some(put.key.as_slice()),
-        Op::Delete(delete) => delete.keys.single(),
-        Op::Get(range) => range.keys.single(),
-    }
-}
-
 /// What an operation gives the value of.
 fn told<'a>(op: &Op, ahead: &'a Ahead) -> Option<&'a Item> {
     let tells = match op {
@@ -107,7 +88,7 @@ fn told<'a>(op: &Op, ahead: &'a Ahead) -> Option<&'a Item> {
         Op::Delete(delete) => delete.before,
         Op::Get(range) => range.values,
     };
-    ahead.item(key(op).filter(|_| tells)?).map(Arc::as_ref)
+    ahead.item(op.key().filter(|_| tells)?).map(Arc::as_ref)
 }
 
 fn refusal(failure: Failure) -> Refusal {

@@ -1,5 +1,7 @@
 //! A transaction as it is sent, and what is wrong with it.
 
+use std::fmt::Display;
+
 use serde::{Deserialize, Deserializer};
 use serde_json::value::RawValue;
 use serde_json::{Map, Value, json};
@@ -12,7 +14,7 @@ use crate::kernel::{Fault, Refusal};
 use super::super::model::{Written, key_fault, prefix_fault, put_key};
 use super::super::range::Range;
 use super::super::span::{Span, shown};
-use super::{Compare, Delete, Lease, Op, Operand, Outcome, Put, Relation, Target, Txn};
+use super::{Compare, Delete, Lease, Op, Operand, Outcome, Put, Relation, Target, Told, Txn};
 
 /// Conditions, and operations of a branch, at most.
 pub(super) const MOST: usize = 128;
@@ -158,12 +160,12 @@ impl Condition {
 /// The operations of a branch. No key is changed twice: what would stand at its end, and what history would say of the index,
 /// would not be one thing.
 fn branch(name: &str, operations: Vec<Operation>, faults: &mut Vec<Fault>) -> Vec<Op> {
-    let mut ops: Vec<Op> = Vec::new();
+    let mut ops: Vec<Op> = Vec::with_capacity(operations.len());
     for (i, operation) in operations.into_iter().enumerate() {
-        let at = format!("/{name}/{i}");
-        let Some(op) = operation.check(&at, faults) else { continue };
+        let Some(op) = operation.check(&format_args!("/{name}/{i}"), faults) else { continue };
         if ops.iter().any(|before| clash(before, &op)) {
-            faults.push(Fault::new(at, "a key is changed at most once in a transaction"));
+            let detail = "a key is changed at most once in a transaction";
+            faults.push(Fault::new(format!("/{name}/{i}"), detail));
         }
         ops.push(op);
     }
@@ -171,20 +173,20 @@ fn branch(name: &str, operations: Vec<Operation>, faults: &mut Vec<Fault>) -> Ve
 }
 
 fn clash(a: &Op, b: &Op) -> bool {
-    let changed = |op: &Op| match op {
-        Op::Get(_) => None,
-        Op::Put(put) => Some(Span::one(put.key.clone())),
-        Op::Delete(delete) => Some(delete.keys.clone()),
-    };
-    matches!((changed(a), changed(b)), (Some(a), Some(b)) if a.overlaps(&b))
+    match (a, b) {
+        (Op::Get(_), _) | (_, Op::Get(_)) => false,
+        (Op::Put(a), Op::Put(b)) => a.key == b.key,
+        (Op::Put(put), Op::Delete(delete)) | (Op::Delete(delete), Op::Put(put)) => delete.keys.contains(&put.key),
+        (Op::Delete(a), Op::Delete(b)) => a.keys.overlaps(&b.keys),
+    }
 }
 
 /// A key or a prefix: exactly one of them.
-fn which(key: Option<String>, prefix: Option<String>, at: &str, faults: &mut Vec<Fault>) -> Option<Span> {
+fn which(key: Option<String>, prefix: Option<String>, at: &dyn Display, faults: &mut Vec<Fault>) -> Option<Span> {
     let fault = match (&key, &prefix) {
         (Some(key), None) => key_fault(key).map(|f| (format!("{at}/key"), f)),
         (None, Some(prefix)) => prefix_fault(prefix).map(|f| (format!("{at}/prefix"), f)),
-        _ => Some((at.to_owned(), "`key` or `prefix` is wanted, one of them")),
+        _ => Some((at.to_string(), "`key` or `prefix` is wanted, one of them")),
     };
     if let Some((pointer, fault)) = fault {
         faults.push(Fault::new(pointer, fault));
@@ -194,11 +196,11 @@ fn which(key: Option<String>, prefix: Option<String>, at: &str, faults: &mut Vec
 }
 
 impl Operation {
-    fn check(self, at: &str, faults: &mut Vec<Fault>) -> Option<Op> {
+    fn check(self, at: &dyn Display, faults: &mut Vec<Fault>) -> Option<Op> {
         match self {
-            Self::Put(put) => put.check(&format!("{at}/put"), faults).map(Op::Put),
+            Self::Put(put) => put.check(&format_args!("{at}/put"), faults).map(Op::Put),
             Self::Delete(delete) => {
-                let keys = which(delete.key, delete.prefix, &format!("{at}/delete"), faults)?;
+                let keys = which(delete.key, delete.prefix, &format_args!("{at}/delete"), faults)?;
                 Some(Op::Delete(Delete { keys, before: false }))
             }
             Self::Get(get) => {
@@ -206,7 +208,7 @@ impl Operation {
                 if !(1..=GET_MOST).contains(&limit) {
                     faults.push(Fault::new(format!("{at}/get/limit"), "limit is from 1 to 1000"));
                 }
-                let keys = which(get.key, get.prefix, &format!("{at}/get"), faults)?;
+                let keys = which(get.key, get.prefix, &format_args!("{at}/get"), faults)?;
                 Some(Op::Get(Range { limit, values: !get.keys_only, ..Range::of(keys) }))
             }
         }
@@ -214,7 +216,7 @@ impl Operation {
 }
 
 impl PutOperation {
-    pub fn check(self, at: &str, faults: &mut Vec<Fault>) -> Option<Put> {
+    pub fn check(self, at: &dyn Display, faults: &mut Vec<Fault>) -> Option<Put> {
         if let Some(fault) = key_fault(&self.key) {
             faults.push(Fault::new(format!("{at}/key"), fault));
         }
@@ -232,7 +234,7 @@ impl PutOperation {
             }
             (None, Some(json)) => (json.get().as_bytes().to_vec(), "application/json"),
             _ => {
-                faults.push(Fault::new(at, "`value` or `json` is wanted, one of them"));
+                faults.push(Fault::new(at.to_string(), "`value` or `json` is wanted, one of them"));
                 return None;
             }
         };
@@ -243,12 +245,12 @@ impl PutOperation {
 }
 
 /// What an operation came to, as the answer has it.
-fn tell(outcome: &Outcome<'_>, _: i64) -> Value {
+fn tell(outcome: &Outcome<'_>, _: i64) -> Told {
     match outcome {
         Outcome::Put { item, .. } => {
             let (key, lease) = (shown(&item.key), item.lease.map(|l| l.to_string()));
             let (index, created_index, version) = (item.index, item.created_index, item.version);
-            json!({"put": Written { key, index, created_index, version, lease }})
+            Told::Put { put: Written { key, index, created_index, version, lease } }
         }
         Outcome::Delete { keys, deleted, previous, .. } => {
             let mut answer = Map::new();
@@ -260,11 +262,11 @@ fn tell(outcome: &Outcome<'_>, _: i64) -> Value {
             if let Some(previous) = previous {
                 answer.insert("previous_index".into(), (*previous).into());
             }
-            json!({"delete": answer})
+            Told::Other(json!({"delete": answer}))
         }
         Outcome::Get { range, found } => {
             let items: Vec<_> = found.items.iter().map(|i| i.to_json(range.values)).collect();
-            json!({"get": {"items": items, "more": found.more}})
+            Told::Other(json!({"get": {"items": items, "more": found.more}}))
         }
     }
 }
