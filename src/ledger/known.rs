@@ -13,7 +13,7 @@ use super::touch::{Touched, What};
 /// Facts of one kind: what each key is, or that there is none.
 type Kind = HashMap<Vec<u8>, Option<Fact>>;
 
-/// Facts by kind: there are a dozen kinds, and who looks at them one after the other finds one sooner than by its hash.
+/// Facts by kind. There are half a dozen kinds, so they are looked through.
 #[derive(Default)]
 struct Kinds(Vec<(&'static str, Kind)>);
 

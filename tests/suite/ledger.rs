@@ -31,7 +31,7 @@ async fn two_daemons(db: &Database, proxy: &Proxy, wait: &str) -> (Daemon, Daemo
 /// something of its own, holds nothing, and is let go.
 async fn stalled_put(db: &Database, proxy: &Proxy, a: &Client) -> (Armed, JoinHandle<Result<i64, String>>) {
     let mut conn = db.connect().await;
-    loop {
+    for _ in 0..10 {
         // Between Execute and Sync the server is `active`: the idle limit of the session never comes.
         let stall = proxy.arm(Fault::stall().on("UPDATE ledger.head"));
         let a = a.clone_at_self();
@@ -39,7 +39,8 @@ async fn stalled_put(db: &Database, proxy: &Proxy, a: &Client) -> (Armed, JoinHa
         stall.hit().await;
         for _ in 0..20 {
             let free = sqlx::query("SELECT FROM ledger.head FOR UPDATE NOWAIT").execute(&mut conn).await;
-            if free.is_err() {
+            let code = free.err().and_then(|e| e.as_database_error()?.code().map(|c| c.into_owned()));
+            if code.as_deref() == Some("55P03") {
                 return (stall, put);
             }
             tokio::time::sleep(Duration::from_millis(10)).await;
@@ -47,6 +48,7 @@ async fn stalled_put(db: &Database, proxy: &Proxy, a: &Client) -> (Armed, JoinHa
         stall.release();
         let _ = put.await;
     }
+    panic!("the head moved before each of ten puts");
 }
 
 #[tokio::test(flavor = "multi_thread")]
