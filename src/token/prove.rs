@@ -27,11 +27,18 @@ pub(super) struct Proven {
     pub registered: Arc<Registered>,
     /// The assertion it used.
     pub assertion: Option<Once>,
-    /// The index this daemon reflected before it looked.
+    /// The index as of which it has: what ended the client's tokens up to it does not end one that is given now.
     pub at: i64,
 }
 
 impl Proven {
+    /// `reflected` is the index this daemon reflected before it looked. A registration is shown a moment before the daemon says
+    /// that it reflects its index (other projections follow first), so it may be of a later one.
+    fn new(registered: Arc<Registered>, assertion: Option<Once>, reflected: i64) -> Self {
+        let at = reflected.max(registered.index);
+        Self { registered, assertion, at }
+    }
+
     pub fn client(&self) -> &Client {
         &self.registered.client
     }
@@ -179,7 +186,7 @@ impl Token {
         let shown = crypto::sha256(secret.as_bytes());
         let good = crypto::same(kept, &shown) | crypto::same(before, &shown);
         let fits = |r: &Arc<Registered>| good && !r.disabled && r.client.auth_method != AuthMethod::PrivateKeyJwt;
-        found.filter(fits).map(|registered| Proven { registered, assertion: None, at })
+        found.filter(fits).map(|registered| Proven::new(registered, None, at))
     }
 
     /// Checks a client assertion (RFC 7523, 3). Whether it was used before is seen when it is used.
@@ -225,7 +232,7 @@ impl Token {
         }
         let digest = crypto::sha256(format!("{}\n{}", client.client_id, claimed.jti).as_bytes());
         let assertion = Some((digest, Timestamp::from_millis((claimed.exp * 1000.0) as i64)));
-        Some(Proven { registered, assertion, at })
+        Some(Proven::new(registered, assertion, at))
     }
 }
 

@@ -8,6 +8,7 @@ use serde_json::{Value, json};
 use crate::support::client::Client;
 use crate::support::daemon::Launch;
 use crate::support::postgres::database;
+use crate::support::proxy::{Fault, Proxy};
 use crate::support::{record, until};
 
 const EXCHANGE: &str = "urn:ietf:params:oauth:grant-type:token-exchange";
@@ -101,6 +102,40 @@ async fn one_token_a_family_or_all_of_a_client_end_in_one_commit_on_every_daemon
     assert_eq!(mine.json(Method::POST, "/v1/token/revocations", &json!({"client_id": a.id})).await.0, 403);
     assert_eq!(enters(&admin, &after).await, 200);
     record::check(&db).await;
+}
+
+/// The moment in which a daemon shows a client's registration and does not say yet that it reflects its index is held open: what
+/// ended the client's tokens and a new signing key reach it at once, and the key is read last.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_token_given_right_after_all_were_ended_is_good() {
+    let db = database().await;
+    let proxy = Proxy::before(&db);
+    let one = Launch::on(db.url()).start().await;
+    let two = Launch::beside(&one, db.url_via(&proxy)).start().await;
+    let admin = Client::of(&one);
+    let other = admin.also_of(&two);
+    let a = registered(&admin, "a").await;
+    let had = token(&other, &a).await;
+    let behind = proxy.arm(Fault::hold_before().on("governance.entity_history"));
+    registered(&admin, "b").await;
+    behind.hit().await;
+    assert_eq!(admin.json(Method::POST, "/v1/token/revocations", &json!({"client_id": a.id})).await.0, 201);
+    let (status, rotated) = admin.json(Method::POST, "/v1/token/signing-keys/rotate", &json!({})).await;
+    assert!((200..300).contains(&status), "{rotated}");
+    let within = proxy.arm(Fault::hold_before().on("from token.signing_keys"));
+    behind.release();
+    within.hit().await;
+    let asked = token(&other, &a);
+    tokio::pin!(asked);
+    let early = tokio::time::timeout(Duration::from_millis(300), &mut asked).await;
+    within.release();
+    let got = match early {
+        Ok(got) => got,
+        Err(_) => asked.await,
+    };
+    for daemon in [&other, &admin] {
+        assert_eq!((enters(daemon, &had).await, enters(daemon, &got).await), (401, 200));
+    }
 }
 
 #[tokio::test(flavor = "multi_thread")]
