@@ -123,7 +123,7 @@ async fn edge(State(shared): State<Arc<Shared>>, mut request: Request, next: Nex
     let info = Arc::new(RequestInfo {
         id: request_id(request.headers(), &shared.clock),
         trace_id: trace_id(request.headers()),
-        method: method.as_str().to_owned(),
+        method: verb(&method),
         path: request.uri().path().to_owned(),
         route: request.extensions().get::<MatchedPath>().cloned(),
         peer: request.extensions().get::<Peer>().and_then(|p| p.0),
@@ -326,18 +326,19 @@ struct Asked<'a> {
 }
 
 /// The header fields about limits that an answer has.
-struct Fields(Vec<(HeaderName, HeaderValue)>);
+struct Fields([Option<(HeaderName, HeaderValue)>; 2]);
 
 impl Fields {
     fn of(limits: &[Limit]) -> Self {
+        // By what it says: made of the `String` it would be shared, which takes room of its own.
         let field = |(name, value): (&'static str, String)| {
-            Some((HeaderName::from_static(name), HeaderValue::try_from(value).ok()?))
+            Some((HeaderName::from_static(name), HeaderValue::from_str(&value).ok()?))
         };
-        Self(quota::fields(limits).into_iter().filter_map(field).collect())
+        Self(quota::fields(limits).map(field))
     }
 
     fn on(self, mut response: Response) -> Response {
-        for (name, value) in self.0 {
+        for (name, value) in self.0.into_iter().flatten() {
             response.headers_mut().entry(name).or_insert(value);
         }
         response
@@ -401,6 +402,14 @@ fn patience(headers: &HeaderMap) -> Result<Duration, Refusal> {
     seconds
         .map(Duration::from_secs_f64)
         .ok_or_else(|| Refusal::malformed("", "Sop-Timeout is a number of seconds from 0 to 60"))
+}
+
+fn verb(method: &Method) -> Cow<'static, str> {
+    let known = ["GET", "PUT", "POST", "DELETE", "HEAD", "PATCH"];
+    match known.into_iter().find(|verb| *verb == method.as_str()) {
+        Some(verb) => verb.into(),
+        None => method.as_str().to_owned().into(),
+    }
 }
 
 fn request_id(headers: &HeaderMap, clock: &Clock) -> String {

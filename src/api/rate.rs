@@ -11,6 +11,7 @@ use governor::clock::DefaultClock;
 use governor::middleware::StateInformationMiddleware;
 use governor::state::keyed::DashMapStateStore;
 use governor::{Quota, RateLimiter};
+use smallvec::SmallVec;
 
 use crate::config::Server;
 use crate::kernel::quota::Limit;
@@ -25,6 +26,9 @@ pub(super) enum Who {
     Client(Arc<str>),
     Address(Option<IpAddr>),
 }
+
+/// What a request is held to: a rate, that of its operation, a quota.
+pub(super) type Limits = SmallVec<[Limit; 3]>;
 
 /// Whom, and the operation if it has a rate of its own.
 type Key = (Who, Option<Arc<str>>);
@@ -99,10 +103,10 @@ impl Rate {
     }
 
     /// Counts a request; `own` is the rate of this client, 0 if it has none. The limits it is held to, or the one that was exceeded.
-    pub(super) fn check(&self, who: Who, own: u32, operation: impl FnOnce() -> String) -> Result<Vec<Limit>, Limit> {
+    pub(super) fn check(&self, who: Who, own: u32, operation: impl FnOnce() -> String) -> Result<Limits, Limit> {
         let counts = self.0.load();
         let rate = if own == 0 { counts.per_second } else { own };
-        let mut limits = Vec::with_capacity(3);
+        let mut limits = Limits::new();
         if !counts.operations.is_empty()
             && let Some((name, rate)) = counts.operations.get_key_value(operation().as_str())
         {

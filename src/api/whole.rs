@@ -69,7 +69,7 @@ impl Whole {
                 let content_type = parts.headers.get(header::CONTENT_TYPE).and_then(|t| t.to_str().ok());
                 let content_type = content_type.unwrap_or_default().to_owned();
                 let fields = fields(&parts.headers);
-                let mut said = vec![info.method.as_str(), &info.path, &query, &content_type];
+                let mut said = vec![&*info.method, &info.path, &query, &content_type];
                 said.extend(fields.iter().flat_map(|(name, value)| [name.as_str(), value]));
                 let body = crypto::base64(&bytes);
                 said.push(&body);

@@ -52,7 +52,7 @@ impl Governance {
     /// # Errors
     /// 202 `proposed` with the proposal.
     pub async fn four_eyes(&self, caller: &Caller, asks: &[Ask], denied: Permit, at: i64) -> Result<Permit, Refusal> {
-        if matches!(caller.request().method.as_str(), "GET" | "HEAD") {
+        if matches!(&*caller.request().method, "GET" | "HEAD") {
             return Ok(denied);
         }
         let mut need: Option<Requirement> = None;

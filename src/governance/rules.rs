@@ -116,8 +116,7 @@ impl Rules {
             at,
             bundle: answers.first().map_or_else(Default::default, |a| a.bundles.clone()),
             policies: determining(&answers),
-            principal: caller.principal().clone(),
-            action: ask.action.to_owned(),
+            action: ask.action,
             resource: EntityName { kind: format!("Sop::{}", ask.kind), id: ask.name.clone() },
             caller: caller.clone(),
             context: ask.context.clone(),
@@ -145,7 +144,7 @@ impl Rules {
         let text = |s: &String| RestrictedExpression::new_string(s.clone());
         let plain = vec![
             ("scopes".to_owned(), RestrictedExpression::new_set(caller.scopes().iter().map(text))),
-            ("method".to_owned(), text(&caller.request().method)),
+            ("method".to_owned(), RestrictedExpression::new_string(caller.request().method.to_string())),
             ("path".to_owned(), text(&caller.request().path)),
         ];
         let question = Question {

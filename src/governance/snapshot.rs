@@ -13,7 +13,7 @@ use sqlx::PgConnection;
 
 use crate::kernel::web::EntityName;
 use crate::kernel::{BoxFuture, Refusal, problem, supervisor};
-use crate::ledger::{AUTHZ, Projection, Touched, What};
+use crate::ledger::{AUTHZ, Projection, Touch, What};
 
 use super::canary::Canary;
 use super::engine::Force;
@@ -354,7 +354,7 @@ impl Projection for Snapshot {
         conn: &'a mut PgConnection,
         _: i64,
         to: i64,
-        touched: &'a [(i64, Touched)],
+        touched: &'a [(i64, Touch)],
     ) -> BoxFuture<'a, Result<(), sqlx::Error>> {
         Box::pin(async move {
             for id in touched.iter().filter_map(|(_, t)| made(t)) {
@@ -378,13 +378,13 @@ impl Projection for Snapshot {
 }
 
 /// The bundle that was made.
-fn made(t: &Touched) -> Option<String> {
+fn made(t: &Touch) -> Option<String> {
     let What::Key(key) = &t.what else { return None };
     (t.kind == super::MADE).then(|| String::from_utf8(key.clone()).ok()).flatten()
 }
 
 /// The entity of a touch `entity/<type>/<id>`.
-fn named(t: &Touched) -> Option<EntityName> {
+fn named(t: &Touch) -> Option<EntityName> {
     let What::Key(key) = &t.what else { return None };
     let (kind, id) = std::str::from_utf8(key).ok()?.strip_prefix("entity/")?.split_once('/')?;
     (t.kind == AUTHZ).then(|| EntityName { kind: kind.to_owned(), id: id.to_owned() })

@@ -79,7 +79,27 @@ impl Timestamp {
 
 impl fmt::Display for Timestamp {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(&self.to_offset().format(&FORMAT).map_err(|_| fmt::Error)?)
+        let (seconds, ms) = (self.seconds(), self.0.rem_euclid(1000));
+        let at = OffsetDateTime::from_unix_timestamp(seconds).unwrap_or(OffsetDateTime::UNIX_EPOCH);
+        if !(0..=9999).contains(&at.year()) {
+            return f.write_str(&self.to_offset().format(&FORMAT).map_err(|_| fmt::Error)?);
+        }
+        // Each entry has one, and by a description of the format it takes a string and several times as long.
+        let mut text = *b"0000-00-00T00:00:00.000Z";
+        let mut put = |from: usize, to: usize, mut n: i64| {
+            for digit in text[from..to].iter_mut().rev() {
+                *digit = b'0' + (n % 10) as u8;
+                n /= 10;
+            }
+        };
+        put(0, 4, at.year().into());
+        put(5, 7, u8::from(at.month()).into());
+        put(8, 10, at.day().into());
+        put(11, 13, at.hour().into());
+        put(14, 16, at.minute().into());
+        put(17, 19, at.second().into());
+        put(20, 23, ms);
+        f.write_str(std::str::from_utf8(&text).map_err(|_| fmt::Error)?)
     }
 }
 
@@ -245,6 +265,17 @@ mod tests {
         let f = Arc::new(Fake { wall: AtomicI64::new(1_000_000 * S), boot: AtomicI64::new(0) });
         let c = Clock::from_source(f.clone());
         (f, c)
+    }
+
+    #[test]
+    fn times_print_as_their_format_says() {
+        let many = (-62_135_596_800_000_i64..=253_402_300_799_999).step_by(86_399_123_457);
+        for ms in many.chain([-1, -999, -1000, 951_782_399_999, 951_782_400_000, 253_402_300_799_999]) {
+            let at = Timestamp::from_millis(ms);
+            let expected = at.to_offset().format(&FORMAT).unwrap();
+            assert_eq!(at.to_string(), expected, "{ms}");
+            assert_eq!(Timestamp::parse(&expected), Some(at));
+        }
     }
 
     #[test]

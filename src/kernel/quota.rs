@@ -3,6 +3,7 @@
 //! Counted by each daemon for itself and forgotten when it stops: a quota keeps order, it is no account of what was used (the
 //! record is that).
 
+use std::fmt::{self, Write as _};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
@@ -32,10 +33,18 @@ pub struct Limit {
 /// The fields `RateLimit-Policy` and `RateLimit` (draft-ietf-httpapi-ratelimit-headers, structured fields of RFC 9651).
 #[must_use]
 pub fn fields(limits: &[Limit]) -> [(&'static str, String); 2] {
-    let list = |one: fn(&Limit) -> String| limits.iter().map(one).collect::<Vec<_>>().join(", ");
+    let list = |one: fn(&mut String, &Limit) -> fmt::Result| {
+        let mut text = String::with_capacity(limits.len() * 40);
+        for (i, limit) in limits.iter().enumerate() {
+            text.push_str(if i > 0 { ", " } else { "" });
+            // Writing to memory cannot fail.
+            let _ = one(&mut text, limit);
+        }
+        text
+    };
     [
-        ("ratelimit-policy", list(|l| format!("\"{}\";q={};w={}", l.name, l.quota, l.window))),
-        ("ratelimit", list(|l| format!("\"{}\";r={};t={}", l.name, l.left, l.reset))),
+        ("ratelimit-policy", list(|text, l| write!(text, "\"{}\";q={};w={}", l.name, l.quota, l.window))),
+        ("ratelimit", list(|text, l| write!(text, "\"{}\";r={};t={}", l.name, l.left, l.reset))),
     ]
 }
 

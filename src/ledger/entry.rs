@@ -5,7 +5,7 @@
 //! them with a salt, so that they can be erased with the tree intact.
 
 use serde::{Deserialize, Serialize};
-use serde_json::{Map, Value};
+use serde_json::Value;
 
 use crate::kernel::Timestamp;
 use crate::kernel::crypto::{self, Domain, Hash};
@@ -59,7 +59,7 @@ pub struct Entry {
     pub(super) outcome: Outcome,
     pub(super) resource: String,
     pub(super) reason: Option<String>,
-    pub(super) change: Map<String, Value>,
+    pub(super) change: Changes,
     pub(super) signal: Option<Signal>,
     pub(super) segment: Option<Segment>,
     pub(super) touched: Vec<Touch>,
@@ -88,7 +88,7 @@ impl Entry {
             outcome: Outcome::Ok,
             resource: resource.into(),
             reason: None,
-            change: Map::new(),
+            change: Changes::default(),
             signal: None,
             segment: None,
             touched: Vec::new(),
@@ -126,8 +126,8 @@ impl Entry {
 
     /// Adds to what changed. Strings, booleans, and integers below 2^53; no floats.
     #[must_use]
-    pub fn change(mut self, name: &str, value: impl Into<Value>) -> Self {
-        self.change.insert(name.to_owned(), value.into());
+    pub fn change(mut self, name: &'static str, value: impl Into<Value>) -> Self {
+        self.change.set(name, value.into());
         self
     }
 
@@ -162,41 +162,63 @@ impl Entry {
     }
 }
 
+/// What a command changed, by name, in the order of names. A few, so they are kept in a row.
+#[derive(Clone, Debug, Default)]
+pub(super) struct Changes(Vec<(&'static str, Value)>);
+
+impl Changes {
+    fn set(&mut self, name: &'static str, value: Value) {
+        match self.0.binary_search_by_key(&name, |(name, _)| name) {
+            Ok(at) => self.0[at].1 = value,
+            Err(at) => self.0.insert(at, (name, value)),
+        }
+    }
+
+    pub fn is_empty(&self) -> bool {
+        self.0.is_empty()
+    }
+}
+
+impl From<Changes> for Value {
+    fn from(changes: Changes) -> Self {
+        Self::Object(changes.0.into_iter().map(|(name, value)| (name.to_owned(), value)).collect())
+    }
+}
+
 /// A decision as the record keeps it. Made before the command queues, so that the writer need not.
 pub(super) fn decided(d: &Decision) -> Vec<u8> {
-    let name = |n: &EntityName| {
-        let mut o = Object::new();
-        o.member("id", &n.id);
-        o.member("type", &n.kind);
-        o.end()
-    };
     let mut o = Object::new();
     o.member("action", &d.action);
     o.member("at", &d.at);
     o.member("bundle", &d.bundle[..]);
-    o.raw("context", &context(d));
+    context(&mut o, d);
     o.member("id", &d.id);
     o.member("policies", &d.policies[..]);
-    o.raw("principal", &name(&d.principal));
-    o.raw("resource", &name(&d.resource));
+    o.object("principal", |o| named(o, d.caller.principal()));
+    o.object("resource", |o| named(o, &d.resource));
     o.end()
 }
 
+fn named(o: &mut Object, entity: &EntityName) {
+    o.member("id", &entity.id);
+    o.member("type", &entity.kind);
+}
+
 /// What it was decided in, so that it can be decided again: scopes, method and path, and what else was asked about.
-fn context(d: &Decision) -> Vec<u8> {
+fn context(o: &mut Object, d: &Decision) {
     let request = d.caller.request();
     if d.context.is_empty() {
-        let mut o = Object::new();
-        o.member("method", &request.method);
-        o.member("path", &request.path);
-        o.member("scopes", d.caller.scopes());
-        return o.end();
+        return o.object("context", |o| {
+            o.member("method", &request.method);
+            o.member("path", &request.path);
+            o.member("scopes", d.caller.scopes());
+        });
     }
     let mut all = d.context.clone();
-    all.insert("method".to_owned(), request.method.as_str().into());
+    all.insert("method".to_owned(), request.method.as_ref().into());
     all.insert("path".to_owned(), request.path.as_str().into());
     all.insert("scopes".to_owned(), d.caller.scopes().into());
-    canonical(&Value::Object(all))
+    o.value("context", &Value::Object(all));
 }
 
 /// An object of canonical JSON whose members are given in the order of their names.
@@ -217,13 +239,28 @@ impl Object {
         Self(out)
     }
 
-    /// A member that is canonical JSON already. Names are ours, of letters, so nothing in them is escaped.
+    /// A member that is canonical JSON already. Names are ours, of letters and digits, so nothing in them is escaped.
     pub fn raw(&mut self, name: &'static str, value: &[u8]) {
-        debug_assert!(name.bytes().all(|b| b.is_ascii_lowercase() || b == b'_'));
-        self.0.extend_from_slice(if self.0.len() > 1 { b",\"" } else { b"\"" });
+        debug_assert!(name.bytes().all(|b| b.is_ascii_alphanumeric() || matches!(b, b'_' | b'-')));
+        // No value ends so.
+        let first = self.0.last() == Some(&b'{');
+        self.0.extend_from_slice(if first { b"\"" } else { b",\"" });
         self.0.extend_from_slice(name.as_bytes());
         self.0.extend_from_slice(b"\":");
         self.0.extend_from_slice(value);
+    }
+
+    /// A member that is an object, whose members follow in the order of their names.
+    pub fn object(&mut self, name: &'static str, members: impl FnOnce(&mut Self)) {
+        self.raw(name, b"{");
+        members(self);
+        self.0.push(b'}');
+    }
+
+    /// Any value.
+    pub fn value(&mut self, name: &'static str, value: &Value) {
+        self.raw(name, b"");
+        write_canonical(value, &mut self.0);
     }
 
     /// A scalar, or a list of scalars.
@@ -253,8 +290,10 @@ pub struct Sealed {
     pub details: Vec<u8>,
     /// Root of the segment, if it stands for one.
     pub segment: Option<Hash>,
-    /// Encoded touches.
+    /// What it touched, encoded.
     pub touched: Vec<u8>,
+    /// The same, for whoever follows in this daemon: taken out as the entry joins its batch.
+    pub(super) touches: Vec<Touch>,
 }
 
 /// The commitment to an entry's details.
@@ -280,7 +319,7 @@ impl Entry {
         let mut details = Object::new();
         details.member("actor", &caller.actor());
         if !self.change.is_empty() {
-            details.raw("change", &canonical(&Value::Object(self.change)));
+            details.object("change", |o| self.change.0.iter().for_each(|(name, value)| o.value(name, value)));
         }
         if let Some(decision) = &self.decision {
             details.raw("decision", decision);
@@ -296,7 +335,7 @@ impl Entry {
         }
         details.member("resource", &self.resource);
         if let Some(signal) = self.signal.and_then(|s| serde_json::to_value(s).ok()) {
-            details.raw("signal", &canonical(&signal));
+            details.value("signal", &signal);
         }
         if let Some(trace) = &request.trace_id {
             details.member("trace_id", trace);
@@ -318,7 +357,7 @@ impl Entry {
         let leaf = leaf.end();
         debug_assert!(leaf.len() <= LEAF_MAX);
         let hash = crypto::hash(Domain::Leaf, &[&leaf]);
-        Sealed { leaf, hash, salt, details, segment, touched: Touch::encode(&self.touched) }
+        Sealed { leaf, hash, salt, details, segment, touched: Touch::encode(&self.touched), touches: self.touched }
     }
 }
 
@@ -383,16 +422,15 @@ mod tests {
             at: 7,
             bundle: Arc::new(["system".into()]),
             policies: Arc::new(["a\"b".into(), "c".into()]),
-            principal: name("Sop::Client", "é\n"),
-            action: "state:put".into(),
-            resource: name("Sop::Key", "k"),
+            action: "state:put",
+            resource: name("Sop::Key", "é\n"),
             caller: Caller::daemon("test"),
-            context: Map::new(),
+            context: serde_json::Map::new(),
         };
         let written = decided(&decision);
         let expected = json!({
             "id": decision.id, "at": 7, "bundle": ["system"], "policies": ["a\"b", "c"], "action": "state:put",
-            "principal": {"type": "Sop::Client", "id": "é\n"}, "resource": {"type": "Sop::Key", "id": "k"},
+            "principal": decision.caller.principal(), "resource": {"type": "Sop::Key", "id": "é\n"},
             "context": {"method": "", "path": "", "scopes": []},
         });
         assert_eq!(written, canonical(&expected));

@@ -13,7 +13,7 @@ use tokio::sync::{mpsc, watch};
 use crate::kernel::BoxFuture;
 use crate::kernel::supervisor::{Stop, TaskError};
 
-use super::touch::Touched;
+use super::touch::Touch;
 use super::{Shared, store};
 
 /// A room's view in memory, kept current by the follower.
@@ -37,7 +37,7 @@ pub trait Projection: Send + Sync + 'static {
         conn: &'a mut PgConnection,
         after: i64,
         to: i64,
-        touched: &'a [(i64, Touched)],
+        touched: &'a [(i64, Touch)],
     ) -> BoxFuture<'a, Result<(), sqlx::Error>>;
 }
 
@@ -45,7 +45,7 @@ pub trait Projection: Send + Sync + 'static {
 pub(super) struct News {
     pub after: i64,
     pub to: i64,
-    pub touched: Vec<(i64, Touched)>,
+    pub touched: Vec<(i64, Touch)>,
     /// Nothing was newer than `to` at this time of the clock.
     pub began: Duration,
 }
@@ -168,7 +168,7 @@ impl Follower {
         }
     }
 
-    async fn advance(&mut self, after: i64, to: i64, touched: Vec<(i64, Touched)>) -> Result<(), sqlx::Error> {
+    async fn advance(&mut self, after: i64, to: i64, touched: Vec<(i64, Touch)>) -> Result<(), sqlx::Error> {
         for p in self.projections.clone() {
             let wanted = touched.iter().any(|(_, t)| p.kinds().contains(&t.kind.as_str()));
             if wanted {

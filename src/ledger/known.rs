@@ -8,7 +8,7 @@ use std::sync::Arc;
 
 use super::hot::{Fact, Hot};
 use super::present::Present;
-use super::touch::{Touched, What};
+use super::touch::{Touch, What};
 
 /// Facts of one kind: what each key is, or that there is none.
 type Kind = HashMap<Vec<u8>, Option<Fact>>;
@@ -37,7 +37,7 @@ impl Kinds {
         }
     }
 
-    fn forget(&mut self, touched: &Touched) {
+    fn forget(&mut self, touched: &Touch) {
         let Some(facts) = self.get_mut(&touched.kind) else { return };
         match &touched.what {
             What::Key(key) => {
@@ -70,7 +70,7 @@ impl Known {
     }
 
     /// Takes note of what an entry of the record touched: there may be a fact now that was not there before.
-    pub fn heard(&self, touched: &Touched) {
+    pub fn heard(&self, touched: &Touch) {
         self.present.touched(touched);
     }
 
@@ -94,7 +94,7 @@ impl Known {
     }
 
     /// Forgets what somebody else changed.
-    pub fn drop(&mut self, touched: &Touched) {
+    pub fn drop(&mut self, touched: &Touch) {
         for generation in [&mut self.young, &mut self.old] {
             generation.forget(touched);
         }
@@ -106,7 +106,7 @@ impl Known {
 pub(super) struct Overlay {
     changed: Kinds,
     /// What an `apply` of this turn touched: what was known of it is known no more (rule 5).
-    dropped: Vec<Touched>,
+    dropped: Vec<Touch>,
 }
 
 impl Overlay {
@@ -132,7 +132,7 @@ impl Overlay {
     }
 
     /// Takes note of what was changed by SQL.
-    pub fn drop(&mut self, touched: Vec<Touched>) {
+    pub fn drop(&mut self, touched: Vec<Touch>) {
         touched.iter().for_each(|t| self.changed.forget(t));
         self.dropped.extend(touched);
     }
@@ -169,8 +169,8 @@ mod tests {
         Some(fact.as_ref().map(|f| *f.downcast_ref::<i64>().unwrap()))
     }
 
-    fn touched(t: Touch) -> Vec<Touched> {
-        Touched::decode(&Touch::encode(&[t])).unwrap()
+    fn touched(t: Touch) -> Vec<Touch> {
+        vec![t]
     }
 
     #[test]

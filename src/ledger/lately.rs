@@ -93,6 +93,7 @@ mod tests {
             leaf: vec![b'l'; size],
             hash: [0; 32],
             touched: Vec::new(),
+            touches: Vec::new(),
             salt: [0; 32],
             details: Vec::new(),
             segment: None,

@@ -61,7 +61,7 @@ pub use moments::newest_at;
 pub use signals::Signalled;
 pub use store::attached;
 pub use together::{TX, Together};
-pub use touch::{Touch, Touched, What};
+pub use touch::{Touch, What};
 pub use vigil::{Sign, Vigil};
 
 use follower::{Follower, News};

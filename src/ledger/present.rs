@@ -15,7 +15,7 @@ use crate::kernel::supervisor::{Stop, TaskError};
 use crate::store::Store;
 
 use super::hot::Hot;
-use super::touch::{Touched, What};
+use super::touch::{Touch, What};
 
 /// Lines of 512 bits: 2 MiB.
 const LINES: u64 = 1 << 15;
@@ -100,7 +100,7 @@ impl Present {
     }
 
     /// An entry changed something. What is touched together with others does not come into being by it ([`Hot::every`]).
-    pub fn touched(&self, touched: &Touched) {
+    pub fn touched(&self, touched: &Touch) {
         if let What::Key(key) = &touched.what {
             self.there(&touched.kind, key);
         }
@@ -203,7 +203,7 @@ mod tests {
         assert!(!present.lacks(KIND, b"k"));
         present.filled();
         assert!(present.lacks(KIND, b"k"));
-        let touched = Touched::decode(&Touch::encode(&[Touch::key(KIND, "k")])).unwrap();
+        let touched = [Touch::key(KIND, "k")];
         touched.iter().for_each(|t| present.touched(t));
         assert!(!present.lacks(KIND, b"k"), "another daemon may have made it");
         present.begin();

@@ -15,7 +15,7 @@ use crate::kernel::web::Idempotency;
 use crate::telemetry;
 
 use super::entry::SIGNAL;
-use super::touch::Touched;
+use super::touch::Touch;
 
 pub(super) use batch::{AHEAD_MS, Batch, advance, write_rows};
 
@@ -121,7 +121,7 @@ pub(super) async fn batch_stands(conn: &mut PgConnection, before: i64, id: Uuid)
 pub(super) struct Advance {
     pub index: i64,
     pub hash: Hash,
-    pub touched: Vec<Touched>,
+    pub touched: Vec<Touch>,
 }
 
 /// Entries after `after` up to `to`, at most `limit`, in order.
@@ -142,7 +142,7 @@ pub(super) async fn entries_after(
     rows.iter()
         .map(|row| {
             let touched: Vec<u8> = row.try_get("touched")?;
-            let touched = Touched::decode(&touched)
+            let touched = Touch::decode(&touched)
                 .ok_or_else(|| sqlx::Error::Decode("the column `touched` of an entry cannot be read".into()))?;
             Ok(Advance { index: row.try_get("index")?, hash: hash(row.try_get("hash")?)?, touched })
         })

@@ -7,7 +7,7 @@ use sqlx::PgConnection;
 use tokio::sync::watch;
 
 use crate::kernel::BoxFuture;
-use crate::ledger::{Projection, Touched, What};
+use crate::ledger::{Projection, Touch, What};
 
 /// The kind of touch of a service's instances; the key is the service.
 pub(super) const SERVICE: &str = "service";
@@ -55,7 +55,7 @@ impl Projection for Board {
         _: &'a mut PgConnection,
         _: i64,
         to: i64,
-        touched: &'a [(i64, Touched)],
+        touched: &'a [(i64, Touch)],
     ) -> BoxFuture<'a, Result<(), sqlx::Error>> {
         let mut all = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         if !all.is_empty() {
@@ -74,7 +74,7 @@ impl Projection for Board {
     }
 }
 
-fn named(t: &Touched) -> Option<String> {
+fn named(t: &Touch) -> Option<String> {
     if ![SERVICE, MESSAGE, GROUP].contains(&t.kind.as_str()) {
         return None;
     }

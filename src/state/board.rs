@@ -6,7 +6,7 @@ use std::sync::{Mutex, PoisonError};
 use tokio::sync::watch;
 use uuid::Uuid;
 
-use crate::ledger::{Touched, What};
+use crate::ledger::{Touch, What};
 
 use super::locks::{LOCK, TURN};
 
@@ -34,7 +34,7 @@ impl Board {
     }
 
     /// Takes note of changes.
-    pub fn changed(&self, touched: &[(i64, Touched)]) {
+    pub fn changed(&self, touched: &[(i64, Touch)]) {
         let mut all = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         // Whoever nobody hears any more goes.
         all.retain(|_, tell| tell.receiver_count() > 0);

@@ -5,7 +5,8 @@ mod locks;
 mod txn;
 mod watch;
 
-use axum::extract::State as Room;
+use axum::extract::{FromRequestParts, State as Room};
+use axum::http::request::Parts;
 use axum::http::{HeaderMap, HeaderValue, StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use serde::Deserialize;
@@ -67,10 +68,9 @@ async fn put(
     Name(key): Name,
     Query(on): Query<OnLease>,
     conditions: Preconditions,
-    headers: HeaderMap,
+    ContentType(content_type): ContentType,
     Body(value): Body,
 ) -> Result<Answer<Written>, Refusal> {
-    let content_type = content_type(&headers)?;
     let condition = condition(conditions)?;
     let put = kv::Put::new(key, value.to_vec(), content_type, condition).leased(on.lease, caller.actor());
     let done = state.put(&caller, put).await?;
@@ -189,13 +189,20 @@ async fn list(
     Ok(Answer::ok(Listing { items, next: page.next }).at(page.index))
 }
 
-fn content_type(headers: &HeaderMap) -> Result<String, Refusal> {
-    match headers.get(header::CONTENT_TYPE) {
-        None => Ok("application/octet-stream".to_owned()),
-        Some(value) => match value.to_str() {
-            Ok(text) if text.len() <= 256 => Ok(text.to_owned()),
-            _ => Err(Refusal::new(&problem::MALFORMED, "Content-Type is at most 256 visible ASCII characters")),
-        },
+/// What a body says it is, to be kept with it.
+struct ContentType(String);
+
+impl<S: Send + Sync> FromRequestParts<S> for ContentType {
+    type Rejection = Refusal;
+
+    async fn from_request_parts(parts: &mut Parts, _: &S) -> Result<Self, Refusal> {
+        match parts.headers.get(header::CONTENT_TYPE) {
+            None => Ok(Self("application/octet-stream".to_owned())),
+            Some(value) => match value.to_str() {
+                Ok(text) if text.len() <= 256 => Ok(Self(text.to_owned())),
+                _ => Err(Refusal::new(&problem::MALFORMED, "Content-Type is at most 256 visible ASCII characters")),
+            },
+        }
     }
 }
 

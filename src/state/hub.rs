@@ -10,7 +10,7 @@ use sqlx::PgConnection;
 use tokio::sync::Notify;
 
 use crate::kernel::{BoxFuture, Refusal};
-use crate::ledger::{Projection, Touched, What};
+use crate::ledger::{Projection, Touch, What};
 
 use super::board::Board;
 use super::locks::{LOCK, TURN};
@@ -177,7 +177,7 @@ impl Inner {
     }
 
     /// Whether somebody may want to hear of what was touched.
-    fn wanted(&self, touched: &Touched) -> bool {
+    fn wanted(&self, touched: &Touch) -> bool {
         match &touched.what {
             What::Key(key) => self.of(key).next().is_some(),
             What::Prefix(_) | What::All => !self.watchers.is_empty(),
@@ -284,7 +284,7 @@ impl Projection for Hub {
         conn: &'a mut PgConnection,
         after: i64,
         to: i64,
-        touched: &'a [(i64, Touched)],
+        touched: &'a [(i64, Touch)],
     ) -> BoxFuture<'a, Result<(), sqlx::Error>> {
         self.recent.changed(touched);
         self.locks.changed(touched);
@@ -293,7 +293,7 @@ impl Projection for Hub {
                 let mut inner = self.lock();
                 // An advance that is repeated after an error tells only what was not told.
                 let from = inner.told.max(after);
-                let fits = |(index, t): &&(i64, Touched)| *index > from && t.kind == kv::KEY && inner.wanted(t);
+                let fits = |(index, t): &&(i64, Touch)| *index > from && t.kind == kv::KEY && inner.wanted(t);
                 let mut wanted: Vec<i64> = touched.iter().filter(fits).map(|(index, _)| *index).collect();
                 wanted.dedup();
                 // Said under the lock: who joins after this reads history up to `to` for itself, be it wanted or not.

@@ -8,7 +8,7 @@ use sqlx::PgConnection;
 
 use crate::kernel::crypto::{self, MasterKey};
 use crate::kernel::{BoxFuture, Timestamp};
-use crate::ledger::{AUTHZ, Projection, Touched, What};
+use crate::ledger::{AUTHZ, Projection, Touch, What};
 
 use super::keys::{Alg, PublicKey, TokenKey};
 use super::lockout::Locked;
@@ -203,7 +203,7 @@ impl Projection for Snapshot {
         conn: &'a mut PgConnection,
         after: i64,
         _: i64,
-        touched: &'a [(i64, Touched)],
+        touched: &'a [(i64, Touch)],
     ) -> BoxFuture<'a, Result<(), sqlx::Error>> {
         Box::pin(async move {
             let facts: Vec<&str> = touched

@@ -1,5 +1,6 @@
 //! Who is asking, for what, and how it is decided: the vocabulary between the layers of a request and the rooms.
 
+use std::borrow::Cow;
 use std::net::IpAddr;
 use std::sync::Arc;
 
@@ -21,7 +22,7 @@ pub struct RequestInfo {
     /// W3C trace id, if the caller sent a `traceparent`.
     pub trace_id: Option<String>,
     /// Upper-case method.
-    pub method: String,
+    pub method: Cow<'static, str>,
     /// Path without query.
     pub path: String,
     /// The route it took, if there is one: what is counted and logged names its template.
@@ -194,13 +195,11 @@ pub struct Decision {
     pub bundle: Arc<[String]>,
     /// The policies that determined it.
     pub policies: Arc<[String]>,
-    /// Principal, action and resource as they were asked.
-    pub principal: EntityName,
     /// `state:put`.
-    pub action: String,
+    pub action: &'static str,
     /// The resource asked for (the one denied, else the first).
     pub resource: EntityName,
-    /// Who asked, with what scopes and by which request: the context it was decided in.
+    /// Who asked, as which principal, with what scopes and by which request: the context it was decided in.
     pub caller: Caller,
     /// What else policies could look at.
     pub context: Map<String, Value>,

@@ -1,5 +1,7 @@
 //! Answers: a refusal as a problem document (RFC 9457), a value with its index and its tag.
 
+use std::fmt::Write as _;
+
 use axum::http::{HeaderMap, HeaderName, HeaderValue, StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use serde::Serialize;
@@ -96,7 +98,10 @@ impl<T: Serialize> Answer<T> {
     /// Its entity tag, without quotes.
     #[must_use]
     pub fn tagged(mut self, tag: impl std::fmt::Display) -> Self {
-        self.tag = Some(format!("\"{tag}\""));
+        let mut quoted = String::with_capacity(24);
+        // Writing to memory cannot fail.
+        let _ = write!(quoted, "\"{tag}\"");
+        self.tag = Some(quoted);
         self
     }
 }
@@ -107,12 +112,15 @@ impl<T: Serialize> IntoResponse for Answer<T> {
             Ok(body) => body,
             Err(e) => return Refusal::internal(e).into_response(),
         };
-        let mut response = (self.status, [(header::CONTENT_TYPE, "application/json")], body).into_response();
+        let mut response = Response::new(axum::body::Body::from(body));
+        *response.status_mut() = self.status;
+        let headers = response.headers_mut();
+        headers.insert(header::CONTENT_TYPE, HeaderValue::from_static("application/json"));
         if let Some(index) = self.index {
-            response.headers_mut().insert(SOP_INDEX, index.into());
+            headers.insert(SOP_INDEX, index.into());
         }
-        if let Some(tag) = self.tag.and_then(|t| HeaderValue::try_from(t).ok()) {
-            response.headers_mut().insert(header::ETAG, tag);
+        if let Some(tag) = self.tag.and_then(|t| HeaderValue::from_str(&t).ok()) {
+            headers.insert(header::ETAG, tag);
         }
         response
     }

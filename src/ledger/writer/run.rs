@@ -13,7 +13,7 @@ use crate::ledger::job::Job;
 use crate::ledger::known::{Known, Overlay};
 use crate::ledger::merkle::Frontier;
 use crate::ledger::store::{self, Batch};
-use crate::ledger::touch::Touched;
+use crate::ledger::touch::Touch;
 
 use super::{Place, Writer};
 
@@ -28,11 +28,10 @@ pub(super) struct Run {
     /// Decided and not yet written.
     entries: Vec<Sealed>,
     rows: Rows,
-    /// The column `touched` of all its entries.
-    touched: Vec<Vec<u8>>,
-    /// The same read back, once its statement is on its way, and how often what is known had forgotten what it heard when it heard
-    /// of it.
-    foreseen: Option<(Vec<Vec<Touched>>, u64)>,
+    /// What its entries touch.
+    touched: Vec<Vec<Touch>>,
+    /// How often what is known had forgotten what it heard when it heard of that, if it has.
+    heard: Option<u64>,
     overlay: Overlay,
     /// Rows were written by a command itself.
     wrote: bool,
@@ -41,7 +40,7 @@ pub(super) struct Run {
 
 /// What the place takes over from a run that committed.
 pub(super) struct Done {
-    pub touched: Vec<Vec<Touched>>,
+    pub touched: Vec<Vec<Touch>>,
     pub overlay: Overlay,
     pub time: Timestamp,
     pub frontier: Frontier,
@@ -59,7 +58,7 @@ impl Run {
             entries: Vec::new(),
             rows: Rows::default(),
             touched: Vec::new(),
-            foreseen: None,
+            heard: None,
             overlay: Overlay::default(),
             wrote: false,
             tell,
@@ -83,33 +82,29 @@ impl Run {
         !self.touched.is_empty()
     }
 
-    /// Does what can be done before it has committed: to be called while its statement is on its way, and the writer would only
+    /// Tells what is known of what its entries touch: to be called while its statement is on its way, and the writer would only
     /// wait. To hear of what then does not come to be does no harm.
     pub fn foresee(&mut self, known: &Known) {
-        let begun = known.begun();
-        let touched: Vec<Vec<Touched>> =
-            self.touched.iter().map(|column| Touched::decode(column).unwrap_or_default()).collect();
-        touched.iter().flatten().for_each(|t| known.heard(t));
-        self.foreseen = Some((touched, begun));
+        self.heard = Some(known.begun());
+        self.touched.iter().flatten().for_each(|t| known.heard(t));
     }
 
     /// It has committed.
     pub fn done(mut self, known: &Known) -> Done {
         // What was heard before may be forgotten, and was not yet there for whoever read it again.
-        if self.foreseen.as_ref().is_none_or(|(_, begun)| *begun != known.begun()) {
+        if self.heard != Some(known.begun()) {
             self.foresee(known);
         }
-        let touched = self.foreseen.take().map(|(touched, _)| touched).unwrap_or_default();
-        Done { touched, overlay: self.overlay, time: self.time, frontier: self.frontier }
+        Done { touched: self.touched, overlay: self.overlay, time: self.time, frontier: self.frontier }
     }
 
     fn next(&self) -> At {
         At { index: self.written + 1 + self.entries.len() as i64, now: self.time, position: 0 }
     }
 
-    fn push(&mut self, sealed: Sealed) {
+    fn push(&mut self, mut sealed: Sealed) {
         self.frontier.push(sealed.hash);
-        self.touched.push(sealed.touched.clone());
+        self.touched.push(std::mem::take(&mut sealed.touches));
         self.entries.push(sealed);
     }
 
@@ -229,9 +224,8 @@ impl Writer {
             match done {
                 Ok(Some(sealed)) => {
                     // Whoever comes later in this batch must see what this one changed, about permissions too.
-                    let touched = Touched::decode(&sealed.touched).unwrap_or_default();
-                    fresh.note(at.index, &touched);
-                    run.overlay.drop(touched);
+                    fresh.note(at.index, &sealed.touches);
+                    run.overlay.drop(sealed.touches.clone());
                     run.push(sealed);
                 }
                 Ok(None) => {}
@@ -260,7 +254,7 @@ mod tests {
         let place = Place { index: 6, time, frontier: Frontier::default(), authz: AuthzFacts::from(6), known };
         for forgotten in [false, true] {
             let mut run = Run::new(&place, time, false);
-            run.touched.push(Touch::encode(&[Touch::key("entry", "k")]));
+            run.touched.push(vec![Touch::key("entry", "k")]);
             run.foresee(&place.known);
             if forgotten {
                 present.begin();

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 
 use sop::kernel::crypto::{self, Domain};
 use sop::ledger::merkle::Frontier;
-use sop::ledger::{Touched, entry};
+use sop::ledger::{Touch, entry};
 use sqlx::{PgConnection, Row};
 
 use super::postgres::Database;
@@ -60,7 +60,7 @@ async fn check_at(conn: &mut PgConnection) -> i64 {
         let body = entry::body(&entry::commitment(&salt, &details), segment.as_ref());
         let json: serde_json::Value = serde_json::from_slice(&leaf).unwrap();
         assert_eq!(json["body"], crypto::base64(body), "the details of {at} are not what it commits to");
-        let touched = Touched::decode(row.get("touched")).unwrap();
+        let touched = Touch::decode(row.get("touched")).unwrap();
         if touched.iter().any(|t| t.kind == "kv") {
             changed.push(i64::try_from(at).unwrap());
         }
