@@ -330,7 +330,7 @@ struct Fields([Option<(HeaderName, HeaderValue)>; 2]);
 
 impl Fields {
     fn of(limits: &[Limit]) -> Self {
-        // By what it says: made of the `String` it would be shared, which takes room of its own.
+        // Copied out of the `String`, which is longer than what it holds: taken over it would be shared, for one allocation more.
         let field = |(name, value): (&'static str, String)| {
             Some((HeaderName::from_static(name), HeaderValue::from_str(&value).ok()?))
         };
@@ -404,6 +404,7 @@ fn patience(headers: &HeaderMap) -> Result<Duration, Refusal> {
         .ok_or_else(|| Refusal::malformed("", "Sop-Timeout is a number of seconds from 0 to 60"))
 }
 
+/// The method's name; those that are known take no room.
 fn verb(method: &Method) -> Cow<'static, str> {
     let known = ["GET", "PUT", "POST", "DELETE", "HEAD", "PATCH"];
     match known.into_iter().find(|verb| *verb == method.as_str()) {

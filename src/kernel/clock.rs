@@ -84,7 +84,7 @@ impl fmt::Display for Timestamp {
         if !(0..=9999).contains(&at.year()) {
             return f.write_str(&self.to_offset().format(&FORMAT).map_err(|_| fmt::Error)?);
         }
-        // Each entry has one, and by a description of the format it takes a string and several times as long.
+        // Each entry has one: printed here it takes no string of its own.
         let mut text = *b"0000-00-00T00:00:00.000Z";
         let mut put = |from: usize, to: usize, mut n: i64| {
             for digit in text[from..to].iter_mut().rev() {
