@@ -70,27 +70,22 @@ impl AuthzFacts {
 mod tests {
     use super::*;
     use crate::kernel::web::Depends;
-    use crate::ledger::touch::Touch;
 
     fn permit(at: i64, on: &[&str]) -> Permit {
         let depends: Depends = on.iter().map(|k| authz_fact(k.as_bytes())).collect();
         Permit { allowed: true, at, depends, decision: None, denied: None, waits: None, proposal: None }
     }
 
-    fn touched(t: Touch) -> Vec<Touch> {
-        vec![t]
-    }
-
     #[test]
     fn a_permit_is_stale_when_what_it_rests_on_changed_after_it() {
         let mut f = AuthzFacts::from(10);
-        f.note(12, &touched(Touch::key(AUTHZ, "client/a")));
-        f.note(13, &touched(Touch::key("kv", "client/b")));
+        f.note(12, &[Touch::key(AUTHZ, "client/a")]);
+        f.note(13, &[Touch::key("kv", "client/b")]);
         assert_eq!(f.stale(&permit(11, &["client/a", "bundle"])), Some(12));
         assert_eq!(f.stale(&permit(12, &["client/a", "bundle"])), None, "decided at that very index");
         assert_eq!(f.stale(&permit(11, &["client/b"])), None, "another kind, another fact");
         assert_eq!(f.stale(&permit(9, &["client/b"])), Some(10), "unknown is not unchanged");
-        f.note(14, &touched(Touch::all(AUTHZ)));
+        f.note(14, &[Touch::all(AUTHZ)]);
         assert_eq!(f.stale(&permit(13, &["client/b"])), Some(14));
     }
 
@@ -98,7 +93,7 @@ mod tests {
     fn forgetting_makes_stale_not_fresh() {
         let mut f = AuthzFacts::from(0);
         for i in 1..=i64::try_from(REMEMBER).unwrap() + 1 {
-            f.note(i, &touched(Touch::key(AUTHZ, i.to_be_bytes())));
+            f.note(i, &[Touch::key(AUTHZ, i.to_be_bytes())]);
         }
         assert!(f.changed.len() <= REMEMBER);
         assert!(f.stale(&permit(1, &["x"])).is_some());

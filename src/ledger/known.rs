@@ -151,7 +151,6 @@ impl Overlay {
 #[cfg(test)]
 mod tests {
     use super::super::hot::ENTRIES;
-    use super::super::touch::Touch;
     use super::*;
 
     const KIND: &str = "entry";
@@ -167,10 +166,6 @@ mod tests {
     fn seen(overlay: &Overlay, known: &Known, key: &str) -> Option<Option<i64>> {
         let fact = overlay.get(known, KIND, key.as_bytes())?;
         Some(fact.as_ref().map(|f| *f.downcast_ref::<i64>().unwrap()))
-    }
-
-    fn touched(t: Touch) -> Vec<Touch> {
-        vec![t]
     }
 
     #[test]
@@ -196,7 +191,7 @@ mod tests {
         assert_eq!(seen(&Overlay::default(), &known, "a"), Some(Some(1)));
         let mut turn = Overlay::default();
         turn.set(&ENTRIES, b"a".to_vec(), fact(3));
-        turn.drop(touched(Touch::prefix(KIND, "a")));
+        turn.drop(vec![Touch::prefix(KIND, "a")]);
         assert_eq!(seen(&turn, &known, "a"), None, "SQL may have changed it");
         turn.set(&ENTRIES, b"a".to_vec(), fact(4));
         turn.merge(&mut known);
@@ -213,11 +208,11 @@ mod tests {
         known.set(KIND, b"j".to_vec(), fact(2));
         let turn = Overlay::default();
         assert_eq!((seen(&turn, &known, "k/0"), seen(&turn, &known, "k/1")), (Some(Some(1)), Some(Some(0))));
-        touched(Touch::key(KIND, "k/0")).iter().for_each(|t| known.drop(t));
+        known.drop(&Touch::key(KIND, "k/0"));
         assert_eq!(seen(&turn, &known, "k/0"), None, "not the older word either");
-        touched(Touch::prefix(KIND, "k/")).iter().for_each(|t| known.drop(t));
+        known.drop(&Touch::prefix(KIND, "k/"));
         assert_eq!((seen(&turn, &known, "k/1"), seen(&turn, &known, "j")), (None, Some(Some(2))));
-        touched(Touch::all(KIND)).iter().for_each(|t| known.drop(t));
+        known.drop(&Touch::all(KIND));
         assert_eq!(seen(&turn, &known, "j"), None);
         assert!(known.old.0.iter().chain(&known.young.0).all(|(_, facts)| facts.is_empty()));
     }

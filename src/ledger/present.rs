@@ -166,7 +166,6 @@ impl Present {
 #[cfg(test)]
 mod tests {
     use super::super::hot::ENTRIES;
-    use super::super::touch::Touch;
     use super::*;
 
     const KIND: &str = "entry";
@@ -203,8 +202,7 @@ mod tests {
         assert!(!present.lacks(KIND, b"k"));
         present.filled();
         assert!(present.lacks(KIND, b"k"));
-        let touched = [Touch::key(KIND, "k")];
-        touched.iter().for_each(|t| present.touched(t));
+        present.touched(&Touch::key(KIND, "k"));
         assert!(!present.lacks(KIND, b"k"), "another daemon may have made it");
         present.begin();
         assert!(!present.lacks(KIND, b"j"), "begun anew");

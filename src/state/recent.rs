@@ -80,7 +80,6 @@ impl Recent {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::ledger::Touch;
 
     fn item(key: &str) -> Arc<Item> {
         Arc::new(Item {
@@ -94,24 +93,20 @@ mod tests {
         })
     }
 
-    fn touched(t: Touch) -> Vec<(i64, Touch)> {
-        vec![(2, t)]
-    }
-
     #[test]
     fn a_value_that_changed_is_not_used_even_if_it_is_kept_late() {
         let recent = Recent::default();
         let before = recent.changes(b"a");
         recent.keep(before, &item("a"));
         assert!(recent.get(b"a").is_some());
-        recent.changed(&touched(Touch::key(kv::KEY, "a")));
+        recent.changed(&[(2, Touch::key(kv::KEY, "a"))]);
         assert!(recent.get(b"a").is_none());
         recent.keep(before, &item("a"));
         assert!(recent.get(b"a").is_none(), "it was read before the change");
         recent.keep(recent.changes(b"a"), &item("a"));
-        recent.changed(&touched(Touch::key("authz", "a")));
+        recent.changed(&[(2, Touch::key("authz", "a"))]);
         assert!(recent.get(b"a").is_some(), "another kind");
-        recent.changed(&touched(Touch::prefix(kv::KEY, "x")));
+        recent.changed(&[(2, Touch::prefix(kv::KEY, "x"))]);
         assert!(recent.get(b"a").is_none(), "a prefix may be any");
     }
 }

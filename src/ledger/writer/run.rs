@@ -30,7 +30,7 @@ pub(super) struct Run {
     rows: Rows,
     /// What its entries touch.
     touched: Vec<Vec<Touch>>,
-    /// How often what is known had forgotten what it heard when it heard of that, if it has.
+    /// What [`Known::begun`] said when what is known heard of that, if it has.
     heard: Option<u64>,
     overlay: Overlay,
     /// Rows were written by a command itself.
@@ -245,7 +245,6 @@ mod tests {
     use super::*;
     use crate::ledger::hot::ENTRIES;
     use crate::ledger::present::Present;
-    use crate::ledger::touch::Touch;
 
     #[test]
     fn what_was_heard_before_its_commit_is_heard_again_if_it_was_forgotten_meanwhile() {
