@@ -1,7 +1,6 @@
 //! The record over HTTP: entries, receipts, tiles, checkpoints; saving and verifying it elsewhere.
 
 use std::path::Path;
-use std::time::Duration;
 
 use reqwest::Method;
 use serde_json::Value;
@@ -13,7 +12,7 @@ use sop::ledger::entry::{canonical, commitment};
 use crate::support::client::Client;
 use crate::support::daemon::{Daemon, Launch};
 use crate::support::postgres::{Database, database};
-use crate::support::{reaper, until};
+use crate::support::{reaper, soon, until};
 
 async fn start() -> (Database, Daemon, Client) {
     let db = database().await;
@@ -36,7 +35,7 @@ async fn published(client: &Client, key: &VerifierKey, size: u64) -> Checkpoint 
         let note = client.bare(Method::GET, "/log/checkpoint").send().await.ok()?.text().await.ok()?;
         Checkpoint::open(&note, key).ok()
     };
-    until("the checkpoint", Duration::from_secs(10), || async { get().await.is_some_and(|c| c.size >= size) }).await;
+    until("the checkpoint", || async { get().await.is_some_and(|c| c.size >= size) }).await;
     get().await.unwrap()
 }
 
@@ -321,7 +320,7 @@ async fn a_database_that_lost_its_log_is_refused() {
     let last = client.put("k", "v").await.unwrap();
     let signed = u64::try_from(last).unwrap() + 1;
     published(&client, &log_key(&client).await, signed).await;
-    assert!(daemon.terminate(Duration::from_secs(20)).await.success());
+    assert!(daemon.terminate().await.success());
     let file = daemon.launch.dir.join("checkpoint");
     let kept = std::fs::read(&file).unwrap();
     let empty = database().await;
@@ -331,7 +330,7 @@ async fn a_database_that_lost_its_log_is_refused() {
         .env("SOP__DATABASE__URL", empty.url())
         .kill_on_drop(true)
         .output();
-    let ended = tokio::time::timeout(Duration::from_secs(20), started).await.expect("it does not run on it").unwrap();
+    let ended = soon("it does not run on it", started).await.unwrap();
     assert!(!ended.status.success());
     assert!(String::from_utf8_lossy(&ended.stderr).contains("record-behind"), "{ended:?}");
     assert_eq!(std::fs::read(&file).unwrap(), kept, "what was signed before is still known");

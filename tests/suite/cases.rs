@@ -177,7 +177,8 @@ async fn without_a_schema_or_cases_there_is_less_to_hold_to() {
 #[tokio::test(flavor = "multi_thread")]
 async fn cases_that_cannot_be_are_refused_where_they_stand() {
     let db = database().await;
-    let daemon = Launch::on(db.url()).env("SOP__SERVER__BODY_LIMIT", "8388608").start().await;
+    let launch = Launch::on(db.url()).env("SOP__GOVERNANCE__CASES_TIMEOUT", "60s");
+    let daemon = launch.env("SOP__SERVER__BODY_LIMIT", "8388608").start().await;
     let admin = Client::of(&daemon);
     let good = || case("n", &["g"], "view", 1, true);
     let with = |change: &dyn Fn(&mut Value)| {

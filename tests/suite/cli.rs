@@ -6,7 +6,7 @@ use tokio::io::AsyncBufReadExt as _;
 use crate::support::client::Client;
 use crate::support::daemon::{Daemon, Launch};
 use crate::support::postgres::database;
-use crate::support::record;
+use crate::support::{record, soon};
 
 async fn sop(daemon: &Daemon, args: &[&str]) -> (bool, String) {
     let mut command = tokio::process::Command::new(env!("CARGO_BIN_EXE_sop"));
@@ -180,7 +180,7 @@ async fn an_operator_at_the_machine_gets_back_in_and_the_record_says_so() {
     let (lost, _) = daemon.admin().unwrap();
     let (fine, said) = daemon.launch.run(&["admin", "recover"]).await;
     assert!(!fine && said.contains("in use by the daemon"), "{said}");
-    assert!(daemon.terminate(std::time::Duration::from_secs(20)).await.success());
+    assert!(daemon.terminate().await.success());
     let (fine, said) = daemon.launch.run(&["--json", "admin", "recover"]).await;
     assert!(fine, "{said}");
     let done: Value = serde_json::from_str(said.lines().next().unwrap()).unwrap();
@@ -227,7 +227,7 @@ async fn the_record_is_looked_into_from_the_command_line() {
     command.args(["audit", "tail", "--action", "audit:event", "--after", "0", "--data-dir"]).arg(&daemon.launch.dir);
     let mut tail = command.stdout(std::process::Stdio::piped()).kill_on_drop(true).spawn().unwrap();
     let mut lines = tokio::io::BufReader::new(tail.stdout.take().unwrap()).lines();
-    let line = tokio::time::timeout(std::time::Duration::from_secs(10), lines.next_line()).await.unwrap().unwrap();
+    let line = soon("a line", lines.next_line()).await.unwrap();
     assert!(line.unwrap().contains("audit:event"));
 }
 
@@ -257,8 +257,8 @@ async fn keys_locks_and_changes_of_several_rooms_from_the_command_line() {
     let mut watch = command.stdout(std::process::Stdio::piped()).kill_on_drop(true).spawn().unwrap();
     let mut lines = tokio::io::BufReader::new(watch.stdout.take().unwrap()).lines();
     let mut heard = async || -> Value {
-        let line = tokio::time::timeout(std::time::Duration::from_secs(10), lines.next_line()).await;
-        serde_json::from_str(&line.expect("a change").unwrap().unwrap()).unwrap()
+        let line = soon("a change", lines.next_line()).await;
+        serde_json::from_str(&line.unwrap().unwrap()).unwrap()
     };
     assert_eq!(heard().await["version"], 2);
     // Held while a command runs, which finds the token in its environment.

@@ -1,7 +1,5 @@
 //! Looking after clients: ending their tokens, disabling them, seeing when they were last used.
 
-use std::time::Duration;
-
 use reqwest::Method;
 use serde_json::{Value, json};
 
@@ -130,7 +128,7 @@ async fn a_token_given_right_after_all_were_ended_is_good() {
     let stale = "sop_ledger_stale_permits_total";
     let before = metric(&other, stale).await;
     let (got, ()) = tokio::join!(token(&other, &a), async {
-        until("the issue to wait", Duration::from_secs(10), async || metric(&other, stale).await > before).await;
+        until("the issue to wait", async || metric(&other, stale).await > before).await;
         within.release();
     });
     for daemon in [&other, &admin] {
@@ -181,10 +179,7 @@ async fn it_is_shown_when_a_client_was_last_used_on_any_daemon() {
     };
     assert_eq!(shown(a.id.clone()).await["last_used_at"], Value::Null, "never");
     let token = token(&other, &a).await;
-    until("the first daemon to know", Duration::from_secs(15), || async {
-        shown(a.id.clone()).await["last_used_at"].is_string()
-    })
-    .await;
+    until("the first daemon to know", || async { shown(a.id.clone()).await["last_used_at"].is_string() }).await;
     let first = shown(a.id.clone()).await["last_used_at"].as_str().unwrap().to_owned();
     assert_eq!(enters(&admin, &token).await, 200);
     assert!(shown(a.id.clone()).await["last_used_at"].as_str().unwrap() > first.as_str(), "by a token as well");

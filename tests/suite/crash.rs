@@ -16,6 +16,7 @@ use crate::support::daemon::{Daemon, Launch};
 use crate::support::postgres::database_alone;
 use crate::support::proxy::{Fault, Proxy};
 use crate::support::record::{self, Acknowledged};
+use crate::support::soon;
 
 const WRITERS: usize = 32;
 
@@ -61,7 +62,7 @@ impl Writers {
     async fn more(&mut self, n: usize) {
         let now = *self.acknowledged.borrow();
         let more = self.acknowledged.wait_for(|c| *c >= now + n);
-        tokio::time::timeout(Duration::from_secs(30), more).await.expect("writers go on").expect("writers live");
+        soon("writers go on", more).await.expect("writers live");
     }
 
     async fn finish(mut self) -> Acknowledged {
@@ -173,7 +174,7 @@ async fn a_killed_private_postgres_is_revived_and_a_killed_daemon_adopts_it() {
     record::holds(&mut conn, &acknowledged).await;
     record::check_on(&mut conn).await;
     drop(conn);
-    let status = daemon.terminate(Duration::from_secs(20)).await;
+    let status = daemon.terminate().await;
     assert!(status.success(), "{status}");
     assert!(!daemon.launch.dir.join("pg/postmaster.pid").exists(), "PostgreSQL was stopped last");
 }
@@ -188,10 +189,7 @@ async fn a_second_daemon_and_a_wrong_key_are_refused_with_a_reason() {
             command.env("SOP__SECRETS__MASTER_KEY_FILE", key);
         }
         async move {
-            let done = tokio::time::timeout(Duration::from_secs(20), command.output())
-                .await
-                .expect("it ends")
-                .expect("it ran");
+            let done = soon("it ends", command.output()).await.expect("it ran");
             (done.status.code(), String::from_utf8_lossy(&done.stderr).into_owned())
         }
     };
@@ -200,7 +198,7 @@ async fn a_second_daemon_and_a_wrong_key_are_refused_with_a_reason() {
     assert_eq!(code, Some(1));
     assert!(said.contains("in use by the daemon with process id"), "{said}");
     let mut first = first;
-    assert!(first.terminate(Duration::from_secs(20)).await.success());
+    assert!(first.terminate().await.success());
     let wrong = dir.join("wrong.key");
     std::fs::write(&wrong, [9u8; 32]).unwrap();
     let (code, said) = run(Some(&wrong), &dir).await;
@@ -221,7 +219,7 @@ async fn a_changed_database_is_found_out_at_start_and_by_verify() {
     }
     let index = client.put("k", "last").await.unwrap();
     let covered = || async { checkpoint_size(&client).await.is_some_and(|s| s > u64::try_from(index).unwrap()) };
-    crate::support::until("the checkpoint", Duration::from_secs(10), covered).await;
+    crate::support::until("the checkpoint", covered).await;
     let options =
         PgConnectOptions::new_without_pgpass().socket(daemon.launch.dir.join("run")).username("sop").database("sop");
     let mut conn = PgConnection::connect_with(&options).await.unwrap();
@@ -238,7 +236,7 @@ async fn a_changed_database_is_found_out_at_start_and_by_verify() {
     let hash = "UPDATE ledger.entries SET hash = sha256(decode('00', 'hex') || leaf) WHERE index = 4";
     sqlx::query(hash).execute(&mut conn).await.unwrap();
     drop(conn);
-    assert!(daemon.terminate(Duration::from_secs(20)).await.success());
+    assert!(daemon.terminate().await.success());
     let daemon = daemon.launch.clone().start().await;
     let ready = Client::of(&daemon).bare(reqwest::Method::GET, "/readyz?verbose").send().await.unwrap();
     assert_eq!(ready.status(), 503, "it may be read, and writes nothing");
@@ -259,7 +257,7 @@ async fn a_daemon_that_starts_beside_one_that_publishes_sees_no_loss() {
     held.hit().await;
     let index = client.put("k", "meanwhile").await.unwrap();
     let covered = || async { checkpoint_size(&client).await.is_some_and(|s| s > u64::try_from(index).unwrap()) };
-    crate::support::until("the checkpoint", Duration::from_secs(10), covered).await;
+    crate::support::until("the checkpoint", covered).await;
     held.release();
     let two = two.await.unwrap();
     let there = client.clone_at(&two.url);

@@ -39,7 +39,7 @@ async fn each_thing_that_is_stored_is_named_when_it_was_changed() {
     });
     let head = futures_util::future::join_all(puts).await.into_iter().max().unwrap();
     assert!(head > 512, "two whole tiles");
-    assert!(daemon.terminate(Duration::from_secs(20)).await.success());
+    assert!(daemon.terminate().await.success());
     let launch = daemon.launch.clone();
     let (fine, said) = launch.run(&["audit", "diagnose"]).await;
     assert!(fine && said.contains("all as they were written"), "{said}");
@@ -117,7 +117,7 @@ async fn what_the_self_audit_finds_stops_writing_on_every_daemon_until_somebody_
     b.put("k", "w").await.unwrap();
     sql(&mut db.connect().await, &flip("ledger.details", "details", &format!("index = {index}"))).await;
     for client in [&a, &b] {
-        until("writing stops", Duration::from_secs(20), || async {
+        until("writing stops", || async {
             let answer = client.request(Method::PUT, "/v1/state/kv/k").await.body("x").send().await.unwrap();
             answer.status() == 503 && answer.text().await.unwrap().contains("record-damaged")
         })
@@ -129,15 +129,15 @@ async fn what_the_self_audit_finds_stops_writing_on_every_daemon_until_somebody_
         assert_eq!(read.status(), 200, "reading goes on");
     }
     let (mut one, mut two) = (one, two);
-    assert!(one.terminate(Duration::from_secs(20)).await.success());
-    assert!(two.terminate(Duration::from_secs(20)).await.success());
+    assert!(one.terminate().await.success());
+    assert!(two.terminate().await.success());
     // A restart does not forget it.
     let mut one = one.launch.clone().start().await;
     let ready = Client::of(&one).bare(Method::GET, "/readyz?verbose").send().await.unwrap();
     assert!(ready.text().await.unwrap().contains("record-damaged"));
     let (fine, said) = one.launch.run(&["audit", "diagnose"]).await;
     assert!(!fine && said.contains("in use by the daemon"), "{said}");
-    assert!(one.terminate(Duration::from_secs(20)).await.success());
+    assert!(one.terminate().await.success());
     let (fine, said) = one.launch.run(&["audit", "resume", "--reason", "we know who it was"]).await;
     assert!(fine && said.contains(&format!("accepted: entry {index}")), "{said}");
     let one = one.launch.clone().start().await;
@@ -147,7 +147,7 @@ async fn what_the_self_audit_finds_stops_writing_on_every_daemon_until_somebody_
     assert_eq!(page["items"][0]["reason"], "we know who it was");
     tokio::time::sleep(Duration::from_millis(600)).await;
     client.put("k", "and is not stopped by what was accepted").await.unwrap();
-    until("the incident", Duration::from_secs(10), || async {
+    until("the incident", || async {
         client.get("/v1/health/incidents").await.1.to_string().contains("audit/record-damaged")
     })
     .await;
@@ -158,7 +158,7 @@ async fn a_database_put_back_to_yesterdays_copy_is_not_written_until_the_gap_is_
     let db = database().await;
     let mut daemon = Launch::on(db.url()).start().await;
     Client::of(&daemon).put("k", "yesterday").await.unwrap();
-    assert!(daemon.terminate(Duration::from_secs(20)).await.success());
+    assert!(daemon.terminate().await.success());
     let yesterday = db.copy().await;
     let mut daemon = daemon.launch.clone().start().await;
     let key = Client::of(&daemon).bare(Method::GET, "/log/key").send().await.unwrap().text().await.unwrap();
@@ -166,7 +166,7 @@ async fn a_database_put_back_to_yesterdays_copy_is_not_written_until_the_gap_is_
     let today = client.put("k", "today").await.unwrap();
     let token = client.token().await;
     // Stopping signs what is there; this is what a witness or a client holds.
-    assert!(daemon.terminate(Duration::from_secs(20)).await.success());
+    assert!(daemon.terminate().await.success());
     let held = std::fs::read_to_string(daemon.launch.dir.join("checkpoint")).unwrap();
     assert!(held.lines().nth(1).unwrap().parse::<i64>().unwrap() > today);
 
@@ -181,7 +181,7 @@ async fn a_database_put_back_to_yesterdays_copy_is_not_written_until_the_gap_is_
     assert!(refused.text().await.unwrap().contains("record-behind"));
     let note = client.bare(Method::GET, "/log/checkpoint").send().await.unwrap().text().await.unwrap();
     assert!(note.lines().nth(1).unwrap().parse::<i64>().unwrap() <= today, "nothing was added: {note}");
-    assert!(daemon.terminate(Duration::from_secs(20)).await.success());
+    assert!(daemon.terminate().await.success());
     assert_eq!(
         std::fs::read_to_string(launch.dir.join("checkpoint")).unwrap(),
         held,
@@ -223,10 +223,10 @@ async fn what_was_detached_leaves_its_tiles_and_the_rest_is_proven_as_before() {
         let request = client.bare(Method::GET, &path);
         async move { request.send().await.unwrap() }
     };
-    until("the tile", Duration::from_secs(10), || async { get("/log/tile/0/001".into()).await.status() == 200 }).await;
+    until("the tile", || async { get("/log/tile/0/001".into()).await.status() == 200 }).await;
     let tile = get("/log/tile/0/000".into()).await.bytes().await.unwrap();
     assert_eq!(tile.len(), 256 * 32);
-    assert!(daemon.terminate(Duration::from_secs(20)).await.success());
+    assert!(daemon.terminate().await.success());
     let mut conn = db.connect().await;
     for table in ["ledger.entries", "ledger.details"] {
         sql(&mut conn, &divide(table, 512)).await;
@@ -249,12 +249,10 @@ async fn what_was_detached_leaves_its_tiles_and_the_rest_is_proven_as_before() {
     }
     let path = format!("/v1/audit/consistency?from=100&to={}", head + 1);
     assert_eq!(client.request(Method::GET, &path).await.send().await.unwrap().status(), 200);
-    until("some self-audits", Duration::from_secs(20), || async {
-        crate::ledger::metric(&client, "sop_audit_self_audits_total").await > 20.0
-    })
-    .await;
+    until("some self-audits", || async { crate::ledger::metric(&client, "sop_audit_self_audits_total").await > 20.0 })
+        .await;
     client.put("k/new", "still written").await.unwrap();
-    assert!(daemon.terminate(Duration::from_secs(20)).await.success());
+    assert!(daemon.terminate().await.success());
     // A tile of what was detached is still held against the one above.
     sql(&mut conn, &flip("audit.tiles", "hashes", "level = 0 AND n = 1")).await;
     let (fine, said) = launch.run(&["audit", "diagnose"]).await;

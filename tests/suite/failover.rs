@@ -14,7 +14,7 @@ use crate::support::{record, until};
 /// Until the standby has what the primary has.
 async fn followed(db: &Database) {
     let sql = "SELECT count(*) > 0 FROM pg_stat_replication WHERE replay_lsn = pg_current_wal_lsn()";
-    until("the standby to follow", Duration::from_secs(30), || async {
+    until("the standby to follow", || async {
         sqlx::query_scalar(sql).fetch_one(&mut db.cluster.admin().await).await.unwrap()
     })
     .await;
@@ -30,7 +30,7 @@ async fn a_failover_is_followed_and_loses_nothing_that_was_acknowledged() {
     let mut admin = db.cluster.admin().await;
     sqlx::query("ALTER SYSTEM SET synchronous_standby_names = '*'").execute(&mut admin).await.unwrap();
     sqlx::query("SELECT pg_reload_conf()").execute(&mut admin).await.unwrap();
-    until("replication to be synchronous", Duration::from_secs(10), || async {
+    until("replication to be synchronous", || async {
         let sql = "SELECT count(*) > 0 FROM pg_stat_replication WHERE sync_state = 'sync'";
         sqlx::query_scalar(sql).fetch_one(&mut db.cluster.admin().await).await.unwrap()
     })
@@ -42,7 +42,7 @@ async fn a_failover_is_followed_and_loses_nothing_that_was_acknowledged() {
     db.cluster.kill().await;
     assert!(client.put("failover", "lost").await.is_err(), "nobody takes writes now");
     standby.promote().await;
-    until("writes to go on", Duration::from_secs(30), || async { client.put("failover", "after").await.is_ok() }).await;
+    until("writes to go on", || async { client.put("failover", "after").await.is_ok() }).await;
     // Readers too are on the host that takes writes: many at once, so that each of their connections is asked.
     let path = format!("/v1/state/kv/failover?at={last}");
     let reads = join_all((0..32).map(|_| async {
@@ -67,7 +67,7 @@ async fn a_failover_that_lost_entries_stops_the_writing_until_an_operator_resume
         .await
         .unwrap();
     sqlx::query("SELECT pg_reload_conf()").execute(&mut standby.admin().await).await.unwrap();
-    until("the standby to be cut off", Duration::from_secs(10), || async {
+    until("the standby to be cut off", || async {
         let sql = "SELECT count(*) = 0 FROM pg_stat_replication";
         sqlx::query_scalar(sql).fetch_one(&mut db.cluster.admin().await).await.unwrap()
     })
@@ -79,11 +79,11 @@ async fn a_failover_that_lost_entries_stops_the_writing_until_an_operator_resume
         let kept = std::fs::read_to_string(&file).unwrap_or_default();
         kept.lines().nth(1).and_then(|size| size.parse::<i64>().ok()).unwrap_or_default()
     };
-    until("the checkpoint", Duration::from_secs(10), || async { kept() > lost }).await;
+    until("the checkpoint", || async { kept() > lost }).await;
     db.cluster.kill().await;
     standby.promote().await;
     let refused = || async { client.request(Method::PUT, "/v1/state/kv/k").await.body("forked").send().await.unwrap() };
-    until("the loss to be noticed", Duration::from_secs(30), || async {
+    until("the loss to be noticed", || async {
         let refused = refused().await;
         assert!(!refused.status().is_success(), "it wrote on a record that lost entries");
         refused.text().await.unwrap().contains("record-behind")
@@ -96,7 +96,7 @@ async fn a_failover_that_lost_entries_stops_the_writing_until_an_operator_resume
     let resume = ["audit", "resume", "--reason", "the primary is lost for good"];
     let (fine, said) = daemon.launch.run(&resume).await;
     assert!(!fine && said.contains("in use by the daemon"), "{said}");
-    assert!(daemon.terminate(Duration::from_secs(20)).await.success());
+    assert!(daemon.terminate().await.success());
     assert!(kept() > lost, "the proof of what was lost is kept");
     // It starts, is read, and writes nothing.
     let mut daemon = daemon.launch.clone().start().await;
@@ -105,7 +105,7 @@ async fn a_failover_that_lost_entries_stops_the_writing_until_an_operator_resume
     let said = ready.text().await.unwrap();
     assert!(said.contains("record-behind") && said.contains("sop audit resume"), "{said}");
     assert!(Client::of(&daemon).bare(Method::GET, "/log/checkpoint").send().await.unwrap().status().is_success());
-    assert!(daemon.terminate(Duration::from_secs(20)).await.success());
+    assert!(daemon.terminate().await.success());
     let (fine, said) = daemon.launch.run(&resume).await;
     assert!(fine, "{said}");
     let (fine, said) = daemon.launch.run(&resume).await;
@@ -117,7 +117,7 @@ async fn a_failover_that_lost_entries_stops_the_writing_until_an_operator_resume
     let entry = &page["items"][0];
     assert_eq!(entry["reason"], "the primary is lost for good");
     assert!(entry["details"]["change"]["published_size"].as_i64() > Some(lost));
-    until("the incident", Duration::from_secs(10), || async {
+    until("the incident", || async {
         let (_, incidents) = client.get("/v1/health/incidents").await;
         incidents.to_string().contains("audit/record-behind")
     })
@@ -151,7 +151,7 @@ async fn a_commit_that_may_not_have_been_replicated_is_not_acknowledged() {
     };
     set("nobody").await;
     // The server takes the setting over when its checkpointer wakes up: from then on a commit of anybody waits.
-    until("commits wait for a standby", Duration::from_secs(30), || async {
+    until("commits wait for a standby", || async {
         let mut admin = db.cluster.admin().await;
         let commit = sqlx::query("SELECT pg_logical_emit_message(true, 'probe', '')").execute(&mut admin);
         tokio::time::timeout(Duration::from_millis(500), commit).await.is_err()

@@ -1,7 +1,5 @@
 //! Four eyes for changes of any room: which, and from whom, is policy.
 
-use std::time::Duration;
-
 use reqwest::Method;
 use serde_json::{Value, json};
 
@@ -195,7 +193,7 @@ async fn the_command_line_proposes_applies_and_tries() {
     assert!(fine && said.contains("is tried on every decision after"), "{said}");
     admin.put("settings/x", "1").await.unwrap();
     let mark = admin.put("mark", "1").await.unwrap();
-    crate::support::until("it was looked at", std::time::Duration::from_secs(20), || async {
+    crate::support::until("it was looked at", || async {
         let (_, trial) = admin.get(&format!("/v1/governance/bundles/{bundle}/shadow")).await;
         trial["reached"].as_i64().is_some_and(|reached| reached >= mark)
     })
@@ -284,7 +282,7 @@ async fn what_writes_nothing_uses_an_approval_up_too_and_header_fields_are_part_
         unless { context has approved && context.approved };"#;
     activate(&admin, &other, &format!("{EYES}{beats}"), None).await;
     // What commits nothing is decided by the bundle that this daemon has in force: within 100 ms that is the new one.
-    until("the bundle to be in force", Duration::from_secs(5), || async {
+    until("the bundle to be in force", || async {
         send(&admin, Method::POST, &format!("{instance}/heartbeat"), &[], "").await.0 == 409
     })
     .await;

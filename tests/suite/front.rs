@@ -1,7 +1,6 @@
 //! The front over real sockets: TLS, certificates that change, metrics of their own, compression, systemd.
 
 use std::path::{Path, PathBuf};
-use std::time::Duration;
 
 use rcgen::{BasicConstraints, CertificateParams, CertifiedIssuer, IsCa, KeyPair};
 use reqwest::Method;
@@ -11,7 +10,7 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use crate::support::client::Client;
 use crate::support::daemon::Launch;
 use crate::support::postgres::database;
-use crate::support::{reaper, until};
+use crate::support::{PATIENCE, reaper, soon, until};
 
 /// An authority, and the folder its certificates are written to.
 struct Authority {
@@ -89,7 +88,7 @@ async fn the_api_is_served_over_tls_and_its_certificate_changes_without_a_restar
     let mut plain = tokio::net::TcpStream::connect(&address).await.unwrap();
     plain.write_all(b"GET /version HTTP/1.1\r\nhost: x\r\n\r\n").await.unwrap();
     let mut answer = Vec::new();
-    let _ = tokio::time::timeout(Duration::from_secs(5), plain.read_to_end(&mut answer)).await.expect("it is cut");
+    let _ = soon("it is cut", plain.read_to_end(&mut answer)).await;
     assert!(!answer.starts_with(b"HTTP"), "{answer:?}");
     let _silent = tokio::net::TcpStream::connect(&address).await.unwrap();
     assert_eq!(get(ours.client(None)).await.unwrap(), 200);
@@ -103,12 +102,12 @@ async fn the_api_is_served_over_tls_and_its_certificate_changes_without_a_restar
     other.issue("server");
     std::fs::copy(other.file("server.key"), ours.file("server.key")).unwrap();
     std::fs::copy(other.file("server.pem"), ours.file("server.pem")).unwrap();
-    until("the new certificate", Duration::from_secs(10), || async { get(other.client(None)).await.is_ok() }).await;
+    until("the new certificate", || async { get(other.client(None)).await.is_ok() }).await;
     assert!(get(ours.client(None)).await.is_err(), "the old one is served no more");
     // One that cannot be used changes nothing, and is spoken of.
     std::fs::write(ours.file("server.pem"), "no certificate").unwrap();
     let ready = format!("{}/readyz?verbose", daemon.url);
-    until("the fault to be shown", Duration::from_secs(10), || async {
+    until("the fault to be shown", || async {
         let answer = other.client(None).get(&ready).send().await.unwrap();
         assert_eq!(answer.status(), 200);
         answer.text().await.unwrap().contains("certificate: the old one is served")
@@ -169,7 +168,7 @@ async fn systemd_hears_that_the_daemon_is_ready_alive_and_stopping() {
     let hear = async |what: &str, heard: &mut String| {
         let mut buffer = [0; 1024];
         while !heard.contains(what) {
-            let wait = tokio::time::timeout(Duration::from_secs(10), socket.recv(&mut buffer)).await;
+            let wait = tokio::time::timeout(PATIENCE, socket.recv(&mut buffer)).await;
             let n = wait.unwrap_or_else(|_| panic!("no {what} in {heard}")).unwrap();
             heard.push_str(&String::from_utf8_lossy(&buffer[..n]));
             heard.push('\n');
@@ -179,7 +178,7 @@ async fn systemd_hears_that_the_daemon_is_ready_alive_and_stopping() {
     hear("WATCHDOG=1", &mut heard).await;
     heard.clear();
     hear("WATCHDOG=1", &mut heard).await;
-    daemon.terminate(Duration::from_secs(20)).await;
+    daemon.terminate().await;
     hear("STOPPING=1", &mut heard).await;
 }
 
@@ -231,7 +230,7 @@ async fn who_is_not_known_fills_no_record() {
     };
     let counted =
         |all: &[Value]| -> i64 { all.iter().filter_map(|e| e["details"]["change"]["requests"].as_i64()).sum() };
-    until("the entries", Duration::from_secs(10), || async { counted(&entries().await) == 201 }).await;
+    until("the entries", || async { counted(&entries().await) == 201 }).await;
     let all = entries().await;
     // Two reasons; the guesses may have fallen into two intervals.
     assert!(all.len() <= 4, "{all:?}");
@@ -245,16 +244,13 @@ async fn a_disk_that_is_nearly_full_stops_writes_and_nothing_else() {
     let client = Client::of(&daemon);
     client.put("k", "v").await.unwrap();
     let token = client.token().await;
-    daemon.terminate(Duration::from_secs(20)).await;
+    daemon.terminate().await;
     let launch = daemon.launch.clone();
     // A guard that every disk has passed.
     let mut full = launch.clone().env("SOP__DISK__GUARD_PERCENT", "0").start().await;
     let there = client.clone_at(&full.url);
     let ask = |method, path: &str| there.bare(method, path).bearer_auth(&token).body("w").send();
-    until("the guard to look", Duration::from_secs(10), || async {
-        ask(Method::PUT, "/v1/state/kv/k").await.unwrap().status() == 507
-    })
-    .await;
+    until("the guard to look", || async { ask(Method::PUT, "/v1/state/kv/k").await.unwrap().status() == 507 }).await;
     let refused = ask(Method::PUT, "/v1/state/kv/k").await.unwrap();
     assert!(refused.headers().contains_key("retry-after"));
     assert_eq!(refused.json::<Value>().await.unwrap()["type"], "/problems/storage-full");
@@ -262,10 +258,10 @@ async fn a_disk_that_is_nearly_full_stops_writes_and_nothing_else() {
     let ready = there.bare(Method::GET, "/readyz?verbose").send().await.unwrap();
     assert_eq!(ready.status(), 503);
     assert!(ready.text().await.unwrap().contains("[-] disk: nearly full"));
-    full.terminate(Duration::from_secs(20)).await;
+    full.terminate().await;
     let mut again = launch.start().await;
     client.clone_at(&again.url).put("k", "w").await.expect("with room it goes on");
-    again.terminate(Duration::from_secs(20)).await;
+    again.terminate().await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -281,11 +277,11 @@ async fn a_changed_configuration_is_taken_over_on_sighup() {
     // What cannot be read changes nothing and ends nothing.
     write("[server]\nrat = 1\n");
     daemon.reload();
-    until("the complaint", Duration::from_secs(10), async || daemon.log().contains("was not reloaded")).await;
+    until("the complaint", async || daemon.log().contains("was not reloaded")).await;
     client.put("k", "v").await.unwrap();
     write("[server]\nrate = 1\n[telemetry]\nfilter = \"debug\"\n[token]\nttl = \"7s\"\n");
     daemon.reload();
-    until("the reload", Duration::from_secs(10), async || daemon.log().contains("wait for a restart: token.ttl")).await;
+    until("the reload", async || daemon.log().contains("wait for a restart: token.ttl")).await;
     assert!(daemon.log().contains("other than at the start: server.rate, telemetry.filter"));
     let mut limited = 0;
     for _ in 0..10 {

@@ -1,8 +1,6 @@
 //! What an outsider could try: every route of the API with what it does not expect. The answer is never a 5xx, always in the
 //! form of a refusal, and the daemon goes on.
 
-use std::time::Duration;
-
 use futures_util::{StreamExt, stream};
 use reqwest::{Method, StatusCode};
 use serde_json::Value;
@@ -10,7 +8,7 @@ use serde_json::Value;
 use crate::support::client::Client;
 use crate::support::daemon::Launch;
 use crate::support::postgres::database;
-use crate::support::record;
+use crate::support::{PATIENCE, record};
 
 /// What stands for a part of a path.
 const PARTS: &[&str] = &[
@@ -168,10 +166,10 @@ async fn fault(client: &Client, shot: &Shot) -> Option<String> {
             shot.sent.as_ref().map(|(kind, b)| format!(" {kind} {:?}", String::from_utf8_lossy(&b[..b.len().min(80)])));
         format!("{} {}{}", shot.method, shot.path, body.unwrap_or_default())
     };
-    let answer = match tokio::time::timeout(Duration::from_secs(20), request.send()).await {
+    let answer = match tokio::time::timeout(PATIENCE, request.send()).await {
         Ok(Ok(answer)) => answer,
         Ok(Err(e)) => return Some(format!("{}: no answer: {e:?}", shown())),
-        Err(_) => return Some(format!("{}: no answer in 20 s", shown())),
+        Err(_) => return Some(format!("{}: no answer in {PATIENCE:?}", shown())),
     };
     let (status, headers) = (answer.status(), answer.headers().clone());
     let text = |name: &str| headers.get(name).and_then(|v| v.to_str().ok()).unwrap_or_default().to_owned();

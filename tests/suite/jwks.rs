@@ -113,10 +113,7 @@ async fn a_client_s_keys_are_fetched_when_they_are_wanted_and_no_oftener() {
     assert!(keys.asked.load(Ordering::SeqCst) <= 2);
     // A key that replaces the other is found by its id.
     keys.hold(&[(&two, "two")]).await;
-    until("the new key to be found", Duration::from_secs(20), || async {
-        enters(&admin, &daemon.url, id, &two, "two").await == 200
-    })
-    .await;
+    until("the new key to be found", || async { enters(&admin, &daemon.url, id, &two, "two").await == 200 }).await;
     assert_eq!(enters(&admin, &daemon.url, id, &one, "one").await, 401, "the one before is gone");
     record::check(&db).await;
 }

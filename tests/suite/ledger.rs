@@ -131,7 +131,7 @@ async fn a_holder_that_stalls_is_ended_and_does_no_harm() {
     // What the stalled one was doing is done again, or refused; never half done.
     let _ = stalled.await;
     a.put("after", "1").await.expect("the stalled daemon serves again");
-    until("the end of its session to be in the record", Duration::from_secs(5), || async {
+    until("the end of its session to be in the record", || async {
         let (_, page) = b.get("/v1/audit/entries?action=ledger:end-session").await;
         !page["items"].as_array().unwrap().is_empty()
     })
@@ -157,7 +157,7 @@ async fn only_the_one_that_stalls_is_ended_not_those_that_wait_with_us() {
     stall.release();
     let _ = stalled.await;
     a.put("after", "1").await.expect("the stalled daemon serves again");
-    until("the end of its session to be in the record", Duration::from_secs(5), || async {
+    until("the end of its session to be in the record", || async {
         let (_, page) = b.get("/v1/audit/entries?action=ledger:end-session").await;
         !page["items"].as_array().unwrap().is_empty()
     })
@@ -279,10 +279,7 @@ async fn a_full_queue_says_so_and_recovers() {
         })
         .collect();
     hold.hit().await;
-    until("some to be refused", Duration::from_secs(5), || async {
-        metric(&client, "sop_ledger_overloaded_total").await >= 1.0
-    })
-    .await;
+    until("some to be refused", || async { metric(&client, "sop_ledger_overloaded_total").await >= 1.0 }).await;
     hold.release();
     let (mut fine, mut refused) = (0, 0);
     for write in writes {
@@ -368,11 +365,8 @@ async fn without_its_database_a_daemon_says_so_and_recovers() {
     assert_eq!(ready.status(), 503);
     assert!(ready.text().await.unwrap().contains("[-] database: does not answer"));
     drop(goes);
-    until("writes to go on", Duration::from_secs(30), || async { client.put("k", "2").await.is_ok() }).await;
-    until("readiness", Duration::from_secs(30), || async {
-        client.bare(Method::GET, "/readyz").send().await.unwrap().status() == 200
-    })
-    .await;
+    until("writes to go on", || async { client.put("k", "2").await.is_ok() }).await;
+    until("readiness", || async { client.bare(Method::GET, "/readyz").send().await.unwrap().status() == 200 }).await;
     record::check(&db).await;
 }
 
@@ -458,16 +452,14 @@ async fn a_daemon_that_came_later_is_told_at_once() {
         for n in 0..15 {
             let index = a.put("k", &n.to_string()).await.unwrap();
             let began = Instant::now();
-            until("the other daemon to know", Duration::from_secs(5), async || {
-                metric(&b, "sop_ledger_followed_index").await >= index as f64
-            })
-            .await;
+            until("the other daemon to know", async || metric(&b, "sop_ledger_followed_index").await >= index as f64)
+                .await;
             took.push(began.elapsed());
         }
         took.sort();
         took[7]
     };
-    until("it to be told", Duration::from_secs(20), async || median().await < Duration::from_millis(100)).await;
+    until("it to be told", async || median().await < Duration::from_millis(100)).await;
     record::check(&db).await;
 }
 
@@ -484,7 +476,7 @@ async fn sessions_that_end_again_and_again_keep_no_reader_waiting() {
         let ended: i64 = sqlx::query_scalar(end).fetch_one(&mut conn).await.unwrap();
         assert!(ended >= 1);
         let began = Instant::now();
-        until("a change, and a read that sees it", Duration::from_secs(20), async || {
+        until("a change, and a read that sees it", async || {
             client.put("k", &round.to_string()).await.is_ok() && client.get("/v1/state/kv?limit=1").await.0 == 200
         })
         .await;

@@ -11,7 +11,7 @@ use serde_json::{Value, json};
 use crate::support::client::Client;
 use crate::support::daemon::{Daemon, Launch};
 use crate::support::postgres::{Database, database};
-use crate::support::{record, until};
+use crate::support::{record, soon, until};
 
 async fn start() -> (Database, Daemon, Client) {
     let db = database().await;
@@ -37,7 +37,7 @@ async fn event(answer: reqwest::Response, name: &str) -> Value {
         }
         panic!("the stream ended: {text}")
     };
-    tokio::time::timeout(Duration::from_secs(15), wait).await.unwrap_or_else(|_| panic!("no event {name}"))
+    soon(name, wait).await
 }
 
 async fn publish(client: &Client, topic: &str, id: &str, data: &Value) -> (u16, Value) {
@@ -138,7 +138,7 @@ async fn silence_is_noticed_though_the_daemon_that_looked_is_killed() {
             .unwrap();
         held
     };
-    until("the first to look", Duration::from_secs(5), || async { claimed().await.is_some() }).await;
+    until("the first to look", || async { claimed().await.is_some() }).await;
     let first = claimed().await;
     let two = Launch::beside(&one, db.url()).start().await;
     let b = a.also_of(&two);
@@ -162,7 +162,7 @@ async fn a_daemon_that_stood_still_has_watched_nobody_fall_silent() {
             .unwrap();
         n == 1
     };
-    until("it to look", Duration::from_secs(5), held).await;
+    until("it to look", held).await;
     daemon.freeze();
     tokio::time::sleep(Duration::from_secs(4)).await;
     daemon.thaw();
@@ -322,7 +322,7 @@ async fn messages_past_their_retention_are_dropped_with_an_entry() {
     let client = Client::of(&daemon);
     assert_eq!(client.json(Method::PUT, "/v1/nexus/topics/t", &json!({"retention": 1})).await.0, 201);
     let (_, first) = publish(&client, "t", "1", &json!(1)).await;
-    until("it to be dropped", Duration::from_secs(10), || async {
+    until("it to be dropped", || async {
         let n: i64 =
             sqlx::query_scalar("SELECT count(*) FROM nexus.messages").fetch_one(&mut db.connect().await).await.unwrap();
         n == 0

@@ -1,7 +1,5 @@
 //! Operation tokens: exact counts, steps of a todo, ends, services, crashes.
 
-use std::time::Duration;
-
 use futures_util::future::join_all;
 use reqwest::Method;
 use serde_json::{Value, json};
@@ -119,7 +117,7 @@ async fn operation_tokens_are_bound_and_end() {
     assert_eq!(go(mine(), text(&revoked, "token").into(), "go", None).await, 410);
     let short = issue(json!({"expires_in": 1})).await;
     let expired = || async { go(mine(), text(&short, "token").into(), "go", None).await == 410 };
-    crate::support::until("it to expire", Duration::from_secs(5), expired).await;
+    crate::support::until("it to expire", expired).await;
     for bad in [
         json!({"kind": "x", "operation": "y"}),
         json!({"kind": "test"}),
@@ -317,7 +315,7 @@ async fn one_hot_token_is_spent_exactly_while_daemons_are_killed() {
         }
     });
     let users = tokio::spawn(join_all(users));
-    crate::support::until("half of it to be used", Duration::from_secs(30), || async {
+    crate::support::until("half of it to be used", || async {
         admin.get(&format!("/v1/token/operations/{}", text(&token, "id"))).await.1["uses"].as_i64() > Some(300)
     })
     .await;

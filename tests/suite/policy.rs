@@ -235,7 +235,7 @@ async fn four_eyes_are_four() {
     assert_eq!(post(&admin, &review, &json!({"reason": "me again"})).await.0, 409);
     assert_eq!(post(&other, &review, &json!({"reason": "it burned"})).await.0, 200);
     assert_eq!(admin.get("/v1/governance/proposals?review=pending").await.1["items"], json!([]));
-    crate::support::until("an incident says so", Duration::from_secs(5), || async {
+    crate::support::until("an incident says so", || async {
         admin.get("/v1/health/incidents").await.1.to_string().contains("governance-override/")
     })
     .await;
@@ -280,7 +280,7 @@ async fn which_changes_wait_and_for_whom_is_policy() {
     // Past its time it is an entry of its own.
     let (_, p) = post(&author, "/v1/governance/proposals", &wanted).await;
     let read = format!("/v1/governance/proposals/{}", p["id"].as_str().unwrap());
-    crate::support::until("the proposal expires", Duration::from_secs(15), || async {
+    crate::support::until("the proposal expires", || async {
         let (_, entries) = admin.get("/v1/audit/entries?action=governance:expire").await;
         admin.get(&read).await.1["status"] == "expired" && !entries["items"].as_array().unwrap().is_empty()
     })

@@ -1,7 +1,5 @@
 //! The proxy itself, with sqlx straight through it.
 
-use std::time::Duration;
-
 use sqlx::{Connection, Executor, PgConnection};
 
 use crate::support::postgres::{Database, database};
@@ -77,7 +75,7 @@ async fn stall_keeps_the_row_lock_until_released() {
     let mut other = db.connect().await;
     other.execute("SET lock_timeout = '100ms'").await.unwrap();
     // The hit is reported when the server was sent the Execute; it may need a moment to take the lock.
-    crate::support::until("the stalled statement to hold the lock", Duration::from_secs(5), || async {
+    crate::support::until("the stalled statement to hold the lock", || async {
         let sql = "SELECT count(*) FROM pg_locks l JOIN pg_stat_activity a USING (pid) \
                    WHERE a.application_name = 'sop/test' AND a.datname = $1 AND l.mode = 'RowExclusiveLock'";
         sqlx::query_scalar::<_, i64>(sql).bind(&db.name).fetch_one(&mut db.connect().await).await.unwrap() > 0

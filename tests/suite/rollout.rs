@@ -25,7 +25,7 @@ async fn status_of(admin: &Client, bundle: &str) -> String {
 async fn found(admin: &Client, bundle: &str) -> Value {
     let index = admin.put("now", "1").await.unwrap();
     let path = format!("/v1/governance/bundles/{bundle}/shadow?limit=1000");
-    until("the trial catches up", Duration::from_secs(30), || async {
+    until("the trial catches up", || async {
         admin.get(&path).await.1["reached"].as_i64().is_some_and(|reached| reached >= index)
     })
     .await;
@@ -72,7 +72,7 @@ async fn a_shadow_says_what_would_have_been_and_changes_nothing() {
     let theirs = there.request(Method::GET, "/metrics").await.send().await.unwrap().text().await.unwrap();
     let other_line = format!("sop_governance_shadow_decisions_total{{bundle=\"{bundle}\",outcome=\"other\"}} 2");
     assert!(metrics.contains(&other_line) || theirs.contains(&other_line), "one of the daemons counted it");
-    until("the stage is told", Duration::from_secs(5), || async {
+    until("the stage is told", || async {
         let text = there.request(Method::GET, "/metrics").await.send().await.unwrap().text().await.unwrap();
         text.contains(&format!("sop_governance_rollout_info{{bundle=\"{bundle}\",stage=\"shadow\"}} 1"))
     })
@@ -119,8 +119,7 @@ async fn a_canary_stops_itself_when_it_denies_what_the_active_bundle_permits() {
     for _ in 0..6 {
         decide(&admin, &asks("bob", "view", 3)).await;
     }
-    until("the canary stops", Duration::from_secs(10), || async { status_of(&admin, &stricter).await == "draft" })
-        .await;
+    until("the canary stops", || async { status_of(&admin, &stricter).await == "draft" }).await;
     let now = decide(&admin, &asks("bob", "view", 3)).await;
     assert_eq!((&now["decision"], &now["context"]["bundle"]), (&json!(true), &json!(active)), "{now}");
     let (_, page) = admin.get("/v1/audit/entries?action=governance:canary&limit=1").await;
@@ -128,7 +127,7 @@ async fn a_canary_stops_itself_when_it_denies_what_the_active_bundle_permits() {
     let (_, entry) = admin.get(&format!("/v1/audit/entries/{index}")).await;
     assert_eq!(entry["actor"], "daemon:governance", "{entry}");
     assert!(entry["details"]["reason"].as_str().unwrap().contains("denied what the active bundle permits"), "{entry}");
-    until("an incident says so", Duration::from_secs(5), || async {
+    until("an incident says so", || async {
         let (_, open) = admin.get("/v1/health/incidents").await;
         open["items"].as_array().unwrap().iter().any(|i| i.to_string().contains("governance-canary"))
     })
@@ -293,7 +292,7 @@ async fn while_the_store_is_away_only_what_a_policy_allows_is_answered_and_recor
     activate(&admin, &other, STALE, Some(SCHEMA)).await;
     assert_eq!(decide(&admin, &asks("ann", "view", 1)).await["decision"], true);
     line.cut(&db).await;
-    until("the store is away", Duration::from_secs(10), || async {
+    until("the store is away", || async {
         let (status, answer) = post(&admin, "/access/v1/evaluation", &asks("ann", "view", 1)).await;
         status == 200 && answer["context"]["stale"].is_object()
     })
@@ -326,10 +325,8 @@ async fn while_the_store_is_away_only_what_a_policy_allows_is_answered_and_recor
     let daemon = daemon.restart().await;
     let admin = Client::of(&daemon);
     for id in [&stale, &in_batch] {
-        until("it is in the record", Duration::from_secs(10), || async {
-            admin.get(&format!("/v1/governance/decisions/{id}")).await.0 == 200
-        })
-        .await;
+        until("it is in the record", || async { admin.get(&format!("/v1/governance/decisions/{id}")).await.0 == 200 })
+            .await;
         let (_, why) = post(&admin, &format!("/v1/governance/decisions/{id}/explain"), &json!({})).await;
         assert_eq!(
             (&why["decision"], &why["reproduced"], &why["policies"][0]["id"]),
@@ -340,10 +337,7 @@ async fn while_the_store_is_away_only_what_a_policy_allows_is_answered_and_recor
     let (_, page) = admin.get("/v1/audit/entries?action=governance:evaluate&limit=1").await;
     let (_, entry) = admin.get(&format!("/v1/audit/entries/{}", page["items"][0]["index"])).await;
     assert_eq!(entry["details"]["change"]["late"], true, "{entry}");
-    until("nothing waits any more", Duration::from_secs(5), || async {
-        !daemon.launch.dir.join("spool/decisions.closed").exists()
-    })
-    .await;
+    until("nothing waits any more", || async { !daemon.launch.dir.join("spool/decisions.closed").exists() }).await;
     let (_, all) = admin.get("/v1/governance/decisions?origin=authzen&subject=ann").await;
     let all: Vec<&str> = all["items"].as_array().unwrap().iter().map(|d| d["decision_id"].as_str().unwrap()).collect();
     assert_eq!(all.iter().filter(|id| **id == stale).count(), 1, "once: {all:?}");

@@ -10,6 +10,7 @@ use serde_json::{Value, json};
 use crate::support::client::Client;
 use crate::support::daemon::{Daemon, Launch};
 use crate::support::postgres::{Database, database};
+use crate::support::soon;
 
 async fn start() -> (Database, Daemon, Client) {
     let db = database().await;
@@ -28,10 +29,6 @@ async fn found(client: &Client, query: &str) -> Vec<i64> {
         let Some(next) = page["next"].as_str() else { return found };
         after = format!("&after={next}");
     }
-}
-
-fn ms() -> Duration {
-    Duration::from_secs(10)
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -212,7 +209,7 @@ async fn read(
     let mut body = answer.bytes_stream();
     let (mut text, mut told) = (String::new(), Vec::new());
     while !enough(&told) {
-        let part = tokio::time::timeout(ms(), body.next()).await.expect("the stream goes on").expect("more").unwrap();
+        let part = soon("the stream goes on", body.next()).await.expect("more").unwrap();
         text.push_str(std::str::from_utf8(&part).unwrap());
         while let Some((event, rest)) = text.split_once("\n\n") {
             let field =
@@ -290,7 +287,7 @@ async fn a_saved_search_is_searched_by_and_raises_its_alert_once() {
     for _ in 0..5 {
         assert_eq!(deny().await, 403);
     }
-    crate::support::until("the incident", ms(), || async { incidents().await == 1 }).await;
+    crate::support::until("the incident", || async { incidents().await == 1 }).await;
     let alerts = found(&client, "action=audit:alert").await;
     assert_eq!(alerts.len(), 1, "once in its time, on two daemons");
     assert_eq!(found(&client, "search=denials").await.len(), 7);

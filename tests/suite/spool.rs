@@ -3,7 +3,6 @@
 
 use std::collections::HashMap;
 use std::path::Path;
-use std::time::Duration;
 
 use reqwest::Method;
 use serde_json::json;
@@ -70,12 +69,12 @@ async fn listed(admin: &Client, subject: &str) -> HashMap<String, usize> {
 
 /// Starts it again with this in its spool, and waits until nothing waits any more.
 async fn again_with(mut daemon: Daemon, spool: &[u8]) -> Daemon {
-    daemon.terminate(Duration::from_secs(10)).await;
+    daemon.terminate().await;
     let dir = daemon.launch.dir.join("spool");
     std::fs::create_dir_all(&dir).unwrap();
     std::fs::write(dir.join("decisions"), spool).unwrap();
     let daemon = daemon.restart().await;
-    until("nothing waits any more", Duration::from_secs(20), || async { !waits(&daemon.launch.dir) }).await;
+    until("nothing waits any more", || async { !waits(&daemon.launch.dir) }).await;
     assert_eq!(spooled(&daemon).await, Some(0));
     daemon
 }
@@ -98,12 +97,9 @@ async fn a_decision_whose_first_write_is_still_on_its_way_is_recorded_once() {
     let id = answer["context"]["decision_id"].as_str().unwrap();
     assert_eq!(spooled(&daemon).await, Some(1));
     // By now it was looked for in vain by anybody who looks too early.
-    until("it is tried to put it into the record", Duration::from_secs(20), || async {
-        daemon.log().contains("governance/spool failed")
-    })
-    .await;
+    until("it is tried to put it into the record", || async { daemon.log().contains("governance/spool failed") }).await;
     hold.release();
-    until("nothing waits any more", Duration::from_secs(20), || async { !waits(&daemon.launch.dir) }).await;
+    until("nothing waits any more", || async { !waits(&daemon.launch.dir) }).await;
     assert_eq!(spooled(&daemon).await, Some(0));
     let times = listed(&admin, "ann").await;
     assert_eq!((times.len(), times[id]), (2, 1), "{times:?}");

@@ -9,7 +9,7 @@ use serde_json::{Value, json};
 use crate::support::client::Client;
 use crate::support::daemon::{Daemon, Launch};
 use crate::support::postgres::{Database, database};
-use crate::support::{record, until};
+use crate::support::{record, soon, until};
 
 async fn start() -> (Database, Daemon, Client) {
     let db = database().await;
@@ -94,14 +94,10 @@ async fn conditions_hold_or_refuse() {
     assert_eq!(send(Method::DELETE, "if-match", tag).await.status(), 412, "the old tag");
     assert_eq!(problem(send(Method::PUT, "if-match", "5".into()).await).await.0, 400, "a tag has quotes");
     assert_eq!(send(Method::DELETE, "if-match", header(&next, "etag").into()).await.status(), 200);
-    record::settled(&db).await;
-    let before =
-        header(&client.request(Method::GET, "/v1/state/kv").await.send().await.unwrap(), "sop-index").to_owned();
+    let before = client.last_entry().await;
     let gone = client.request(Method::DELETE, "/v1/state/kv/c").await.send().await.unwrap();
     assert_eq!(problem(gone).await.0, 404);
-    let after =
-        header(&client.request(Method::GET, "/v1/state/kv").await.send().await.unwrap(), "sop-index").to_owned();
-    assert_eq!(before, after, "what is not there takes no index");
+    assert_eq!(client.last_entry().await, before, "what is not there takes no index");
     record::check(&db).await;
 }
 
@@ -237,10 +233,7 @@ pub type Heard = (String, Option<i64>, Value);
 pub async fn events(answer: Response, enough: impl Fn(&[Heard]) -> bool) -> Vec<Heard> {
     let (mut stream, mut text, mut out) = (answer.bytes_stream(), String::new(), Vec::new());
     loop {
-        let chunk = tokio::time::timeout(Duration::from_secs(10), stream.next())
-            .await
-            .expect("events come")
-            .expect("the stream goes on");
+        let chunk = soon("events come", stream.next()).await.expect("the stream goes on");
         text.push_str(std::str::from_utf8(&chunk.unwrap()).unwrap());
         while let Some((event, rest)) = text.split_once("\n\n") {
             let field =
@@ -344,7 +337,7 @@ async fn what_is_new_is_known_to_be_new_and_what_is_there_never_passes_for_it() 
     };
     let spared = async || crate::ledger::metric(&client, "sop_ledger_spared_reads_total").await;
     let fresh = std::sync::atomic::AtomicUsize::new(0);
-    until("what is new to be known", Duration::from_secs(20), || async {
+    until("what is new to be known", || async {
         let n = fresh.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
         assert_eq!(version(&client, format!("fresh/{n}")).await, 1);
         spared().await > 0.0
@@ -379,7 +372,7 @@ async fn what_a_turn_made_does_not_pass_for_new_in_it_or_after_it() {
     let (db, _daemon, client) = start().await;
     let spared = async || crate::ledger::metric(&client, "sop_ledger_spared_reads_total").await;
     let fresh = std::sync::atomic::AtomicUsize::new(0);
-    until("what is new to be known", Duration::from_secs(20), || async {
+    until("what is new to be known", || async {
         let n = fresh.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
         client.put(&format!("fresh/{n}"), "v").await.unwrap();
         spared().await > 0.0

@@ -1,7 +1,5 @@
 //! The small print of the contract, as somebody reads it who has only the contract.
 
-use std::time::Duration;
-
 use futures_util::StreamExt as _;
 use reqwest::Method;
 use serde_json::{Value, json};
@@ -10,12 +8,7 @@ use sop::kernel::crypto::base64 as b64;
 use crate::state::{events, header, problem};
 use crate::state_etcd::{revision, start, v3};
 use crate::support::client::Client;
-use crate::support::record;
-
-async fn head(client: &Client) -> i64 {
-    let answer = client.request(Method::GET, "/v1/state/kv?limit=1").await.send().await.unwrap();
-    header(&answer, "sop-index").parse().unwrap()
-}
+use crate::support::{record, soon};
 
 async fn fault(client: &Client, method: Method, path: &str, body: Option<&Value>) -> (u16, String) {
     let mut request = client.request(method, path).await;
@@ -60,7 +53,7 @@ async fn who_polls_without_waiting_is_told_all_there_is() {
 async fn a_list_of_fields_is_no_object() {
     let (db, _daemon, client) = start().await;
     let (_, lease) = client.json(Method::POST, "/v1/state/leases", &json!({"ttl": 60})).await;
-    let before = head(&client).await;
+    let before = client.last_entry().await;
     let put = json!(["list/1", "YQ=="]);
     for (path, body) in [
         ("/v1/state/txn", json!([])),
@@ -80,7 +73,7 @@ async fn a_list_of_fields_is_no_object() {
     assert_eq!(fault(&client, Method::PUT, "/v1/nexus/topics/list", Some(&json!([60]))).await.0, 400);
     let nested = json!({"create_request": ["bA=="]});
     let (status, _) = client.json(Method::POST, "/v3/watch", &nested).await;
-    assert_eq!((status, head(&client).await), (400, before), "nothing was changed");
+    assert_eq!((status, client.last_entry().await), (400, before), "nothing was changed");
     record::check(&db).await;
 }
 
@@ -90,7 +83,7 @@ async fn what_no_route_takes_is_refused_and_named() {
     let index = client.put("x/1", "v").await.unwrap();
     let (_, lease) = client.json(Method::POST, "/v1/state/leases", &json!({"ttl": 60})).await;
     let lease = format!("/v1/state/leases/{}", lease["id"].as_str().unwrap());
-    let before = head(&client).await;
+    let before = client.last_entry().await;
     let txn = json!({"then": [{"delete": {"key": "x/1"}}]});
     let renew = format!("{lease}/renew");
     for (method, path, body) in [
@@ -121,16 +114,17 @@ async fn what_no_route_takes_is_refused_and_named() {
         let answer = fault(&client, method.clone(), path, body.as_ref()).await;
         assert_eq!(answer, (400, at.to_owned()), "{method} {path}");
     }
-    assert_eq!(head(&client).await, before, "nothing was changed");
+    assert_eq!(client.last_entry().await, before, "nothing was changed");
     // The pages of a list are of one index.
     client.put("x/2", "v").await.unwrap();
-    let (_, page) = client.get("/v1/state/kv?prefix=x/&limit=1").await;
+    let answer = client.request(Method::GET, "/v1/state/kv?prefix=x/&limit=1").await.send().await.unwrap();
+    let at = header(&answer, "sop-index").to_owned();
+    let page: Value = answer.json().await.unwrap();
     let next = page["next"].as_str().unwrap();
     assert_eq!(
         fault(&client, Method::GET, &format!("/v1/state/kv?prefix=x/&at={index}&after={next}"), None).await,
         (400, "?at".into())
     );
-    let at = before + 1;
     assert_eq!(client.get(&format!("/v1/state/kv?prefix=x/&at={at}&after={next}")).await.0, 200);
     record::check(&db).await;
 }
@@ -223,7 +217,7 @@ async fn revisions_of_the_gateway_never_go_back() {
             client.bare(Method::POST, "/v3/watch").header("authorization", token).body(body).send().await.unwrap();
         let (mut pieces, mut text) = (watch.bytes_stream(), String::new());
         while !text.contains('\n') {
-            let piece = tokio::time::timeout(Duration::from_secs(10), pieces.next()).await.unwrap();
+            let piece = soon("a piece", pieces.next()).await;
             text.push_str(std::str::from_utf8(&piece.unwrap().unwrap()).unwrap());
         }
         let said: Value = serde_json::from_str(text.lines().next().unwrap()).unwrap();

@@ -3,7 +3,6 @@
 use std::collections::BTreeMap;
 use std::sync::atomic::AtomicUsize;
 use std::sync::atomic::Ordering::SeqCst;
-use std::time::Duration;
 
 use reqwest::{Method, Response};
 use serde_json::{Value, json};
@@ -12,7 +11,7 @@ use sop::kernel::crypto::base64 as b64;
 use crate::policy;
 use crate::state_etcd::{etcd, keys, put, raw, refused, revision, start, v3};
 use crate::support::client::Client;
-use crate::support::{record, until};
+use crate::support::{record, soon, until};
 
 #[tokio::test(flavor = "multi_thread")]
 async fn leases_have_numbers_and_are_the_rooms_own() {
@@ -62,7 +61,7 @@ async fn leases_have_numbers_and_are_the_rooms_own() {
     assert_eq!(refused(&other, "/v3/lease/revoke", json!({"ID": "77"})).await, etcd(403, 7, "permission denied"));
     // Who does not keep it alive loses it.
     v3(&client, "/v3/kv/put", json!({"key": b64("l/77"), "lease": "77"})).await;
-    until("the lease to end", Duration::from_secs(12), || async {
+    until("the lease to end", || async {
         v3(&client, "/v3/lease/timetolive", json!({"ID": "77"})).await["TTL"] == "-1"
     })
     .await;
@@ -77,7 +76,7 @@ impl Watched {
     async fn begin(client: &Client, body: Value) -> Self {
         let token = client.token().await;
         let request = client.bare(Method::POST, "/v3/watch").header("authorization", token);
-        let request = request.header("accept-encoding", "gzip").timeout(Duration::from_secs(60));
+        let request = request.header("accept-encoding", "gzip");
         let answer = request.body(body.to_string()).send().await.unwrap();
         assert_eq!(answer.status().as_u16(), 200);
         assert!(answer.headers().get("content-encoding").is_none(), "a compressor would hold it back");
@@ -91,7 +90,7 @@ impl Watched {
                 let line: Vec<u8> = self.1.drain(..=end).collect();
                 return Some(serde_json::from_slice(&line).unwrap());
             }
-            let piece = tokio::time::timeout(Duration::from_secs(10), self.0.chunk()).await.expect("a message");
+            let piece = soon("a message", self.0.chunk()).await;
             self.1.extend_from_slice(&piece.unwrap()?);
         }
     }
@@ -175,7 +174,7 @@ async fn a_watch_tells_what_etcd_would() {
         (&json!(true), &json!("etcdserver: invalid auth token"))
     );
     record::check(&db).await;
-    daemon.terminate(Duration::from_secs(20)).await;
+    daemon.terminate().await;
     let mut ended = live.next().await.unwrap();
     while ended.get("result").is_some() {
         ended = live.next().await.unwrap();
@@ -217,7 +216,7 @@ async fn a_killed_daemon_loses_nothing_it_acknowledged_to_a_client_of_etcd() {
     let counted = AtomicUsize::new(0);
     let counts = futures_util::future::join_all(names.iter().map(|name| count(&client, name, &counted)));
     let killed = async {
-        until("some counts", Duration::from_secs(20), || async { counted.load(SeqCst) > 400 }).await;
+        until("some counts", || async { counted.load(SeqCst) > 400 }).await;
         daemon.kill().await;
     };
     let (counts, ()) = tokio::join!(counts, killed);

@@ -18,7 +18,7 @@ use crate::support::client::Client;
 use crate::support::daemon::{Daemon, Launch};
 use crate::support::dice::Dice;
 use crate::support::postgres::{Database, database, database_alone};
-use crate::support::{record, until};
+use crate::support::{record, soon, until};
 
 /// A change as a watcher hears of it and as history has it: its index, the key, and whether it was put.
 type Told = (i64, String, bool);
@@ -107,7 +107,7 @@ async fn one_daemon_frozen_and_one_killed_lose_no_event_and_agree() {
         .collect();
     let more = async || {
         let before = done.load(Ordering::Acquire);
-        until("writers to go on", Duration::from_secs(30), async || done.load(Ordering::Acquire) > before + 30).await;
+        until("writers to go on", async || done.load(Ordering::Acquire) > before + 30).await;
     };
     for round in 0..2 {
         more().await;
@@ -137,7 +137,7 @@ async fn one_daemon_frozen_and_one_killed_lose_no_event_and_agree() {
     let rows = sqlx::query(sql).bind(last).fetch_all(&mut db.connect().await).await.unwrap();
     let history: Vec<Told> = rows.iter().map(|r| (r.get("index"), r.get("key"), r.get("put"))).collect();
     for watcher in watchers {
-        let heard = tokio::time::timeout(Duration::from_secs(30), watcher).await.expect("it hears the end").unwrap();
+        let heard = soon("it hears the end", watcher).await.unwrap();
         let heard: Vec<Told> = heard.into_iter().filter(|t| t.0 <= last).collect();
         let astray = heard.iter().zip(&history).find(|(a, b)| a != b);
         assert_eq!((astray, heard.len()), (None, history.len()), "a watcher and history part");
@@ -213,7 +213,7 @@ async fn a_full_disk_refuses_changes_whole_and_they_go_on_with_room() {
     let txn = txn.send().await.unwrap().status().as_u16();
     drop(filled);
     std::fs::remove_file(&filler).unwrap();
-    until("changes to go on", Duration::from_secs(60), async || client.put("full/last", "v").await.is_ok()).await;
+    until("changes to go on", async || client.put("full/last", "v").await.is_ok()).await;
     let (mut keys, mut after) = (BTreeSet::new(), String::new());
     loop {
         let (status, page) = client.get(&format!("/v1/state/kv?prefix=full/&keys_only=true{after}")).await;
@@ -350,7 +350,7 @@ async fn very_many_keys_go_by_one_prefix_at_one_index() {
     let all = usize::try_from(MANY + 1).unwrap();
     let watch = async |client: &Client| {
         let request = client.request(Method::GET, "/v1/state/watch?prefix=many/").await;
-        request.timeout(Duration::from_secs(60)).send().await.unwrap()
+        request.send().await.unwrap()
     };
     let watcher = tokio::spawn(deletions(watch(&there).await, all));
     let (stop, slowest) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicI64::new(0)));

@@ -68,7 +68,7 @@ async fn what_was_compacted_is_gone_and_the_rest_is_whole() {
     assert_eq!((again, said["before"].as_i64()), (409, Some(mark)));
     assert_eq!(compact(&client, index + 1000).await.1["type"], "/problems/beyond-head");
     assert_eq!(client.json(Method::POST, "/v1/state/compact", &json!({})).await.0, 400);
-    until("the rows to go", Duration::from_secs(15), || async { rows(&db).await == all - 3 }).await;
+    until("the rows to go", || async { rows(&db).await == all - 3 }).await;
     assert_eq!(client.get(&format!("/v1/state/kv?prefix=h/&at={mark}")).await.1, before, "as of the mark all is there");
     let watch =
         client.request(Method::GET, &format!("/v1/state/watch?prefix=h/&after={mark}")).await.send().await.unwrap();
@@ -77,7 +77,7 @@ async fn what_was_compacted_is_gone_and_the_rest_is_whole() {
     // The next one gives up what the deletion left too.
     let head = client.put("h/last", "v").await.unwrap();
     assert_eq!(compact(&client, head).await.0, 200);
-    until("the rest to go", Duration::from_secs(15), || async { rows(&db).await == 7 }).await;
+    until("the rest to go", || async { rows(&db).await == 7 }).await;
     record::check(&db).await;
 }
 
@@ -112,7 +112,7 @@ async fn history_is_kept_for_so_long_and_so_many_changes() {
         let daemon = if key == "KEEP" { daemon } else { daemon.restart().await };
         let client = client.clone_at(&daemon.url);
         let kept = if key == "KEEP" { 1 } else { 5 };
-        until("history to be short", Duration::from_secs(30), || async { rows(&db).await == kept }).await;
+        until("history to be short", || async { rows(&db).await == kept }).await;
         let now = client.request(Method::GET, "/v1/state/kv/k").await.send().await.unwrap();
         let now = now.headers()["sop-index"].to_str().unwrap().to_owned();
         assert_eq!(status(&client, &format!("/v1/state/kv/k?at={now}")).await.0, 200, "what is now is not given up");
@@ -136,10 +136,10 @@ async fn compaction_goes_on_where_a_killed_daemon_was() {
         last = done["index"].as_i64().unwrap();
     }
     assert_eq!(compact(&client, last).await.0, 200);
-    until("some rows to go", Duration::from_secs(15), || async { rows(&db).await < 3001 }).await;
+    until("some rows to go", || async { rows(&db).await < 3001 }).await;
     let daemon = daemon.restart().await;
     let client = client.clone_at(&daemon.url);
-    until("the rest to go", Duration::from_secs(30), || async { rows(&db).await == 101 }).await;
+    until("the rest to go", || async { rows(&db).await == 101 }).await;
     let (_, page) = client.get(&format!("/v1/state/kv?at={last}&limit=1000&keys_only=true")).await;
     assert_eq!(page["items"].as_array().unwrap().len(), 101);
     record::check(&db).await;

@@ -133,7 +133,7 @@ async fn a_lease_ends_by_silence_never_early_and_soon_after() {
         assert_eq!(renew(if n % 2 == 0 { &client } else { &there }, &lease).await, 200);
     }
     let last = Instant::now();
-    until("it to end", Duration::from_secs(15), || async { client.get("/v1/state/kv/s/a").await.0 == 404 }).await;
+    until("it to end", || async { client.get("/v1/state/kv/s/a").await.0 == 404 }).await;
     assert!(last.elapsed() >= Duration::from_millis(1400), "early: {:?}", last.elapsed());
     let (_, page) = client.get("/v1/audit/entries?action=state:lease-expire").await;
     let ends = page["items"].as_array().unwrap();
@@ -148,7 +148,7 @@ async fn the_death_or_freeze_of_the_daemon_that_watches_never_ends_a_lease_early
     let client = Client::of(&one);
     client.token().await;
     let doomed = grant(&client, 2.0).await;
-    until("it to watch", Duration::from_secs(10), || async {
+    until("it to watch", || async {
         client.get("/v1/audit/entries?action=ledger:claim&resource=claim/state/leases").await.1["items"] != json!([])
     })
     .await;
@@ -167,7 +167,7 @@ async fn the_death_or_freeze_of_the_daemon_that_watches_never_ends_a_lease_early
     assert_eq!(renew(&there, &kept).await, 200, "who was frozen has not watched");
     one.kill().await;
     let began = Instant::now();
-    until("the silent one to end", Duration::from_secs(20), || async {
+    until("the silent one to end", || async {
         assert_eq!(renew(&there, &kept).await, 200);
         there.get(&format!("/v1/state/leases/{doomed}")).await.0 == 404
     })
@@ -210,10 +210,7 @@ pub async fn renewals_share_entries_and_each_has_a_receipt() {
     let daemon = daemon.restart().await;
     let client = client.clone_at(&daemon.url);
     assert_eq!(renew(&client, &leases[0]).await, 200);
-    until("they to be counted", Duration::from_secs(5), || async {
-        metric(&client, "sop_state_leases_count").await == 100.0
-    })
-    .await;
+    until("they to be counted", || async { metric(&client, "sop_state_leases_count").await == 100.0 }).await;
     record::check(&db).await;
 }
 

@@ -22,7 +22,7 @@ use crate::support::client::Client;
 use crate::support::daemon::{Daemon, Launch};
 use crate::support::dice::Dice;
 use crate::support::history::{Answer, Asked, Holds, Key, Operation, Record, Saw, Wrong, check};
-use crate::support::{record, until};
+use crate::support::{PATIENCE, record, until};
 
 const KEYS: usize = 5;
 const WORKERS: usize = 10;
@@ -366,7 +366,7 @@ impl Stage {
                     Ok(index) => break index,
                     Err(said) => said,
                 };
-                assert!(began.elapsed() < Duration::from_secs(30), "{} takes no changes: {said}", daemon.url);
+                assert!(began.elapsed() < PATIENCE, "{} takes no changes: {said}", daemon.url);
                 tokio::time::sleep(Duration::from_millis(20)).await;
             };
         }
@@ -377,8 +377,7 @@ impl Stage {
     async fn go_on(&self, answers: &[AtomicU64; 2], more: u64) {
         let count = |which: usize| answers[which].load(Ordering::Relaxed);
         let before = [count(0), count(1)];
-        until("both daemons to answer", Duration::from_secs(30), async || (0..2).all(|d| count(d) >= before[d] + more))
-            .await;
+        until("both daemons to answer", async || (0..2).all(|d| count(d) >= before[d] + more)).await;
     }
 }
 

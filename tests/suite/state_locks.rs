@@ -12,7 +12,7 @@ use crate::state_leases::{grant, other};
 use crate::support::client::Client;
 use crate::support::daemon::{Daemon, Launch};
 use crate::support::postgres::{Database, database};
-use crate::support::{record, until};
+use crate::support::{record, soon, until};
 
 async fn start() -> (Database, Daemon, Client) {
     let db = database().await;
@@ -145,7 +145,7 @@ async fn who_waits_gets_it_in_order_on_any_daemon() {
             (held, Instant::now(), client)
         }));
         let seen = || async { there.get("/v1/state/locks/q").await.1["queue"].as_array().unwrap().len() == n + 1 };
-        until("it to queue", Duration::from_secs(5), seen).await;
+        until("it to queue", seen).await;
     }
     // Who does not wait is not let in before them, and one that gives up leaves no gap.
     assert_eq!(lock(&client, "q", json!({"ttl": 5})).await.0, 409);
@@ -158,12 +158,12 @@ async fn who_waits_gets_it_in_order_on_any_daemon() {
     let gone = tokio::time::timeout(Duration::from_millis(500), lock(&there, "q", json!({"ttl": 30, "wait": 30})));
     assert!(gone.await.is_err());
     let six = || async { there.get("/v1/state/locks/q").await.1["queue"].as_array().unwrap().len() == 6 };
-    until("it to be withdrawn", Duration::from_secs(5), six).await;
+    until("it to be withdrawn", six).await;
     let (mut held, mut tokens) = (first, Vec::new());
     for next in waiting {
         tokens.push(token(&held));
         assert_eq!(unlock(&client, "q", &held).await, 200);
-        held = tokio::time::timeout(Duration::from_secs(5), next).await.expect("the next in order").unwrap().0;
+        held = soon("the next in order", next).await.unwrap().0;
     }
     tokens.push(token(&held));
     assert!(tokens.is_sorted_by(|a, b| a < b), "{tokens:?}");
@@ -202,7 +202,7 @@ async fn semaphores_and_readers_share() {
         let client = &client;
         move || async move { client.get("/v1/state/locks/rw").await.1["queue"].as_array().unwrap().len() == n }
     };
-    until("it to wait", Duration::from_secs(5), queued(1)).await;
+    until("it to wait", queued(1)).await;
     assert_eq!(rw(json!({"ttl": 30, "mode": "read"})).await.0, 409, "a writer that waits is not passed by");
     let late: Vec<_> = (0..2)
         .map(|_| {
@@ -210,7 +210,7 @@ async fn semaphores_and_readers_share() {
             tokio::spawn(async move { lock(&client, "rw", json!({"ttl": 30, "mode": "read", "wait": 30})).await.1 })
         })
         .collect();
-    until("they to wait", Duration::from_secs(5), queued(3)).await;
+    until("they to wait", queued(3)).await;
     unlock(&client, "rw", &r1).await;
     assert_eq!(client.get("/v1/state/locks/rw").await.1["holders"].as_array().unwrap().len(), 1);
     unlock(&client, "rw", &r2).await;
@@ -256,7 +256,7 @@ async fn a_holder_that_died_or_froze_is_passed_over_and_fenced_off() {
             }
         }
     };
-    let late = tokio::time::timeout(Duration::from_secs(10), late).await.unwrap();
+    let late = soon("it wakes up", late).await;
     assert_eq!(late.as_deref(), Some("412"), "it wakes up, believes it holds the lock, and is refused");
     let now = client.request(Method::GET, "/v1/state/kv/w/at").await.send().await.unwrap();
     assert_eq!(now.text().await.unwrap(), "2");
@@ -286,7 +286,7 @@ async fn a_counter_under_a_lock_is_exact_though_daemons_are_killed() {
         tell.send_replace(daemon.url.clone());
     }
     for done in work {
-        tokio::time::timeout(Duration::from_secs(90), done).await.expect("they go on").unwrap();
+        soon("they go on", done).await.unwrap();
     }
     let n = client.clone_at(&two.url).request(Method::GET, "/v1/state/kv/n").await.send().await.unwrap();
     // One whose answer was lost may have counted twice; never is a count lost, for no two wrote at once.
@@ -344,7 +344,7 @@ async fn an_election_has_one_leader_whom_all_hear_of() {
     let (status, said) = campaign(client.clone_at_self(), json!({"value": "two", "ttl": 30})).await;
     assert_eq!((status, token(&said)), (409, token(&one)));
     let second = tokio::spawn(campaign(there.clone_at_self(), json!({"value": "two", "ttl": 30, "wait": 30})));
-    until("it to stand", Duration::from_secs(5), || async {
+    until("it to stand", || async {
         client.get(&path("")).await.1["queue"] == json!([{"holder": one["holder"], "since_index": client.get(&path("")).await.1["queue"][0]["since_index"], "mode": "write", "value": "two"}])
     })
     .await;
@@ -374,7 +374,7 @@ async fn an_election_has_one_leader_whom_all_hear_of() {
 async fn sop_lock(daemon: &Daemon, args: &[&str]) -> (bool, String) {
     let mut command = tokio::process::Command::new(env!("CARGO_BIN_EXE_sop"));
     command.args(["--data-dir"]).arg(&daemon.launch.dir).args(["state", "lock"]).args(args).kill_on_drop(true);
-    let done = tokio::time::timeout(Duration::from_secs(30), command.output()).await.expect("it ends").unwrap();
+    let done = soon("it ends", command.output()).await.unwrap();
     (done.status.success(), String::from_utf8_lossy(&[done.stdout, done.stderr].concat()).into_owned())
 }
 
@@ -397,10 +397,7 @@ async fn a_command_runs_under_a_lock() {
         let said = sop_lock(&daemon, &["cli/x", "--ttl", "3", "--", "sleep", "60"]).await;
         (said, daemon)
     });
-    until("it to hold", Duration::from_secs(10), || async {
-        client.get("/v1/state/locks/cli/x").await.1["holder"].is_string()
-    })
-    .await;
+    until("it to hold", || async { client.get("/v1/state/locks/cli/x").await.1["holder"].is_string() }).await;
     let (_, leases) = client.get("/v1/state/leases").await;
     let path = format!("/v1/state/leases/{}", leases["items"][0]["id"].as_str().unwrap());
     assert_eq!(client.request(Method::DELETE, &path).await.send().await.unwrap().status(), 200);
@@ -429,12 +426,12 @@ async fn a_frozen_sop_lock_is_fenced_off_and_ends_its_command_when_it_wakes() {
     assert_eq!(status, 200, "{next}");
     let at = client.put("cli/at", "of the next").await.unwrap();
     let refused = async { while lines.next_line().await.unwrap().as_deref() != Some("412") {} };
-    tokio::time::timeout(Duration::from_secs(10), refused).await.expect("its command is refused");
+    soon("its command is refused", refused).await;
     rustix::process::kill_process(pid, rustix::process::Signal::CONT).unwrap();
     // The end of the lines is the end of the command, which is stopped along.
     let rest = async { while lines.next_line().await.unwrap().is_some_and(|said| said == "412") {} };
-    tokio::time::timeout(Duration::from_secs(15), rest).await.expect("it ends its command");
-    let done = tokio::time::timeout(Duration::from_secs(15), child.wait_with_output()).await.expect("it ends").unwrap();
+    soon("it ends its command", rest).await;
+    let done = soon("it ends", child.wait_with_output()).await.unwrap();
     let said = String::from_utf8_lossy(&done.stderr).into_owned();
     assert!(!done.status.success() && said.contains("the lock was lost"), "{said}");
     let read = client.request(Method::GET, "/v1/state/kv/cli/at").await.send().await.unwrap();

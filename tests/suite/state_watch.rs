@@ -12,7 +12,7 @@ use crate::state::{Heard, events, problem};
 use crate::support::client::Client;
 use crate::support::daemon::{Daemon, Launch};
 use crate::support::postgres::{Database, database};
-use crate::support::{record, until};
+use crate::support::{PATIENCE, record, soon, until};
 
 async fn start() -> (Database, Daemon, Client) {
     let db = database().await;
@@ -119,8 +119,7 @@ async fn a_watcher_that_never_reads_is_cut_off_and_costs_nobody_anything() {
     let (db, daemon, client) = start().await;
     let token = client.token().await;
     let mut silent = open(&daemon, &token, "prefix=big").await;
-    until("it to watch", Duration::from_secs(5), || async { metric(&client, "sop_state_watchers_count").await > 0.0 })
-        .await;
+    until("it to watch", || async { metric(&client, "sop_state_watchers_count").await > 0.0 }).await;
     let keen = client.request(Method::GET, "/v1/state/watch?prefix=big").await.send().await.unwrap();
     let keen = tokio::spawn(events(keen, |e| e.iter().filter(|e| e.0 == "put").count() == 240));
     // Together more than the buffers of the kernel and of the daemon.
@@ -135,7 +134,7 @@ async fn a_watcher_that_never_reads_is_cut_off_and_costs_nobody_anything() {
     assert_eq!(seen, indexes, "who reads hears everything");
     // Now it reads after all: what had been sent, then why there is no more.
     let mut text = Vec::new();
-    let read = tokio::time::timeout(Duration::from_secs(20), async {
+    let read = tokio::time::timeout(PATIENCE, async {
         let mut chunk = vec![0; 65_536];
         while !String::from_utf8_lossy(&text[text.len().saturating_sub(1000)..]).contains("event: error") {
             let n = silent.read(&mut chunk).await.unwrap();
@@ -174,10 +173,7 @@ async fn thousands_of_idle_watchers_cost_a_put_nothing() {
     for i in 0..many {
         idle.push(open(&daemon, &token, &format!("prefix=idle/{i}/&key=one/{i}")).await);
     }
-    until("all to watch", Duration::from_secs(30), || async {
-        metric(&client, "sop_state_watchers_count").await >= many as f64
-    })
-    .await;
+    until("all to watch", || async { metric(&client, "sop_state_watchers_count").await >= many as f64 }).await;
     let began = std::time::Instant::now();
     for i in 0..200 {
         client.put("busy", &i.to_string()).await.unwrap();
@@ -198,10 +194,7 @@ async fn thousands_of_idle_watchers_cost_a_put_nothing() {
     });
     heard.await.expect("it hears");
     drop(idle);
-    until("all to be gone", Duration::from_secs(30), || async {
-        metric(&client, "sop_state_watchers_count").await == 0.0
-    })
-    .await;
+    until("all to be gone", || async { metric(&client, "sop_state_watchers_count").await == 0.0 }).await;
     record::check(&db).await;
 }
 
@@ -219,7 +212,7 @@ async fn a_watch_from_the_command_line() {
     let out = child.stdout.take().unwrap();
     let mut lines = tokio::io::AsyncBufReadExt::lines(tokio::io::BufReader::new(out));
     let mut next = async || -> Value {
-        let line = tokio::time::timeout(Duration::from_secs(10), lines.next_line()).await.unwrap();
+        let line = soon("a line", lines.next_line()).await;
         serde_json::from_str(&line.unwrap().unwrap()).unwrap()
     };
     let (put, gone) = (next().await, next().await);

@@ -1,7 +1,5 @@
 //! Clients, access tokens and operation tokens over HTTP.
 
-use std::time::Duration;
-
 use futures_util::future::join_all;
 use reqwest::{Method, Response};
 use serde_json::{Value, json};
@@ -284,10 +282,7 @@ async fn a_secret_is_replaced_while_the_one_before_still_counts() {
     assert_eq!(status, 201, "{got}");
     let second = text(&got, "client_secret").to_owned();
     assert_eq!((enters(first.into()).await, enters(second.clone()).await), (200, 200));
-    crate::support::until("the overlap to end", Duration::from_secs(10), || async {
-        enters(first.into()).await == 401
-    })
-    .await;
+    crate::support::until("the overlap to end", || async { enters(first.into()).await == 401 }).await;
     assert_eq!(enters(second.clone()).await, 200);
     // By an administrator, at once; only the one before is kept, never the one before that.
     let (status, got) = admin.json(Method::POST, &path, &json!({"overlap": 0})).await;
@@ -339,7 +334,7 @@ async fn who_fails_too_often_is_locked_out_on_every_daemon_until_released() {
     let (_, page) = admin.get("/v1/token/lockouts").await;
     let items = page["items"].as_array().unwrap();
     assert_eq!((items.len(), &items[0]["client_id"], &items[0]["block"]), (1, &json!(id), &json!("127.0.0.0/24")));
-    crate::support::until("the incident", Duration::from_secs(10), || async {
+    crate::support::until("the incident", || async {
         admin.get("/v1/health/incidents").await.1.to_string().contains(&format!("token/lock-out/{id}"))
     })
     .await;
@@ -352,7 +347,6 @@ async fn who_fails_too_often_is_locked_out_on_every_daemon_until_released() {
         assert_eq!(at(&other, id, "wrong").await.0, 401);
     }
     assert_eq!(at(&admin, id, secret).await.0, 401);
-    crate::support::until("it to pass", Duration::from_secs(10), || async { at(&admin, id, secret).await.0 == 200 })
-        .await;
+    crate::support::until("it to pass", || async { at(&admin, id, secret).await.0 == 200 }).await;
     record::check(&db).await;
 }

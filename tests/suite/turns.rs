@@ -1,7 +1,6 @@
 //! Turns of many commands: each caller hears what became of its own.
 
 use std::collections::HashSet;
-use std::time::Duration;
 
 use futures_util::future::join_all;
 
@@ -33,7 +32,7 @@ async fn many_that_waited_for_a_commit_of_unknown_fate_each_hear_of_their_own() 
         let queued = metric(&client, "sop_ledger_batch_commands_count").await;
         let many: Vec<_> = (0..MANY).map(|i| put(format!("many/{i}"))).collect();
         let held = || async { metric(&client, "sop_api_requests_in_flight").await >= MANY as f64 };
-        until("all of them to wait", Duration::from_secs(20), held).await;
+        until("all of them to wait", held).await;
         fault.release();
         first.await.unwrap().0.expect("the first hears what became of it");
         let told: Vec<(i64, String)> = join_all(many)

@@ -16,7 +16,7 @@ use crate::state::events;
 use crate::support::client::Client;
 use crate::support::daemon::{Daemon, Launch};
 use crate::support::postgres::{Database, database};
-use crate::support::record;
+use crate::support::{record, soon};
 
 pub async fn start() -> (Database, Daemon, Client) {
     let db = database().await;
@@ -314,7 +314,7 @@ async fn a_killed_daemon_leaves_all_of_a_transaction_or_nothing() {
     for _ in 0..4 {
         let now = *acknowledged.borrow();
         let more = acknowledged.wait_for(|c| *c >= now + 40);
-        tokio::time::timeout(Duration::from_secs(30), more).await.expect("writers go on").unwrap();
+        soon("writers go on", more).await.unwrap();
         daemon = daemon.restart().await;
         tell.send_replace(Some(daemon.url.clone()));
     }

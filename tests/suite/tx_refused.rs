@@ -1,7 +1,5 @@
 //! `POST /v1/tx` when one of the changes cannot be, or cannot be read.
 
-use std::time::Duration;
-
 use futures_util::future::join_all;
 use reqwest::Method;
 use serde_json::json;
@@ -98,7 +96,7 @@ async fn a_refused_one_does_not_touch_its_neighbours_and_takes_no_index() {
                    WHERE datname = current_database() AND application_name LIKE 'sop/%' AND wait_event_type = 'Lock'";
         sqlx::query_scalar::<_, i64>(sql).fetch_one(&mut db.connect().await).await.unwrap() > 0
     };
-    until("the writer waits for the head", Duration::from_secs(5), blocked).await;
+    until("the writer waits for the head", blocked).await;
     let work = (0..24).map(|n| {
         let (client, token) = (client.clone_at_self(), token.clone());
         tokio::spawn(async move {
@@ -125,7 +123,7 @@ async fn a_refused_one_does_not_touch_its_neighbours_and_takes_no_index() {
         let count = said.split(" changes wait").next().unwrap().rsplit(' ').next().unwrap();
         count.parse::<usize>().unwrap() >= 24
     };
-    until("all of them wait", Duration::from_secs(8), queued).await;
+    until("all of them wait", queued).await;
     sqlx::raw_sql("ROLLBACK").execute(&mut holder).await.unwrap();
     first.await.unwrap().unwrap();
     let codes: Vec<u16> = join_all(work).await.into_iter().map(Result::unwrap).collect();

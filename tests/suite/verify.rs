@@ -1,19 +1,18 @@
 //! `sop verify` as an auditor uses it: again and again, with receipts and checkpoints that were kept.
 
 use std::path::Path;
-use std::time::Duration;
 
 use reqwest::Method;
 
 use crate::support::client::Client;
 use crate::support::daemon::Launch;
 use crate::support::postgres::database;
-use crate::support::{reaper, until};
+use crate::support::{reaper, soon, until};
 
 async fn sop(args: &[&str]) -> (bool, String) {
     let mut command = tokio::process::Command::new(env!("CARGO_BIN_EXE_sop"));
     command.args(args).current_dir(reaper::base()).kill_on_drop(true);
-    let done = tokio::time::timeout(Duration::from_secs(30), command.output()).await.expect("it ends").unwrap();
+    let done = soon("it ends", command.output()).await.unwrap();
     (done.status.success(), String::from_utf8_lossy(&[done.stdout, done.stderr].concat()).into_owned())
 }
 
@@ -25,7 +24,7 @@ async fn puts(client: &Client, n: usize) {
     let all = (0..n).map(|i| async move { client.put(&format!("k/{i}"), "v").await.unwrap() });
     futures_util::future::join_all(all).await;
     let head = client.put("last", "v").await.unwrap();
-    until("the checkpoint", Duration::from_secs(10), || async {
+    until("the checkpoint", || async {
         let note = text(client, "/log/checkpoint").await;
         note.lines().nth(1).is_some_and(|size| size.parse::<i64>().is_ok_and(|s| s > head))
     })
@@ -145,7 +144,7 @@ async fn the_logs_key_is_replaced_and_what_the_old_one_signed_holds() {
         let (done, said) = sop(&["verify", "receipt", &path(file), "--key", key]).await;
         assert_eq!(done, fine, "{}: {said}", file.display());
     }
-    until("the old key's time to end", Duration::from_secs(20), || async {
+    until("the old key's time to end", || async {
         a.put("k", "x").await.unwrap();
         text(&a, "/log/checkpoint").await.matches('\u{2014}').count() == 1
     })
@@ -158,7 +157,7 @@ async fn the_logs_key_is_replaced_and_what_the_old_one_signed_holds() {
     assert_eq!(a.get("/v1/audit/log-keys").await.1["items"].as_array().unwrap().len(), 2);
     let bad = a.json(Method::POST, "/v1/audit/log-keys/rotate", &serde_json::json!({"overlap": -1})).await;
     assert_eq!(bad.0, 400);
-    assert!(one.terminate(Duration::from_secs(20)).await.success());
+    assert!(one.terminate().await.success());
     let one = one.launch.clone().start().await;
     Client::of(&one).put("k", "a restart finds its checkpoint signed by a key it knows").await.unwrap();
 }

@@ -31,7 +31,7 @@ async fn two_installations_sign_each_others_checkpoints_and_rest_when_nothing_ha
     };
     let ((log_a, seer_a), (log_b, seer_b)) = (keys(&a).await, keys(&b).await);
     for d in [&mut a, &mut b] {
-        assert!(d.terminate(Duration::from_secs(20)).await.success());
+        assert!(d.terminate().await.success());
     }
     let with = |l: Launch, url: &str, seer: &str, log: &str| {
         let l = l.env("SOP__AUDIT__WITNESSES", &format!("{url} {seer}"));
@@ -43,7 +43,7 @@ async fn two_installations_sign_each_others_checkpoints_and_rest_when_nothing_ha
     let client = Client::of(&a);
     let index = client.put("k", "v").await.unwrap();
     let seer = VerifierKey::parse(&seer_b).unwrap();
-    until("a checkpoint that B signed", Duration::from_secs(20), || async {
+    until("a checkpoint that B signed", || async {
         let note = client.bare(Method::GET, "/log/checkpoint").send().await.unwrap().text().await.unwrap();
         let size = Checkpoint::unverified(&note).map_or(0, |c| c.size);
         seer.cosigned(&note).is_some() && size > u64::try_from(index).unwrap()
@@ -66,7 +66,7 @@ async fn two_installations_sign_each_others_checkpoints_and_rest_when_nothing_ha
     assert!(metric(&client, "outcome=\"signed\"").await);
     // It comes to rest: two sizes some seconds apart are the same.
     let size = async || Checkpoint::unverified(&format!("{}\n", text(&client, "/log/checkpoint").await)).unwrap().size;
-    until("both logs rest", Duration::from_secs(30), || async {
+    until("both logs rest", || async {
         let before = size().await;
         tokio::time::sleep(Duration::from_secs(3)).await;
         size().await == before
@@ -145,7 +145,7 @@ async fn what_does_not_extend_is_refused_and_a_fork_opens_an_incident() {
     let (status, _, size) = add(log.request(33, 33)).await;
     assert_eq!((status, size.as_str()), (409, "33\n"), "the same size with another root");
     assert_eq!(add(log.request(33, 40)).await.0, 422, "another past");
-    until("the incident", Duration::from_secs(10), || async { incidents().await > 0 }).await;
+    until("the incident", || async { incidents().await > 0 }).await;
     let (_, page) = client.get("/v1/audit/entries?action=audit:witness").await;
     let outcomes: Vec<&str> =
         page["items"].as_array().unwrap().iter().map(|e| e["outcome"].as_str().unwrap()).collect();
@@ -191,11 +191,11 @@ async fn a_witness_that_answers_garbage_or_never_holds_nobody_up_and_one_that_is
     let mut daemon = Launch::on(db.url()).env("SOP__AUDIT__WITNESSES", &witnesses).start().await;
     let client = Client::of(&daemon);
     client.put("k", "v").await.unwrap();
-    until("it is counted", Duration::from_secs(20), || metric(&client, "outcome=\"failed\"")).await;
+    until("it is counted", || metric(&client, "outcome=\"failed\"")).await;
     client.put("k", "w").await.unwrap();
     let note = client.bare(Method::GET, "/log/checkpoint").send().await.unwrap().text().await.unwrap();
     assert_eq!(note.matches('\u{2014}').count(), 1, "what does not verify is not served");
-    assert!(daemon.terminate(Duration::from_secs(20)).await.success());
+    assert!(daemon.terminate().await.success());
     let ahead = "HTTP/1.1 409 Conflict\r\nContent-Type: text/x.tlog.size\r\nContent-Length: 7\r\n\r\n999999\n";
     let ahead = answering(Some(ahead.into())).await;
     let mut daemon = daemon.launch.clone().env("SOP__AUDIT__WITNESSES", &format!("{ahead} {key}")).start().await;
@@ -203,7 +203,7 @@ async fn a_witness_that_answers_garbage_or_never_holds_nobody_up_and_one_that_is
     assert_eq!(ready.status(), 503);
     let said = ready.text().await.unwrap();
     assert!(said.contains("record-behind") && said.contains("999999"), "{said}");
-    assert!(daemon.terminate(Duration::from_secs(20)).await.success());
+    assert!(daemon.terminate().await.success());
     let refused = daemon.launch.clone().env("SOP__AUDIT__WITNESSES", "nonsense").refused().await;
     assert!(refused.contains("audit.witnesses"), "{refused}");
 }

@@ -3,6 +3,7 @@
 use reqwest::{Client as Http, Method, Response};
 use tokio::sync::OnceCell;
 
+use super::PATIENCE;
 use super::daemon::Daemon;
 
 /// Speaks to one daemon; its bearer token is fetched once.
@@ -17,7 +18,7 @@ impl Client {
     /// As the administrator of `admin.json`, or as nobody where there is none.
     pub fn of(daemon: &Daemon) -> Self {
         let _ = rustls::crypto::ring::default_provider().install_default();
-        let http = Http::builder().no_proxy().timeout(std::time::Duration::from_secs(10)).build().expect("a client");
+        let http = Http::builder().no_proxy().timeout(PATIENCE).build().expect("a client");
         Self { http, url: daemon.url.clone(), admin: daemon.admin(), token: OnceCell::new() }
     }
 
@@ -78,6 +79,14 @@ impl Client {
         let answer = self.request(Method::GET, path).await.send().await.expect("an answer");
         let status = answer.status().as_u16();
         (status, answer.json().await.unwrap_or_default())
+    }
+
+    /// The index of the last entry that it caused, but for looking: a daemon writes entries of its own at any time.
+    pub async fn last_entry(&self) -> i64 {
+        let path = format!("/v1/audit/entries?actor={}", self.credential().0);
+        let (_, page) = self.get(&path).await;
+        let last = page["items"].as_array().and_then(|all| all.iter().find(|e| e["action"] != "audit:read"));
+        last.expect("an entry")["index"].as_i64().expect("an index")
     }
 
     async fn fetch(&self) -> Result<Option<String>, reqwest::Error> {

@@ -10,7 +10,7 @@ use rustix::process::{Pid, Signal, kill_process};
 use tokio::io::{AsyncBufReadExt, AsyncReadExt, BufReader};
 use tokio::process::{Child, Command};
 
-use super::reaper;
+use super::{PATIENCE, reaper, soon};
 
 /// How to start one; kept, so that it can be started again on the same folder and database.
 #[derive(Clone)]
@@ -68,8 +68,7 @@ impl Launch {
         let mut command = Command::new(env!("CARGO_BIN_EXE_sop"));
         command.args(["--data-dir"]).arg(&self.dir).args(args);
         command.env("SOP__DATABASE__URL", &self.url).envs(self.env.clone()).kill_on_drop(true);
-        let done = tokio::time::timeout(Duration::from_secs(30), command.output()).await;
-        let done = done.expect("it ends").expect("sop runs");
+        let done = soon("it ends", command.output()).await.expect("sop runs");
         (done.status.success(), String::from_utf8_lossy(&[done.stdout, done.stderr].concat()).into_owned())
     }
 
@@ -81,13 +80,12 @@ impl Launch {
             .arg(&self.dir)
             .env("SOP__DATABASE__URL", &self.url)
             .envs(self.env.clone());
-        let done = tokio::time::timeout(Duration::from_secs(30), command.kill_on_drop(true).output()).await;
-        let done = done.expect("it ends").expect("sop runs");
+        let done = soon("it ends", command.kill_on_drop(true).output()).await.expect("sop runs");
         assert!(!done.status.success(), "it was content");
         String::from_utf8_lossy(&done.stderr).into_owned()
     }
 
-    /// Starts it and waits (30 s) for the line that says where it listens.
+    /// Starts it and waits for the line that says where it listens.
     pub async fn start(self) -> Daemon {
         self.tried().await.unwrap_or_else(|log| panic!("the daemon does not listen:\n{log}"))
     }
@@ -98,7 +96,7 @@ impl Launch {
         loop {
             match self.clone().tried().await {
                 Ok(daemon) => return daemon,
-                Err(log) => assert!(began.elapsed() < Duration::from_secs(30), "it does not listen:\n{log}"),
+                Err(log) => assert!(began.elapsed() < PATIENCE, "it does not listen:\n{log}"),
             }
             tokio::time::sleep(Duration::from_millis(100)).await;
         }
@@ -148,7 +146,7 @@ impl Launch {
             }
             None
         };
-        let url = tokio::time::timeout(Duration::from_secs(30), listening).await.ok().flatten();
+        let url = tokio::time::timeout(PATIENCE, listening).await.ok().flatten();
         let Some(url) = url else {
             let _ = child.kill().await;
             reaper::down(pid);
@@ -200,10 +198,9 @@ impl Daemon {
     }
 
     /// SIGTERM; how it ended.
-    pub async fn terminate(&mut self, within: Duration) -> ExitStatus {
+    pub async fn terminate(&mut self) -> ExitStatus {
         self.signal(Signal::TERM);
-        let ended = tokio::time::timeout(within, self.child.wait()).await;
-        ended.unwrap_or_else(|_| panic!("still there {within:?} after SIGTERM")).expect("its status")
+        soon("it ends after SIGTERM", self.child.wait()).await.expect("its status")
     }
 
     /// Kills it if it runs and starts it on the same folder and database.

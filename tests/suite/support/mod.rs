@@ -20,15 +20,24 @@ pub mod wire;
 use std::future::Future;
 use std::time::{Duration, Instant};
 
+/// How long is waited for what must come: no promise of the daemon's but the end of a test that hangs, on a machine however
+/// slow. A test of a promised time measures it.
+pub const PATIENCE: Duration = Duration::from_secs(60);
+
+/// What comes of `future`; says what it waited for when it gives up.
+pub async fn soon<F: Future>(what: &str, future: F) -> F::Output {
+    tokio::time::timeout(PATIENCE, future).await.unwrap_or_else(|_| panic!("waited {PATIENCE:?} in vain for: {what}"))
+}
+
 /// Waits until `what` holds, looking every 10 ms; says what it waited for when it gives up.
-pub async fn until<F, Fut>(what: &str, within: Duration, mut holds: F)
+pub async fn until<F, Fut>(what: &str, mut holds: F)
 where
     F: FnMut() -> Fut,
     Fut: Future<Output = bool>,
 {
     let start = Instant::now();
     while !holds().await {
-        assert!(start.elapsed() < within, "waited {within:?} in vain for: {what}");
+        assert!(start.elapsed() < PATIENCE, "waited {PATIENCE:?} in vain for: {what}");
         tokio::time::sleep(Duration::from_millis(10)).await;
     }
 }

@@ -14,7 +14,7 @@ use sqlx::postgres::{PgConnectOptions, PgConnection};
 use sqlx::{AssertSqlSafe, Connection, Executor};
 use tokio::sync::{mpsc, oneshot};
 
-use super::{proxy::Proxy, reaper};
+use super::{PATIENCE, proxy::Proxy, reaper};
 
 const TEMPLATE: &str = "sop_template";
 
@@ -103,7 +103,7 @@ impl Cluster {
             let _ = Command::new("kill").args(["-QUIT", &server.id().to_string()]).status();
             let _ = server.wait();
         });
-        is_ready.recv_timeout(Duration::from_secs(60)).unwrap_or_else(|_| {
+        is_ready.recv_timeout(PATIENCE).unwrap_or_else(|_| {
             panic!("the test cluster did not start: {}", fs::read_to_string(home.join("log")).unwrap_or_default())
         });
         cluster
@@ -317,7 +317,7 @@ async fn patiently(options: &PgConnectOptions) -> PgConnection {
     loop {
         match PgConnection::connect_with(options).await {
             Ok(conn) => return conn,
-            Err(error) => assert!(start.elapsed() < Duration::from_secs(30), "PostgreSQL does not answer: {error}"),
+            Err(error) => assert!(start.elapsed() < PATIENCE, "PostgreSQL does not answer: {error}"),
         }
         tokio::time::sleep(Duration::from_millis(5)).await;
     }

@@ -9,7 +9,6 @@
 
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
-use std::time::Duration;
 
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::unix::{OwnedReadHalf, OwnedWriteHalf};
@@ -17,6 +16,7 @@ use tokio::net::{UnixListener, UnixStream};
 use tokio::sync::{Notify, Semaphore, watch};
 use tokio::task::JoinSet;
 
+use super::PATIENCE;
 use super::postgres::Database;
 use super::reaper;
 use super::wire::{self, Session, Statement};
@@ -140,10 +140,10 @@ struct Shared {
 }
 
 impl Armed {
-    /// Waits until it happened (10 s) and says to what.
+    /// Waits until it happened and says to what.
     pub async fn hit(&self) -> Hit {
         let mut hit = self.shared.hit.subscribe();
-        let found = tokio::time::timeout(Duration::from_secs(10), hit.wait_for(Option::is_some)).await;
+        let found = tokio::time::timeout(PATIENCE, hit.wait_for(Option::is_some)).await;
         let found = found.unwrap_or_else(|_| panic!("the fault never happened: {:?}", self.shared.fault));
         found.expect("the proxy runs").clone().expect("hit")
     }

@@ -12,19 +12,6 @@ use super::postgres::Database;
 /// Acknowledged writes: key to the indexes it was told.
 pub type Acknowledged = BTreeMap<String, Vec<i64>>;
 
-/// Waits until a daemon has written what it writes by itself as it starts: its last are two claims.
-pub async fn settled(db: &Database) {
-    let mut conn = db.connect().await;
-    let claims = async |conn: &mut PgConnection| {
-        sqlx::query_scalar::<_, i64>("SELECT count(*) FROM ledger.claims").fetch_one(conn).await.unwrap()
-    };
-    let start = std::time::Instant::now();
-    while claims(&mut conn).await < 2 {
-        assert!(start.elapsed().as_secs() < 30, "the daemon's claims are not taken");
-        tokio::time::sleep(std::time::Duration::from_millis(10)).await;
-    }
-}
-
 /// Checks the record of a database against itself; how many entries it has.
 pub async fn check(db: &Database) -> i64 {
     check_on(&mut db.connect().await).await
