@@ -64,12 +64,15 @@ pub(super) async fn admin(dir: &Path, url: &str, token: &Token) -> Result<(), St
             (uuid::Uuid::new_v4().to_string(), crypto::base64url(crypto::random::<32>().map_err(|e| e.to_string())?))
         }
     };
-    if !path.exists() {
+    let new = !path.exists();
+    if new {
         let text = format!("{}\n", json!({"url": url, "client_id": id, "client_secret": secret}));
         private(&path, text.as_bytes())?;
-        tracing::info!("the first administrator's credential is in {}", path.display());
     }
     let made = token.ensure_admin(&id, &secret).await.map_err(|e| e.detail().to_owned())?;
+    if made && new {
+        tracing::info!("the first administrator's credential is in {}", path.display());
+    }
     if !made && !token.has_client(&id) {
         // The database has clients, and this is none of them: a second daemon, or the administrator was replaced.
         std::fs::remove_file(&path).map_err(|e| format!("{}: {e}", path.display()))?;

@@ -26,8 +26,9 @@ mod status;
 mod token;
 mod verify;
 
+use std::os::unix::process::ExitStatusExt;
 use std::path::PathBuf;
-use std::process::ExitCode;
+use std::process::{ExitCode, ExitStatus};
 
 use clap::{Args, CommandFactory as _, Parser, Subcommand};
 
@@ -159,7 +160,25 @@ pub fn run() -> ExitCode {
 #[allow(clippy::print_stderr)]
 fn fail(e: &anyhow::Error) -> ExitCode {
     eprintln!("sop: {e:#}");
+    if let Some(other) = e.downcast_ref::<OtherFailed>() {
+        return ExitCode::from(other.code());
+    }
     if e.is::<WrongUse>() { ExitCode::from(2) } else { ExitCode::FAILURE }
+}
+
+/// A command that was run for the user failed: its exit code is ours; 128 and the signal, where a signal ended it.
+#[derive(Debug, thiserror::Error)]
+#[error("{program} ended with {status}")]
+pub(crate) struct OtherFailed {
+    pub program: String,
+    pub status: ExitStatus,
+}
+
+impl OtherFailed {
+    fn code(&self) -> u8 {
+        let code = self.status.code().or(self.status.signal().map(|s| 128 + s)).unwrap_or(1);
+        u8::try_from(code).unwrap_or(1)
+    }
 }
 
 /// Used in a way that cannot be seen from the arguments alone: exit 2.

@@ -129,6 +129,8 @@ fn value_response(index: i64, item: &Item, headers: &HeaderMap) -> Response {
     if let Ok(tag) = HeaderValue::try_from(tag) {
         out.insert(header::ETAG, tag);
     }
+    // It is whatever somebody put: a browser takes it for what it says it is and nothing else.
+    out.insert(header::X_CONTENT_TYPE_OPTIONS, HeaderValue::from_static("nosniff"));
     out.insert("sop-created-index", item.created_index.into());
     out.insert("sop-version", item.version.into());
     if let Some(lease) = item.lease.and_then(|l| HeaderValue::try_from(l.to_string()).ok()) {
@@ -211,6 +213,17 @@ fn valid_prefix(prefix: String) -> Result<String, Refusal> {
         None => Ok(prefix),
         Some(fault) => Err(Refusal::malformed("?prefix", fault)),
     }
+}
+
+/// Holds a change of something that is there or not, and has no tag, to its preconditions (RFC 9110, 13.1.1 and 13.1.2): no
+/// tag matches it, and what is to be deleted is there.
+fn untagged(p: &Preconditions) -> Result<(), Refusal> {
+    let fails = matches!(p.if_match, Some(Tags::These(_))) || p.if_none_match == Some(Tags::Any);
+    if fails {
+        let detail = "it has no entity tag, and is deleted only if it is there";
+        return Err(Refusal::new(&problem::PRECONDITION_FAILED, detail));
+    }
+    Ok(())
 }
 
 fn condition(p: Preconditions) -> Result<Condition, Refusal> {

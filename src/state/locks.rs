@@ -43,6 +43,16 @@ impl Terms {
     }
 }
 
+impl std::fmt::Display for Terms {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self { read: true, .. } => f.write_str("reading"),
+            Self { slots: 1, .. } => f.write_str("itself alone"),
+            Self { slots, .. } => write!(f, "{slots} at once"),
+        }
+    }
+}
+
 /// One who holds a lock.
 #[derive(Clone, Debug)]
 pub(super) struct Hold {
@@ -52,6 +62,8 @@ pub(super) struct Hold {
     pub terms: Terms,
     pub value: Option<Vec<u8>>,
     pub ttl_ms: i64,
+    /// Who waited for it and was not told yet.
+    pub asker: Option<Uuid>,
 }
 
 /// One who waits for a lock.
@@ -62,6 +74,8 @@ pub(super) struct Waiter {
     pub owner: String,
     pub terms: Terms,
     pub value: Option<Vec<u8>>,
+    /// Whose the place is.
+    pub asker: Uuid,
 }
 
 /// A lock that is held, as its holder hears it
@@ -104,11 +118,20 @@ pub(super) fn said(value: Option<&Vec<u8>>) -> Option<Value> {
 
 /// The refusal of who cannot have it: who has it.
 pub(super) fn taken(name: &str, holds: &[Hold], waiting: usize) -> Refusal {
-    let newest = holds.iter().max_by_key(|h| h.token);
-    let detail = match newest {
+    let detail = match newest(holds) {
         Some(h) => format!("lock {name} is held by {}; {waiting} wait for it", h.owner),
         None => format!("lock {name} is about to pass to who waits for it"),
     };
+    refused(detail, holds, waiting)
+}
+
+fn newest(holds: &[Hold]) -> Option<&Hold> {
+    holds.iter().max_by_key(|h| h.token)
+}
+
+/// A refusal for another reason, which says as well who has it.
+pub(super) fn refused(detail: impl Into<String>, holds: &[Hold], waiting: usize) -> Refusal {
+    let newest = newest(holds);
     let holder = |h: &Hold| json!({"holder": h.owner, "fencing_token": h.token, "mode": h.terms.mode()});
     let holders: Vec<Value> = holds.iter().map(holder).collect();
     Refusal::new(&problem::CONFLICT, detail)
@@ -127,13 +150,16 @@ pub(super) struct Acquire {
     pub ttl_ms: Option<i64>,
     pub terms: Terms,
     pub value: Option<Vec<u8>>,
-    /// Wait for it.
-    pub queue: bool,
+    /// Wait for it, as this asker.
+    pub asker: Option<Uuid>,
 }
 
 /// What asking for a lock came to; `held` is missing of who waits.
 #[derive(Serialize, Deserialize)]
 pub(super) struct Asked {
+    /// By which lease.
+    #[serde(default)]
+    pub lease: Uuid,
     pub held: Option<Held>,
     pub ttl_ms: i64,
 }
@@ -169,6 +195,47 @@ impl Acquire {
         let row = Row { id, owner, ttl_ms, granted_index: index, beat: index, renewed, lock };
         lease_rows::grant(tx.write(), &row).await
     }
+
+    /// A lease has one hold or place of a lock, on the terms it asked for; others are not to be had by asking once more.
+    fn same(&self, terms: Terms, how: &str, holds: &[Hold], waiting: usize) -> Result<(), Refusal> {
+        if terms == self.terms {
+            return Ok(());
+        }
+        let (lease, name) = (self.lease, &self.name);
+        let detail = format!("by lease {lease} lock {name} is {how} for {terms}; let go of it first");
+        Err(refused(detail, holds, waiting).with("limit", terms.slots))
+    }
+
+    /// Whoever has it has it; a leader may say something else.
+    async fn again(&self, tx: &mut Tx<'_>, mine: &Hold, ttl_ms: i64) -> Result<(Asked, Entry), Failure> {
+        let hold = Hold { value: self.value.clone().or(mine.value.clone()), asker: None, ..mine.clone() };
+        let asked = Asked { lease: self.lease, held: Some(Held::new(&self.name, &hold)), ttl_ms };
+        let says = hold.value != mine.value;
+        // Who waited for it may have gone without hearing of it, and be about to give it back.
+        if !says && (mine.asker.is_none() || mine.asker == self.asker) {
+            return Ok((asked, Entry::nothing()));
+        }
+        rows::hold(tx.write(), &self.name, &hold).await?;
+        Ok((asked, self.entry(if says { "state:lock-proclaim" } else { "state:lock-acquire" })))
+    }
+
+    /// Whoever waits keeps the place; it is the last asker's.
+    async fn wait_again(
+        &self,
+        tx: &mut Tx<'_>,
+        mine: &Waiter,
+        holds: &[Hold],
+        waiting: usize,
+        ttl_ms: i64,
+    ) -> Result<(Asked, Entry), Failure> {
+        let Some(asker) = self.asker else { return Err(taken(&self.name, holds, waiting).into()) };
+        let asked = Asked { lease: self.lease, held: None, ttl_ms };
+        if mine.asker == asker {
+            return Ok((asked, Entry::nothing()));
+        }
+        rows::take_over(tx.write(), &self.name, mine.place, asker).await?;
+        Ok((asked, self.entry("state:lock-wait")))
+    }
 }
 
 impl Command for Acquire {
@@ -178,39 +245,34 @@ impl Command for Acquire {
         let ttl_ms = self.lease(tx).await?;
         let holds = rows::holds(tx.read(), &self.name).await?;
         let queue = rows::queue(tx.read(), &self.name).await?;
-        // Whoever has it has it; a leader may say something else.
         if let Some(mine) = holds.iter().find(|h| h.lease == self.lease) {
-            let hold = Hold { value: self.value.clone().or(mine.value.clone()), ..mine.clone() };
-            let held = Some(Held::new(&self.name, &hold));
-            if hold.value == mine.value {
-                return Ok((Asked { held, ttl_ms }, Entry::nothing()));
-            }
-            rows::hold(tx.write(), &self.name, &hold).await?;
-            return Ok((Asked { held, ttl_ms }, self.entry("state:lock-proclaim")));
+            self.same(mine.terms, "held", &holds, queue.len())?;
+            return self.again(tx, mine, ttl_ms).await;
         }
-        if queue.iter().any(|w| w.lease == self.lease) {
-            return Ok((Asked { held: None, ttl_ms }, Entry::nothing()));
+        if let Some(mine) = queue.iter().find(|w| w.lease == self.lease) {
+            self.same(mine.terms, "waited for", &holds, queue.len())?;
+            return self.wait_again(tx, mine, &holds, queue.len(), ttl_ms).await;
         }
         let agreed = holds.iter().map(|h| h.terms).chain(queue.iter().map(|w| w.terms)).map(|t| t.slots).next();
         if let Some(slots) = agreed.filter(|slots| *slots != self.terms.slots) {
             let detail = format!("lock {} has a limit of {slots} while it is held or waited for", self.name);
-            return Err(Refusal::new(&problem::CONFLICT, detail).with("limit", slots).into());
+            return Err(refused(detail, &holds, queue.len()).with("limit", slots).into());
         }
         let index = tx.index();
         let (lease, owner, terms, value) = (self.lease, self.owner.clone(), self.terms, self.value.clone());
         if queue.is_empty() && terms.fits(&holds) {
             self.grant(tx).await?;
-            let hold = Hold { lease, owner, token: index, terms, value, ttl_ms };
+            let hold = Hold { lease, owner, token: index, terms, value, ttl_ms, asker: None };
             rows::hold(tx.write(), &self.name, &hold).await?;
             let held = Some(Held::new(&self.name, &hold));
-            return Ok((Asked { held, ttl_ms }, self.entry("state:lock-acquire")));
+            return Ok((Asked { lease: self.lease, held, ttl_ms }, self.entry("state:lock-acquire")));
         }
-        if !self.queue || queue.len() >= QUEUE {
+        let Some(asker) = self.asker.filter(|_| queue.len() < QUEUE) else {
             return Err(taken(&self.name, &holds, queue.len()).into());
-        }
+        };
         self.grant(tx).await?;
-        rows::enqueue(tx.write(), &self.name, &Waiter { place: index, lease, owner, terms, value }).await?;
-        Ok((Asked { held: None, ttl_ms }, self.entry("state:lock-wait")))
+        rows::enqueue(tx.write(), &self.name, &Waiter { place: index, lease, owner, terms, value, asker }).await?;
+        Ok((Asked { lease: self.lease, held: None, ttl_ms }, self.entry("state:lock-wait")))
     }
 }
 
@@ -224,13 +286,32 @@ pub(super) struct Released {
     pub fencing_token: i64,
 }
 
+/// What is let go of.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Which {
+    /// Whatever there is.
+    Any,
+    /// What this asker waits for, or has been given and was not told of.
+    Asked(Uuid),
+    /// The place of this asker: what came to be held meanwhile stays held.
+    Place(Uuid),
+}
+
+impl Which {
+    fn fits(self, asker: Option<Uuid>) -> bool {
+        match self {
+            Self::Any => true,
+            Self::Asked(a) | Self::Place(a) => asker == Some(a),
+        }
+    }
+}
+
 /// Lets go of a lock, or of a place in its queue.
 pub(super) struct Release {
     pub name: String,
     pub owner: String,
     pub lease: Uuid,
-    /// Only the place in the queue: what came to be held meanwhile stays held.
-    pub waiting: bool,
+    pub which: Which,
 }
 
 impl Command for Release {
@@ -240,12 +321,13 @@ impl Command for Release {
         let absent = || Refusal::not_found(format!("hold of lock {} by lease {}", self.name, self.lease));
         let holds = rows::holds(tx.read(), &self.name).await?;
         let hold = holds.iter().find(|h| h.lease == self.lease && h.owner == self.owner);
-        if self.waiting && hold.is_some() {
+        if hold.is_some() && matches!(self.which, Which::Place(_)) {
             return Err(Refusal::new(&problem::CONFLICT, "it is held by now").into());
         }
         let queue = if hold.is_some() { Vec::new() } else { rows::queue(tx.read(), &self.name).await? };
         let waits = queue.iter().find(|w| w.lease == self.lease && w.owner == self.owner);
-        if hold.is_none() && waits.is_none() {
+        let asker = hold.map(|h| h.asker).or(waits.map(|w| Some(w.asker)));
+        if !asker.is_some_and(|asker| self.which.fits(asker)) {
             return Err(absent().into());
         }
         let released = Released { name: self.name.clone(), fencing_token: hold.map_or(0, |h| h.token) };
@@ -314,10 +396,10 @@ async fn pass_on(tx: &mut Tx<'_>, name: &str) -> Result<Passed, Failure> {
         if !waiter.terms.fits(&holds) {
             break;
         }
-        let Waiter { place, lease, owner, terms, value } = waiter;
+        let Waiter { place, lease, owner, terms, value, asker } = waiter;
         rows::pass(tx.write(), name, place, index, now).await?;
         passed.0.push((owner.clone(), lease));
-        holds.push(Hold { lease, owner, token: index, terms, value, ttl_ms: 0 });
+        holds.push(Hold { lease, owner, token: index, terms, value, ttl_ms: 0, asker: Some(asker) });
     }
     Ok(passed)
 }
@@ -334,6 +416,7 @@ mod tests {
             terms: Terms { read: *read, slots: *slots },
             value: None,
             ttl_ms: 0,
+            asker: None,
         };
         terms.iter().map(hold).collect()
     }

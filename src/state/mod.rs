@@ -20,6 +20,7 @@ mod leases;
 mod locks;
 mod metrics;
 pub mod model;
+mod places;
 mod range;
 mod recent;
 mod span;
@@ -46,6 +47,7 @@ pub use kv::kind_of_keys;
 use leases::Renewals;
 pub use metrics::Metrics;
 use model::{Condition, Deleted, Item, Written};
+use places::Places;
 use store::{Wanted, history};
 use txn::{Answered, Txn};
 pub use waiting::fenced;
@@ -87,6 +89,7 @@ pub struct Room {
     hub: Arc<Hub>,
     metrics: Metrics,
     renewals: Renewals,
+    places: Places,
     face: etcd::Face,
 }
 
@@ -148,7 +151,7 @@ impl State {
         let renewals = Renewals::start(ledger.clone(), metrics.clone(), tasks);
         leases::expire(store.clone(), ledger.clone(), clock.clone(), metrics.clone(), tasks);
         compaction::start(store.clone(), ledger.clone(), clock.clone(), metrics.clone(), history, tasks);
-        Ok(Self(Arc::new(Room { ledger, store, clock, hub, metrics, renewals, face })))
+        Ok(Self(Arc::new(Room { ledger, store, clock, hub, metrics, renewals, places: Places::default(), face })))
     }
 
     /// Puts a value.
@@ -219,7 +222,11 @@ impl State {
             return Err(Refusal::malformed("?at", format!("the pages of this list are of index {}", from.at)));
         }
         let at = from.as_ref().map(|c| c.at).or(asked.at);
-        let after = from.as_ref().and_then(|c| crypto::from_base64(&c.key));
+        let after = from.map(|c| crypto::from_base64(&c.key).filter(|key| key.starts_with(asked.prefix.as_bytes())));
+        if after == Some(None) {
+            return Err(Refusal::malformed("?after", "it is of a list of other keys"));
+        }
+        let after = after.flatten();
         let wanted = Wanted {
             prefix: asked.prefix.as_bytes(),
             after: after.as_deref(),

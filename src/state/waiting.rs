@@ -6,11 +6,12 @@ use sqlx::PgConnection;
 use uuid::Uuid;
 
 use crate::kernel::web::{Ask, Caller};
-use crate::kernel::{BoxFuture, Refusal, ids, problem, supervisor};
+use crate::kernel::{BoxFuture, Refusal, ids, problem};
 use crate::ledger::Committed;
 
 use super::leases::{End, Ended, Grant, Lease, Renew, chosen, seconds};
-use super::locks::{Acquire, Asked, Held, Hold, Release, Released, Terms, Waiter, taken};
+use super::locks::{Acquire, Asked, Held, Hold, Release, Released, Terms, Waiter, Which, refused, taken};
+use super::places::Place;
 use super::store::{leases as lease_rows, locks as rows};
 use super::{State, model};
 
@@ -24,31 +25,20 @@ pub(super) struct Wish {
     pub wait: Duration,
 }
 
-/// A place in a queue. When it is dropped while it is not yet settled, the caller has gone: it is given up.
-struct Place {
-    state: State,
-    name: String,
-    owner: String,
+/// What asking came to.
+enum Got {
+    /// It is held.
+    Held(i64, Held),
+    /// It was asked for before, by this lease, and was waited for.
+    Replayed(Uuid),
+}
+
+/// What is waited for, and until when by the daemon's own clock.
+struct Waiting<'a> {
+    name: &'a str,
     lease: Uuid,
-    settled: bool,
-}
-
-impl Place {
-    fn withdrawal(&self) -> Release {
-        Release { name: self.name.clone(), owner: self.owner.clone(), lease: self.lease, waiting: true }
-    }
-}
-
-impl Drop for Place {
-    fn drop(&mut self) {
-        if self.settled {
-            return;
-        }
-        let (state, mut release) = (self.state.clone(), self.withdrawal());
-        // If it holds the lock by now, nobody will hear of it.
-        release.waiting = false;
-        supervisor::detach(async move { state.ledger.write(&Caller::daemon("state"), &[], release).await.is_ok() });
-    }
+    ttl_ms: i64,
+    until: Duration,
 }
 
 impl State {
@@ -112,78 +102,107 @@ impl State {
 
     /// Acquires a lock, and waits for it as long as is wished; the answer and its index.
     pub(super) async fn acquire(&self, caller: &Caller, wish: Wish) -> Result<(i64, Held), Refusal> {
-        let ask = [Ask::new("state:lock-acquire", "Lock", wish.name.clone())];
         let until = self.clock.elapsed() + wish.wait;
-        let lease = wish.lease.unwrap_or_else(|| ids::new_id(self.clock.now()));
-        let mut news = self.hub.locks.turn(lease);
-        let (name, owner) = (wish.name.clone(), caller.actor().to_owned());
-        let acquire = Acquire {
-            name: name.clone(),
-            owner: owner.clone(),
-            lease,
-            ttl_ms: wish.lease.is_none().then_some(wish.ttl_ms),
-            terms: wish.terms,
-            value: wish.value,
-            queue: !wish.wait.is_zero(),
-        };
-        let done = self.ledger.write(caller, &ask, acquire).await?;
-        self.metrics.count("lock-acquire");
-        let Asked { held, ttl_ms } = done.value;
-        if let Some(held) = held {
-            return Ok((done.index, held));
+        let own = |lease: Uuid| (lease, wish.lease.is_none().then_some(wish.ttl_ms));
+        let by = own(wish.lease.unwrap_or_else(|| ids::new_id(self.clock.now())));
+        match self.ask(caller, &wish, by, until).await? {
+            Got::Held(index, held) => Ok((index, held)),
+            // Somebody waited for this once, under the same idempotency key, by this lease: it is what is held or waited for by
+            // now. If it has ended, whoever waited has gone, and it is asked for anew; the next to ask finds it again.
+            Got::Replayed(lease) => {
+                let there = self.lease(lease).await?.is_some();
+                let by = if there { (lease, None) } else { own(lease) };
+                match self.ask(&caller.unvoiced(), &wish, by, until).await? {
+                    Got::Held(index, held) => Ok((index, held)),
+                    Got::Replayed(_) => Err(Refusal::internal("without a key nothing is replayed")),
+                }
+            }
         }
-        let mut place = Place { state: self.clone(), name, owner, lease, settled: false };
-        self.metrics.waiting.inc();
-        let got = self.wait(caller, &mut place, ttl_ms, until, &mut news).await;
-        self.metrics.waiting.dec();
-        got
+    }
+
+    /// Asks once, by this lease, which is to be granted with a time to live if there is one given.
+    async fn ask(
+        &self,
+        caller: &Caller,
+        wish: &Wish,
+        (lease, grant): (Uuid, Option<i64>),
+        until: Duration,
+    ) -> Result<Got, Refusal> {
+        let ask = [Ask::new("state:lock-acquire", "Lock", wish.name.clone())];
+        let mut news = self.hub.locks.turn(lease);
+        // Taken before it is asked for: whoever goes while that is on its way gives it up as well.
+        let mut place = (!wish.wait.is_zero()).then(|| Place::take(self, &wish.name, lease, caller.actor()));
+        let acquire = Acquire {
+            name: wish.name.clone(),
+            owner: caller.actor().to_owned(),
+            lease,
+            ttl_ms: grant,
+            terms: wish.terms,
+            value: wish.value.clone(),
+            asker: place.as_ref().map(Place::asker),
+        };
+        let done = self.ledger.write(caller, &ask, acquire).await.inspect_err(|refusal| {
+            // What became of it is known.
+            if let Some(place) = place.as_mut().filter(|_| refusal.problem().status < 500) {
+                place.lost();
+            }
+        })?;
+        self.metrics.count("lock-acquire");
+        let Asked { lease: by, held, ttl_ms } = done.value;
+        if let Some(held) = held {
+            place.iter_mut().for_each(Place::won);
+            return Ok(Got::Held(done.index, held));
+        }
+        let Some(mut place) = place.filter(|_| !done.replayed) else { return Ok(Got::Replayed(by)) };
+        let waiting = Waiting { name: &wish.name, lease, ttl_ms, until };
+        let got = self.wait(caller, &waiting, &mut place, &mut news).await;
+        got.map(|(index, held)| Got::Held(index, held))
     }
 
     async fn wait(
         &self,
         caller: &Caller,
+        waiting: &Waiting<'_>,
         place: &mut Place,
-        ttl_ms: i64,
-        until: Duration,
         news: &mut tokio::sync::watch::Receiver<()>,
     ) -> Result<(i64, Held), Refusal> {
+        let Waiting { name, lease, ttl_ms, until } = *waiting;
         let closing = self.ledger.closing();
         let pulse = Duration::from_millis(u64::try_from(ttl_ms / 3).unwrap_or(0));
         loop {
             news.mark_unchanged();
             let mut conn = self.connection().await?;
-            let holds = rows::holds(&mut conn, &place.name).await.map_err(|e| self.store.refusal(e))?;
+            let holds = rows::holds(&mut conn, name).await.map_err(|e| self.store.refusal(e))?;
             drop(conn);
-            if let Some(mine) = holds.iter().find(|h| h.lease == place.lease) {
-                place.settled = true;
-                return Ok((mine.token.max(self.ledger.index()), Held::new(&place.name, mine)));
+            if let Some(mine) = holds.iter().find(|h| h.lease == lease) {
+                place.won();
+                return Ok((mine.token.max(self.ledger.index()), Held::new(name, mine)));
             }
-            let (holds, queue) = self.lock_stands(&place.name).await?;
-            if holds.iter().any(|h| h.lease == place.lease) {
+            let (holds, queue) = self.lock_stands(name).await?;
+            if holds.iter().any(|h| h.lease == lease) {
                 continue;
             }
-            if !queue.iter().any(|w| w.lease == place.lease) {
-                place.settled = true;
-                return Err(Refusal::new(&problem::CONFLICT, "the lease ended while it waited for the lock"));
+            if !queue.iter().any(|w| w.lease == lease) {
+                place.lost();
+                let why = match self.lease(lease).await? {
+                    Some(_) => "its place in the queue was given up",
+                    None => "the lease ended while it waited for the lock",
+                };
+                return Err(refused(why, &holds, queue.len()));
             }
             let left = until.saturating_sub(self.clock.elapsed());
             if left.is_zero() {
-                match self.ledger.write(&Caller::daemon("state"), &[], place.withdrawal()).await {
-                    // It came to be held at the last moment.
-                    Err(r) if r.problem() == &problem::CONFLICT => continue,
-                    Err(r) => return Err(r),
-                    Ok(_) => {
-                        place.settled = true;
-                        return Err(taken(&place.name, &holds, queue.len().saturating_sub(1)));
-                    }
+                if place.withdraw().await? {
+                    return Err(taken(name, &holds, queue.len().saturating_sub(1)));
                 }
+                continue;
             }
             tokio::select! {
                 () = closing.cancelled() => return Err(Refusal::unavailable("the daemon is stopping")),
                 _ = news.changed() => {}
                 // As long as its caller waits, so long the lease lives.
                 () = tokio::time::sleep(pulse.min(left)) => {
-                    self.renewals.give(caller, vec![place.lease]).await?;
+                    self.renewals.give(caller, vec![lease]).await?;
                 }
             }
         }
@@ -197,7 +216,7 @@ impl State {
         lease: Uuid,
     ) -> Result<Committed<Released>, Refusal> {
         let ask = Ask::new("state:lock-release", "Lock", name.clone());
-        let release = Release { name, owner: caller.actor().to_owned(), lease, waiting: false };
+        let release = Release { name, owner: caller.actor().to_owned(), lease, which: Which::Any };
         let done = self.ledger.write(caller, &[ask], release).await?;
         self.metrics.count("lock-release");
         Ok(done)

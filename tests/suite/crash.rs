@@ -260,6 +260,8 @@ async fn a_daemon_that_starts_beside_one_that_publishes_sees_no_loss() {
     crate::support::until("the checkpoint", covered).await;
     held.release();
     let two = two.await.unwrap();
+    let told = |d: &Daemon| d.log().contains("the first administrator's credential is in");
+    assert!(told(&one) && !told(&two), "there is one, and the second daemon has nothing of it");
     let there = client.clone_at(&two.url);
     there.put("k", "after").await.expect("nothing was lost, and it writes");
     assert!(there.bare(Method::GET, "/readyz").send().await.unwrap().status().is_success());

@@ -53,6 +53,7 @@ mod state_history;
 mod state_leases;
 mod state_linear;
 mod state_locks;
+mod state_places;
 mod state_txn;
 mod state_watch;
 mod token;

@@ -126,6 +126,8 @@ async fn what_no_route_takes_is_refused_and_named() {
         (400, "?at".into())
     );
     assert_eq!(client.get(&format!("/v1/state/kv?prefix=x/&at={at}&after={next}")).await.0, 200);
+    let other = fault(&client, Method::GET, &format!("/v1/state/kv?prefix=y/&after={next}"), None).await;
+    assert_eq!(other, (400, "?after".into()), "a page of another list");
     record::check(&db).await;
 }
 
@@ -143,6 +145,17 @@ async fn tags_are_compared_as_http_says() {
     assert_eq!(ask(Method::GET, "if-none-match", format!("\"0\", \"{index}\"")).await, 304);
     assert_eq!(ask(Method::GET, "if-none-match", "\"0\"".into()).await, 200);
     assert_eq!(ask(Method::PUT, "if-match", format!("\"0\", \"{index}\"")).await, 200);
+    // Leases and locks are there or not, and have no tag.
+    let (_, held) = client.json(Method::POST, "/v1/state/locks/t", &json!({"ttl": 60})).await;
+    let lease = held["lease"].as_str().unwrap();
+    for path in [format!("/v1/state/locks/t?lease={lease}"), format!("/v1/state/leases/{lease}")] {
+        for (name, tag) in [("if-match", "\"1\""), ("if-none-match", "*")] {
+            let answer = client.request(Method::DELETE, &path).await.header(name, tag).send().await.unwrap();
+            assert_eq!(answer.status(), 412, "{path} {name}: {tag}");
+        }
+    }
+    let there = client.request(Method::DELETE, &format!("/v1/state/leases/{lease}")).await.header("if-match", "*");
+    assert_eq!(there.send().await.unwrap().status(), 200);
     record::check(&db).await;
 }
 
@@ -158,6 +171,7 @@ async fn null_is_a_value_like_any() {
     for key in ["n/1", "n/2"] {
         let answer = client.request(Method::GET, &format!("/v1/state/kv/{key}")).await.send().await.unwrap();
         assert_eq!(header(&answer, "content-type"), "application/json");
+        assert_eq!(header(&answer, "x-content-type-options"), "nosniff");
         assert_eq!(answer.text().await.unwrap(), "null");
     }
     record::check(&db).await;

@@ -21,16 +21,16 @@ async fn start() -> (Database, Daemon, Client) {
     (db, daemon, client)
 }
 
-async fn lock(client: &Client, name: &str, body: Value) -> (u16, Value) {
+pub async fn lock(client: &Client, name: &str, body: Value) -> (u16, Value) {
     client.json(Method::POST, &format!("/v1/state/locks/{name}"), &body).await
 }
 
-async fn unlock(client: &Client, name: &str, held: &Value) -> u16 {
+pub async fn unlock(client: &Client, name: &str, held: &Value) -> u16 {
     let path = format!("/v1/state/locks/{name}?lease={}", held["lease"].as_str().unwrap());
     client.request(Method::DELETE, &path).await.send().await.unwrap().status().as_u16()
 }
 
-fn token(held: &Value) -> i64 {
+pub fn token(held: &Value) -> i64 {
     held["fencing_token"].as_i64().unwrap_or_else(|| panic!("no token in {held}"))
 }
 
@@ -371,25 +371,27 @@ async fn an_election_has_one_leader_whom_all_hear_of() {
     record::check(&db).await;
 }
 
-async fn sop_lock(daemon: &Daemon, args: &[&str]) -> (bool, String) {
+async fn sop_lock(daemon: &Daemon, args: &[&str]) -> (Option<i32>, String) {
     let mut command = tokio::process::Command::new(env!("CARGO_BIN_EXE_sop"));
     command.args(["--data-dir"]).arg(&daemon.launch.dir).args(["state", "lock"]).args(args).kill_on_drop(true);
     let done = soon("it ends", command.output()).await.unwrap();
-    (done.status.success(), String::from_utf8_lossy(&[done.stdout, done.stderr].concat()).into_owned())
+    (done.status.code(), String::from_utf8_lossy(&[done.stdout, done.stderr].concat()).into_owned())
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_command_runs_under_a_lock() {
     let (db, daemon, client) = start().await;
-    let (fine, said) =
+    let (code, said) =
         sop_lock(&daemon, &["cli/x", "--ttl", "1.5", "--", "sh", "-c", "sleep 3; echo $SOP_FENCING_TOKEN"]).await;
-    assert!(fine && said.starts_with("cli/x="), "it was renewed past its ttl: {said}");
+    assert!(code == Some(0) && said.starts_with("cli/x="), "it was renewed past its ttl: {said}");
     assert_eq!(client.get("/v1/state/locks/cli/x").await.1["holder"], Value::Null, "and given back");
-    let (fine, said) = sop_lock(&daemon, &["cli/x", "--", "sh", "-c", "exit 3"]).await;
-    assert!(!fine && said.contains("exit status: 3"), "{said}");
+    for (script, ends) in [("exit 3", 3), ("kill -TERM $$", 143)] {
+        let (code, said) = sop_lock(&daemon, &["cli/x", "--", "sh", "-c", script]).await;
+        assert!(code == Some(ends) && said.contains("sh ended with"), "{code:?} {said}");
+    }
     let (_, held) = lock(&client, "cli/x", json!({"ttl": 60})).await;
-    let (fine, said) = sop_lock(&daemon, &["cli/x", "--wait", "0", "--", "true"]).await;
-    assert!(!fine && said.contains("is held by"), "{said}");
+    let (code, said) = sop_lock(&daemon, &["cli/x", "--wait", "0", "--", "true"]).await;
+    assert!(code == Some(1) && said.contains("is held by"), "{said}");
     assert!(sop_lock(&daemon, &["cli/x"]).await.1.contains(&format!("token {}", token(&held))));
     // Whoever loses the lock meanwhile is ended.
     unlock(&client, "cli/x", &held).await;
@@ -401,8 +403,8 @@ async fn a_command_runs_under_a_lock() {
     let (_, leases) = client.get("/v1/state/leases").await;
     let path = format!("/v1/state/leases/{}", leases["items"][0]["id"].as_str().unwrap());
     assert_eq!(client.request(Method::DELETE, &path).await.send().await.unwrap().status(), 200);
-    let ((fine, said), _daemon) = losing.await.unwrap();
-    assert!(!fine && said.contains("the lock was lost"), "{said}");
+    let ((code, said), _daemon) = losing.await.unwrap();
+    assert!(code == Some(1) && said.contains("the lock was lost"), "{said}");
     record::check(&db).await;
 }
 

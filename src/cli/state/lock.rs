@@ -10,7 +10,7 @@ use reqwest::Method;
 use serde_json::{Value, json};
 
 use crate::cli::client::Client;
-use crate::cli::{Global, say};
+use crate::cli::{Global, OtherFailed, say};
 
 #[derive(Args)]
 pub(crate) struct Lock {
@@ -28,7 +28,8 @@ pub(crate) struct Lock {
     /// So many may hold it at once
     #[arg(long)]
     limit: Option<i64>,
-    /// What to run; it finds the fencing token in SOP_FENCING_TOKEN, as NAME=TOKEN. Without a command the lock is shown
+    /// What to run; it finds the fencing token in SOP_FENCING_TOKEN, as NAME=TOKEN. The exit code is
+    /// that of this command. Without a command the lock is shown
     #[arg(last = true)]
     command: Vec<String>,
 }
@@ -58,7 +59,7 @@ pub(crate) async fn run(global: &Global, client: &Client, lock: Lock) -> anyhow:
     let status = done.with_context(|| program.clone())?;
     released.context("the command has ended, and the lock could not be given back; it passes on by itself")?;
     if !status.success() {
-        bail!("{program} ended with {status}");
+        return Err(OtherFailed { program: program.clone(), status }.into());
     }
     Ok(())
 }

@@ -8,12 +8,16 @@ use utoipa_axum::routes;
 use uuid::Uuid;
 
 use crate::kernel::Refusal;
-use crate::kernel::web::{Answer, Ask, Caller, Json, JsonOr, Listing, Nothing, Path, Query, cursor, page_limit};
+use crate::kernel::web::{
+    Answer, Ask, Caller, Json, JsonOr, Listing, Nothing, Path, Preconditions, Query, cursor, page_limit,
+};
 
 use crate::state::State;
 use crate::state::leases::{Ended, Lease, TTL, absent, seconds};
 use crate::state::store::leases::{self as rows, Row};
 use crate::state::waiting::named;
+
+use super::untagged;
 
 /// Leases renewed at once at most.
 const RENEWED: usize = 1000;
@@ -192,7 +196,13 @@ async fn list(
 /// End a lease, and all that hangs on it
 #[utoipa::path(delete, path = "/v1/state/leases/{id}", tag = "state", params(("id" = Uuid, Path, description = "The lease")),
     responses((status = 200, body = Ended), (status = 404)))]
-async fn revoke(Room(state): Room<State>, caller: Caller, Path(id): Path<Uuid>) -> Result<Answer<Ended>, Refusal> {
+async fn revoke(
+    Room(state): Room<State>,
+    caller: Caller,
+    Path(id): Path<Uuid>,
+    conditions: Preconditions,
+) -> Result<Answer<Ended>, Refusal> {
+    untagged(&conditions)?;
     let done = state.revoke(&caller, id).await?;
     Ok(Answer::ok(done.value).at(done.index))
 }

@@ -13,7 +13,7 @@ use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
 use uuid::Uuid;
 
-use crate::kernel::web::{Answer, Ask, Caller, Json, Name, Path, Query, problem_document};
+use crate::kernel::web::{Answer, Ask, Caller, Json, Name, Path, Preconditions, Query, problem_document};
 use crate::kernel::{Refusal, ids};
 
 use crate::state::State;
@@ -22,6 +22,7 @@ use crate::state::locks::{Held, Hold, Released, Terms, Waiter, said};
 use crate::state::waiting::Wish;
 
 use super::leases::ttl_ms;
+use super::untagged;
 
 /// Longest wait for a lock, seconds.
 const WAIT: std::ops::RangeInclusive<f64> = 0.0..=60.0;
@@ -212,7 +213,9 @@ async fn release(
     caller: Caller,
     Name(name): Name,
     Query(by): Query<By>,
+    conditions: Preconditions,
 ) -> Result<Answer<Released>, Refusal> {
+    untagged(&conditions)?;
     let done = state.release(&caller, name, by.lease).await?;
     Ok(Answer::ok(done.value).at(done.index))
 }

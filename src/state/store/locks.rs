@@ -14,7 +14,7 @@ fn terms(r: &PgRow) -> Result<Terms, sqlx::Error> {
 /// Who holds a lock, the oldest first.
 pub(in crate::state) async fn holds(conn: &mut PgConnection, name: &str) -> Result<Vec<Hold>, sqlx::Error> {
     let rows = sqlx::query(
-        "SELECT h.lease, h.owner, h.token, h.read, h.slots, h.value, l.ttl_ms FROM state.holds AS h
+        "SELECT h.lease, h.owner, h.token, h.read, h.slots, h.value, h.asker, l.ttl_ms FROM state.holds AS h
          JOIN state.leases AS l ON l.id = h.lease WHERE h.name = $1 ORDER BY h.token, h.lease",
     )
     .bind(name)
@@ -29,6 +29,7 @@ pub(in crate::state) async fn holds(conn: &mut PgConnection, name: &str) -> Resu
                 terms: terms(r)?,
                 value: r.try_get("value")?,
                 ttl_ms: r.try_get("ttl_ms")?,
+                asker: r.try_get("asker")?,
             })
         })
         .collect()
@@ -36,11 +37,12 @@ pub(in crate::state) async fn holds(conn: &mut PgConnection, name: &str) -> Resu
 
 /// Who waits for a lock, in order.
 pub(in crate::state) async fn queue(conn: &mut PgConnection, name: &str) -> Result<Vec<Waiter>, sqlx::Error> {
-    let rows =
-        sqlx::query("SELECT place, lease, owner, read, slots, value FROM state.queue WHERE name = $1 ORDER BY place")
-            .bind(name)
-            .fetch_all(conn)
-            .await?;
+    let rows = sqlx::query(
+        "SELECT place, lease, owner, read, slots, value, asker FROM state.queue WHERE name = $1 ORDER BY place",
+    )
+    .bind(name)
+    .fetch_all(conn)
+    .await?;
     rows.iter()
         .map(|r| {
             Ok(Waiter {
@@ -49,16 +51,17 @@ pub(in crate::state) async fn queue(conn: &mut PgConnection, name: &str) -> Resu
                 owner: r.try_get("owner")?,
                 terms: terms(r)?,
                 value: r.try_get("value")?,
+                asker: r.try_get("asker")?,
             })
         })
         .collect()
 }
 
-/// Gives a lock to a lease; the same again changes what its holder says.
+/// Gives a lock to a lease; the same again changes what its holder says, and who was not told yet.
 pub(in crate::state) async fn hold(conn: &mut PgConnection, name: &str, hold: &Hold) -> Result<(), sqlx::Error> {
     sqlx::query(
-        "INSERT INTO state.holds (name, lease, owner, token, read, slots, value) VALUES ($1, $2, $3, $4, $5, $6, $7)
-         ON CONFLICT (name, lease) DO UPDATE SET value = excluded.value",
+        "INSERT INTO state.holds (name, lease, owner, token, read, slots, value, asker) VALUES ($1, $2, $3, $4, $5, $6, $7, $8)
+         ON CONFLICT (name, lease) DO UPDATE SET value = excluded.value, asker = excluded.asker",
     )
     .bind(name)
     .bind(hold.lease)
@@ -67,6 +70,7 @@ pub(in crate::state) async fn hold(conn: &mut PgConnection, name: &str, hold: &H
     .bind(hold.terms.read)
     .bind(hold.terms.slots)
     .bind(&hold.value)
+    .bind(hold.asker)
     .execute(conn)
     .await?;
     Ok(())
@@ -83,7 +87,7 @@ pub(in crate::state) async fn unhold(conn: &mut PgConnection, name: &str, lease:
 
 pub(in crate::state) async fn enqueue(conn: &mut PgConnection, name: &str, w: &Waiter) -> Result<(), sqlx::Error> {
     sqlx::query(
-        "INSERT INTO state.queue (name, place, lease, owner, read, slots, value) VALUES ($1, $2, $3, $4, $5, $6, $7)",
+        "INSERT INTO state.queue (name, place, lease, owner, read, slots, value, asker) VALUES ($1, $2, $3, $4, $5, $6, $7, $8)",
     )
     .bind(name)
     .bind(w.place)
@@ -92,9 +96,26 @@ pub(in crate::state) async fn enqueue(conn: &mut PgConnection, name: &str, w: &W
     .bind(w.terms.read)
     .bind(w.terms.slots)
     .bind(&w.value)
+    .bind(w.asker)
     .execute(conn)
     .await?;
     Ok(())
+}
+
+/// A place comes to be another asker's.
+pub(in crate::state) async fn take_over(
+    conn: &mut PgConnection,
+    name: &str,
+    place: i64,
+    asker: Uuid,
+) -> Result<(), sqlx::Error> {
+    sqlx::query("UPDATE state.queue SET asker = $3 WHERE name = $1 AND place = $2")
+        .bind(name)
+        .bind(place)
+        .bind(asker)
+        .execute(conn)
+        .await
+        .map(|_| ())
 }
 
 pub(in crate::state) async fn dequeue(conn: &mut PgConnection, name: &str, place: i64) -> Result<(), sqlx::Error> {
@@ -116,12 +137,12 @@ pub(in crate::state) async fn pass(
 ) -> Result<(), sqlx::Error> {
     sqlx::query(
         "WITH waited AS (
-             DELETE FROM state.queue WHERE name = $1 AND place = $2 RETURNING name, lease, owner, read, slots, value
+             DELETE FROM state.queue WHERE name = $1 AND place = $2 RETURNING name, lease, owner, read, slots, value, asker
          ), revived AS (
              UPDATE state.leases SET beat = $3, renewed = $4 WHERE id = (SELECT lease FROM waited)
          )
-         INSERT INTO state.holds (name, lease, owner, token, read, slots, value)
-         SELECT name, lease, owner, $3, read, slots, value FROM waited",
+         INSERT INTO state.holds (name, lease, owner, token, read, slots, value, asker)
+         SELECT name, lease, owner, $3, read, slots, value, asker FROM waited",
     )
     .bind(name)
     .bind(place)
