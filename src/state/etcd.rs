@@ -136,9 +136,26 @@ fn tell(outcome: &Outcome<'_>, index: i64) -> Told {
             ("response_delete_range", m)
         }
         Outcome::Get { range, found } => ("response_range", ranged(range, found)),
+        Outcome::Txn { succeeded, results } => {
+            let mut m = answered(*succeeded, results.clone());
+            m.insert("header".into(), json!({}));
+            return Told::Other(json!({"response_txn": m}));
+        }
     };
     m.insert("header".into(), json!({"revision": index.to_string()}));
     Told::Other(json!({name: m}))
+}
+
+/// The answer of a transaction.
+fn answered(succeeded: bool, results: Vec<Told>) -> Map<String, Value> {
+    let mut m = Map::new();
+    if succeeded {
+        m.insert("succeeded".into(), true.into());
+    }
+    if !results.is_empty() {
+        m.insert("responses".into(), results.into_iter().map(Told::into_json).collect());
+    }
+    m
 }
 
 /// What is not there is a lease: there is nothing else that must be.
@@ -216,14 +233,7 @@ async fn delete_range(
 async fn txn(Room(state): Room<State>, caller: Caller, Message(asked): Message<TxnRequest>) -> Result<Response, Grpc> {
     let leases = state.numbered(&asked.numbers()).await?;
     let (index, answered) = state.txn(&caller, asked.check(&leases)?).await.map_err(lease_fault)?;
-    let mut body = Map::new();
-    if answered.succeeded {
-        body.insert("succeeded".into(), true.into());
-    }
-    if !answered.results.is_empty() {
-        body.insert("responses".into(), answered.results.into_iter().map(Told::into_json).collect());
-    }
-    Ok(reply(&state, index, body))
+    Ok(reply(&state, index, self::answered(answered.succeeded, answered.results)))
 }
 
 async fn compaction(

@@ -216,7 +216,7 @@ impl Acquire {
             return Ok((asked, Entry::nothing()));
         }
         rows::hold(tx.write(), &self.name, &hold).await?;
-        Ok((asked, self.entry(if says { "state:lock-proclaim" } else { "state:lock-acquire" })))
+        Ok((asked, self.entry(if says { "state:lock-proclaim" } else { "state:lock-keep" })))
     }
 
     /// Whoever waits keeps the place; it is the last asker's.

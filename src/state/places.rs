@@ -90,7 +90,7 @@ impl Place {
         self.stake = Stake::None;
     }
 
-    /// There is no place any more, or never was.
+    /// There is no place any more.
     pub fn lost(&mut self) {
         self.state.places.leave(&self.spot, self.asker);
         self.stake = Stake::None;

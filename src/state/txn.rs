@@ -3,6 +3,7 @@
 mod ahead;
 mod doing;
 mod hot;
+mod nested;
 mod request;
 mod standings;
 
@@ -26,6 +27,8 @@ use super::store::txn::{self as rows, Compared};
 
 use ahead::Ahead;
 use doing::{Done, Known};
+pub(super) use nested::Branches;
+use nested::{Results, Step, resolve};
 pub(super) use request::{PutOperation, Request, written};
 
 /// What of a key is compared
@@ -91,10 +94,34 @@ impl Compare {
 }
 
 impl Compare {
+    fn ask(&self) -> Ask {
+        self.keys.ask("state:get", "state:list")
+    }
+
     async fn holds_of_all(&self, conn: &mut PgConnection) -> Result<bool, sqlx::Error> {
         let (number, all) = rows::compared_all(conn, self).await?;
         Ok(if number > 0 { all } else { self.holds(&Compared::default()) })
     }
+}
+
+/// Whether all of them hold.
+async fn hold(compares: &[Compare], conn: &mut PgConnection) -> Result<bool, sqlx::Error> {
+    let (ones, rows): (Vec<&Compare>, Vec<&Compare>) = compares.iter().partition(|c| c.keys.single().is_some());
+    for compare in rows {
+        if !compare.holds_of_all(conn).await? {
+            return Ok(false);
+        }
+    }
+    if ones.is_empty() {
+        return Ok(true);
+    }
+    let keys: Vec<&[u8]> = ones.iter().map(|c| c.keys.from.as_slice()).collect();
+    let operands = ones.iter().map(|c| match &c.operand {
+        Operand::Bytes(b) => Some(b.clone()),
+        Operand::Number(_) => None,
+    });
+    let found = rows::compared(conn, &keys, &operands.collect::<Vec<_>>()).await?;
+    Ok(ones.iter().zip(&found).all(|(c, f)| c.holds(f)))
 }
 
 impl Relation {
@@ -142,6 +169,8 @@ pub(super) enum Op {
     Put(Put),
     Delete(Delete),
     Get(Range),
+    /// A transaction inside this one. Only etcd's gateway can ask for it.
+    Txn(Box<Branches>),
 }
 
 /// What an operation came to.
@@ -149,6 +178,7 @@ pub(super) enum Outcome<'a> {
     Put { item: &'a Item, before: Option<&'a Item> },
     Delete { keys: &'a Span, deleted: i64, previous: Option<i64>, before: &'a [Item] },
     Get { range: &'a Range, found: &'a Found },
+    Txn { succeeded: bool, results: Vec<Told> },
 }
 
 /// What an operation came to, as the answer has it. Of a put, which there are most of, only what is to be said: it is written by
@@ -215,6 +245,15 @@ impl Op {
             Self::Put(put) => Some(put.key.as_slice()),
             Self::Delete(delete) => delete.keys.single(),
             Self::Get(range) => range.keys.single(),
+            Self::Txn(_) => None,
+        }
+    }
+
+    fn reads(&self) -> bool {
+        match self {
+            Self::Get(_) => true,
+            Self::Txn(inner) => inner.reads(),
+            Self::Put(_) | Self::Delete(_) => false,
         }
     }
 
@@ -237,6 +276,7 @@ impl Op {
                 asks
             }
             Self::Get(range) => vec![read(&range.keys)],
+            Self::Txn(inner) => inner.asks(),
         }
     }
 }
@@ -248,7 +288,7 @@ impl Txn {
 
     /// Each resource it names, in either branch, is decided on.
     pub fn asks(&self) -> Vec<Ask> {
-        let compared = self.compares.iter().map(|c| c.keys.ask("state:get", "state:list"));
+        let compared = self.compares.iter().map(Compare::ask);
         let done = self.then.iter().chain(&self.otherwise).flat_map(Op::asks);
         let all: Vec<Ask> = compared.chain(done).collect();
         let mut seen = HashSet::with_capacity(all.len());
@@ -258,27 +298,7 @@ impl Txn {
 
     /// Whether neither branch changes anything.
     pub fn reads(&self) -> bool {
-        self.then.iter().chain(&self.otherwise).all(|op| matches!(op, Op::Get(_)))
-    }
-
-    async fn succeeds(&self, conn: &mut PgConnection) -> Result<bool, sqlx::Error> {
-        let (ones, rows): (Vec<&Compare>, Vec<&Compare>) =
-            self.compares.iter().partition(|c| c.keys.single().is_some());
-        for compare in rows {
-            if !compare.holds_of_all(conn).await? {
-                return Ok(false);
-            }
-        }
-        if ones.is_empty() {
-            return Ok(true);
-        }
-        let keys: Vec<&[u8]> = ones.iter().map(|c| c.keys.from.as_slice()).collect();
-        let operands = ones.iter().map(|c| match &c.operand {
-            Operand::Bytes(b) => Some(b.clone()),
-            Operand::Number(_) => None,
-        });
-        let found = rows::compared(conn, &keys, &operands.collect::<Vec<_>>()).await?;
-        Ok(ones.iter().zip(&found).all(|(c, f)| c.holds(f)))
+        self.then.iter().chain(&self.otherwise).all(Op::reads)
     }
 
     fn branch(&self, succeeded: bool) -> &[Op] {
@@ -287,17 +307,23 @@ impl Txn {
 
     /// Reads, in a snapshot of `conn`, what changes nothing.
     pub async fn read(&self, conn: &mut PgConnection, index: i64) -> Result<Answered, Failure> {
-        let succeeded = self.succeeds(conn).await?;
-        let branch = self.branch(succeeded);
-        let known = Known::load(conn, branch, &self.owner, index).await?;
-        let mut results = Vec::new();
-        for (i, op) in branch.iter().enumerate() {
-            if let Op::Get(range) = op {
-                let found = known.get(conn, i, range).await?;
-                results.push((self.tell)(&Outcome::Get { range, found: &found }, index));
+        let succeeded = hold(&self.compares, conn).await?;
+        let (steps, ops) = resolve(conn, self.branch(succeeded)).await?;
+        let known = Known::load(conn, &ops, &self.owner, index).await?;
+        let mut results = Results::new(self.tell);
+        for step in steps {
+            match step {
+                Step::Begin(succeeded) => results.begin(succeeded),
+                Step::End => results.end(index),
+                Step::Op(i) => {
+                    if let Op::Get(range) = ops[i] {
+                        let found = known.get(conn, i, range).await?;
+                        results.push(&Outcome::Get { range, found: &found }, index);
+                    }
+                }
             }
         }
-        Ok(Answered { succeeded, index, results, again: false })
+        Ok(Answered { succeeded, index, results: results.told(), again: false })
     }
 }
 
@@ -306,15 +332,15 @@ impl Command for Txn {
 
     async fn apply(&mut self, tx: &mut Tx<'_>) -> Result<(Answered, Entry), Failure> {
         let index = tx.index();
-        let succeeded = self.succeeds(tx.read()).await?;
-        let branch = self.branch(succeeded);
-        let known = Known::load(tx.read(), branch, &self.owner, index - 1).await?;
+        let succeeded = hold(&self.compares, tx.read()).await?;
+        let (steps, ops) = resolve(tx.read(), self.branch(succeeded)).await?;
+        let known = Known::load(tx.read(), &ops, &self.owner, index - 1).await?;
         let mut done = Done::new(known, index, self.tell);
-        for (i, op) in branch.iter().enumerate() {
-            match op {
-                Op::Put(put) => done.put(put)?,
-                Op::Delete(delete) => done.delete(tx, delete).await?,
-                Op::Get(range) => done.get(tx, i, range).await?,
+        for step in steps {
+            match step {
+                Step::Begin(succeeded) => done.begin(succeeded),
+                Step::End => done.end(),
+                Step::Op(i) => done.op(tx, i, ops[i]).await?,
             }
         }
         done.flush(tx).await?;

@@ -141,12 +141,7 @@ impl State {
             value: wish.value.clone(),
             asker: place.as_ref().map(Place::asker),
         };
-        let done = self.ledger.write(caller, &ask, acquire).await.inspect_err(|refusal| {
-            // What became of it is known.
-            if let Some(place) = place.as_mut().filter(|_| refusal.problem().status < 500) {
-                place.lost();
-            }
-        })?;
+        let done = self.ledger.write(caller, &ask, acquire).await?;
         self.metrics.count("lock-acquire");
         let Asked { lease: by, held, ttl_ms } = done.value;
         if let Some(held) = held {

@@ -263,9 +263,16 @@ class History:
         )
         return {**body, "target": target, name: value}
 
-    def ops(self, last):
+    def txn(self, last, depth=2):
+        compare = [self.compare(last) for _ in range(self.random.randint(0, 2))]
+        return {"compare": compare, "success": self.ops(last, depth), "failure": self.ops(last, depth)}
+
+    def ops(self, last, depth):
         def one():
-            kind = self.random.randint(0, 3)
+            if depth > 0 and self.random.random() < 0.1:
+                return {"request_txn": self.txn(last, depth - 1)}
+            # One inside may delete what one before it put, with etcd; here that is refused.
+            kind = self.random.randint(0, 3 if depth == 2 else 2)
             if kind == 0:
                 return {"request_range": self.range(last)}
             # Whether a put is inside a row without an end, etcd does not see, and may end itself when it comes to that.
@@ -286,8 +293,7 @@ class History:
         if kind < 0.65:
             return "/v3/kv/deleterange", self.delete()
         if kind < 0.9:
-            compare = [self.compare(last) for _ in range(self.random.randint(0, 2))]
-            return "/v3/kv/txn", {"compare": compare, "success": self.ops(last), "failure": self.ops(last)}
+            return "/v3/kv/txn", self.txn(last)
         lease = str(self.random.randint(1, 6))
         if kind < 0.95:
             return "/v3/lease/grant", {"ID": lease, "TTL": "3600"}

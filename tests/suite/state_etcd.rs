@@ -193,8 +193,13 @@ async fn what_cannot_be_is_refused_in_the_words_of_etcd() {
         ),
         (
             "/v3/kv/txn",
-            json!({"success": [{"request_txn": {}}]}),
-            etcd(501, 12, "a transaction inside a transaction is not served here"),
+            json!({"success": [{"request_txn": {"success": vec![json!({"request_range": {"key": key}}); 129]}}]}),
+            etcd(400, 3, "too many operations in txn request"),
+        ),
+        (
+            "/v3/kv/txn",
+            json!({"success": vec![json!({"request_txn": {"failure": vec![json!({"request_range": {"key": key}}); 128]}}); 8]}),
+            etcd(400, 3, "too many operations in txn request"),
         ),
         (
             "/v3/kv/txn",
@@ -402,5 +407,76 @@ async fn a_row_of_keys_is_decided_on_as_the_prefix_they_share() {
         assert_eq!(refused(&arp, "/v3/kv/deleterange", body.clone()).await, denied, "{from} {end}");
         assert_eq!(refused(&arp, "/v3/watch", json!({"create_request": body})).await, denied, "{from} {end}");
     }
+    record::check(&db).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn transactions_inside_a_transaction() {
+    let (db, _daemon, client) = start().await;
+    let put = |key: &str, value: &str| json!({"request_put": {"key": b64(key), "value": b64(value)}});
+    let get = |key: &str| json!({"request_range": {"key": b64(key)}});
+    let delete = |key: &str| json!({"request_delete_range": {"key": b64(key)}});
+    let there = |key: &str, version: i64| json!({"key": b64(key), "target": "VERSION", "version": version});
+    let inside = |compare: Value, success: Value, failure: Value| json!({"request_txn": {"compare": [compare], "success": success, "failure": failure}});
+    // Its conditions are about what was before all of it; its reads see what was done before them.
+    let deep = inside(there("b", 0), json!([put("c", "3")]), json!([]));
+    let nested = inside(there("a", 0), json!([put("b", "2"), get("a"), deep]), json!([get("none")]));
+    let ops =
+        json!([put("a", "1"), nested, get("b"), inside(there("a", 1), json!([put("d", "4")]), json!([get("d")]))]);
+    let done = v3(&client, "/v3/kv/txn", json!({"success": ops})).await;
+    let at = revision(&done).to_string();
+    let header = json!({"revision": at});
+    let told = |key: &str, value: &str| {
+        json!({"header": header, "count": "1", "kvs": [{
+        "key": b64(key), "value": b64(value), "create_revision": at, "mod_revision": at, "version": "1"}]})
+    };
+    assert_eq!(
+        done["responses"],
+        json!([
+            {"response_put": {"header": header}},
+            {"response_txn": {"header": {}, "succeeded": true, "responses": [
+                {"response_put": {"header": header}},
+                {"response_range": told("a", "1")},
+                {"response_txn": {"header": {}, "succeeded": true, "responses": [{"response_put": {"header": header}}]}},
+            ]}},
+            {"response_range": told("b", "2")},
+            {"response_txn": {"header": {}, "responses": [{"response_range": {"header": header}}]}},
+        ])
+    );
+    let (_, entry) = client.get(&format!("/v1/audit/entries/{at}")).await;
+    assert_eq!(entry["details"]["change"]["put"], json!(["a", "b", "c"]), "one entry says all of it");
+    // What may be put and deleted together, whichever branches are taken.
+    let all = |ops: Value| json!({"success": ops});
+    let either = inside(there("a", 1), json!([put("a", "2")]), json!([put("a", "3")]));
+    v3(&client, "/v3/kv/txn", all(json!([either]))).await;
+    assert_eq!(v3(&client, "/v3/kv/range", json!({"key": b64("a")})).await["kvs"][0]["value"], b64("2"));
+    let twice = etcd(400, 3, "duplicate key given in txn request");
+    for ops in [
+        json!([put("a", "4"), inside(there("a", 9), json!([put("a", "5")]), json!([]))]),
+        json!([
+            inside(there("a", 9), json!([put("a", "5")]), json!([])),
+            inside(there("a", 9), json!([]), json!([put("a", "5")]))
+        ]),
+        json!([delete("a"), inside(there("a", 9), json!([]), json!([put("a", "5")]))]),
+        json!([put("a", "5"), inside(there("a", 9), json!([delete("a")]), json!([]))]),
+        json!([
+            inside(there("a", 9), json!([put("a", "5")]), json!([])),
+            inside(there("a", 9), json!([delete("a")]), json!([]))
+        ]),
+    ] {
+        assert_eq!(refused(&client, "/v3/kv/txn", all(ops.clone())).await, twice, "{ops}");
+    }
+    // One that only reads takes no revision, and one that may not read is told so, whichever branch it would be in.
+    let before = client.last_entry().await;
+    v3(&client, "/v3/kv/txn", all(json!([inside(there("a", 2), json!([get("a")]), json!([]))]))).await;
+    assert_eq!(client.last_entry().await, before);
+    let reader = policy::client(&client, "state:read").await;
+    let hidden = all(json!([inside(there("a", 2), json!([get("a")]), json!([delete("a")]))]));
+    assert_eq!(refused(&reader, "/v3/kv/txn", hidden).await, etcd(403, 7, "permission denied"));
+    let absent =
+        all(json!([inside(there("a", 2), json!([{"request_put": {"key": b64("l"), "lease": "9"}}]), json!([]))]));
+    assert_eq!(refused(&client, "/v3/kv/txn", absent).await, etcd(404, 5, "requested lease not found"));
+    v3(&client, "/v3/kv/txn", all(json!([inside(there("a", 2), json!([delete("a")]), json!([delete("b")]))]))).await;
+    assert_eq!(keys(&client, json!({"key": b64("a"), "range_end": b64("z")})).await, ["b", "c"]);
     record::check(&db).await;
 }

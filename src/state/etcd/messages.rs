@@ -2,17 +2,17 @@
 //!
 //! As its gateway reads them: fields in either spelling, what is not known is passed over, what is left out is zero.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 
 use serde::Deserialize;
 use uuid::Uuid;
 
-use crate::kernel::web::gateway::{Bytes, Grpc, INVALID, Int, OUT_OF_RANGE, UNIMPLEMENTED, Word};
+use crate::kernel::web::gateway::{Bytes, Grpc, INVALID, Int, OUT_OF_RANGE, Word};
 
 use crate::state::leases::{TTL, chosen};
 use crate::state::range::{By, Range};
 use crate::state::span::Span;
-use crate::state::txn::{Compare, Delete, Lease, Op, Operand, Put, Relation, Target, Txn};
+use crate::state::txn::{Branches, Compare, Delete, Lease, Op, Operand, Put, Relation, Target, Txn};
 
 /// Longest key that can be written or asked for, bytes.
 pub(super) const KEY_MOST: usize = 1024;
@@ -20,6 +20,8 @@ pub(super) const KEY_MOST: usize = 1024;
 const VALUE_MOST: usize = 1024 * 1024;
 /// Conditions, and operations of a branch, at most.
 const OPS_MOST: usize = 128;
+/// Operations of all branches, of transactions inside as well, at most.
+const ALL_MOST: usize = 1024;
 /// Keys in an answer at most; whoever wants more asks with a limit.
 pub(super) const KEYS_MOST: i64 = 100_000;
 /// What has no type of its own.
@@ -103,7 +105,7 @@ struct RequestOp {
     #[serde(alias = "requestDeleteRange")]
     request_delete_range: Option<DeleteRangeRequest>,
     #[serde(alias = "requestTxn")]
-    request_txn: Option<serde::de::IgnoredAny>,
+    request_txn: Option<Box<TxnRequest>>,
 }
 
 #[derive(Debug, Default, Deserialize)]
@@ -269,48 +271,102 @@ impl RequestOp {
             Self { request_put: Some(put), .. } => put.check(leases).map(Op::Put),
             Self { request_delete_range: Some(delete), .. } => delete.check().map(Op::Delete),
             Self { request_range: Some(range), .. } => range.check().map(Op::Get),
-            Self { request_txn: Some(_), .. } => {
-                Err(Grpc::new(UNIMPLEMENTED, "etcdserver: a transaction inside a transaction is not served here"))
-            }
+            Self { request_txn: Some(txn), .. } => Ok(Op::Txn(Box::new(txn.branches(leases)?))),
             _ => Err(invalid("etcdserver: key not found")),
         }
     }
 }
 
-/// What is put in a branch is neither put twice nor deleted.
-fn apart(ops: &[Op]) -> Result<(), Grpc> {
-    for (i, op) in ops.iter().enumerate() {
-        let Op::Put(put) = op else { continue };
-        let clash = |(j, other): (usize, &Op)| match other {
-            Op::Put(other) => j < i && other.key == put.key,
-            Op::Delete(delete) => delete.keys.contains(&put.key),
-            Op::Get(_) => false,
-        };
-        if ops.iter().enumerate().any(clash) {
-            return Err(invalid("etcdserver: duplicate key given in txn request"));
+/// What a branch puts and deletes, in transactions inside as well.
+#[derive(Default)]
+struct Changed<'a> {
+    puts: HashSet<&'a [u8]>,
+    deletes: Vec<&'a Span>,
+}
+
+impl<'a> Changed<'a> {
+    /// What a branch puts is neither put twice nor deleted, but by the two branches of one transaction inside.
+    fn by(branch: &'a [Op]) -> Result<Self, Grpc> {
+        let mut all = Self::default();
+        all.deletes.extend(branch.iter().filter_map(|op| if let Op::Delete(d) = op { Some(&d.keys) } else { None }));
+        for op in branch {
+            let Op::Txn(inner) = op else { continue };
+            let (then, otherwise) = (Self::by(&inner.then)?, Self::by(&inner.otherwise)?);
+            // etcd lets one inside delete what one before it put. Here a key has one state at an index.
+            let gone = |key: &&[u8]| then.deletes.iter().chain(&otherwise.deletes).any(|keys| keys.contains(key));
+            if all.puts.iter().any(gone) {
+                return Err(duplicate());
+            }
+            for key in &then.puts {
+                all.put(key)?;
+            }
+            for key in otherwise.puts.difference(&then.puts) {
+                all.put(key)?;
+            }
+            all.deletes.extend(then.deletes.into_iter().chain(otherwise.deletes));
         }
+        for op in branch {
+            if let Op::Put(put) = op {
+                all.put(&put.key)?;
+            }
+        }
+        Ok(all)
     }
-    Ok(())
+
+    fn put(&mut self, key: &'a [u8]) -> Result<(), Grpc> {
+        if self.deletes.iter().any(|keys| keys.contains(key)) || !self.puts.insert(key) {
+            return Err(duplicate());
+        }
+        Ok(())
+    }
+}
+
+fn duplicate() -> Grpc {
+    invalid("etcdserver: duplicate key given in txn request")
 }
 
 impl TxnRequest {
+    fn ops(&self) -> impl Iterator<Item = &RequestOp> {
+        self.success.iter().chain(&self.failure)
+    }
+
     /// The numbers of the leases it names.
     pub fn numbers(&self) -> Vec<i64> {
-        let puts = self.success.iter().chain(&self.failure).filter_map(|op| op.request_put.as_ref());
-        puts.map(|put| put.lease.0).filter(|n| *n != 0).collect()
+        let of = |op: &RequestOp| match op {
+            RequestOp { request_put: Some(put), .. } => vec![put.lease.0],
+            RequestOp { request_txn: Some(txn), .. } => txn.numbers(),
+            _ => Vec::new(),
+        };
+        self.ops().flat_map(of).filter(|n| *n != 0).collect()
+    }
+
+    /// How many operations there are in all.
+    fn weight(&self) -> usize {
+        self.ops().map(|op| 1 + op.request_txn.as_ref().map_or(0, |txn| txn.weight())).sum()
     }
 
     pub fn check(self, leases: &Leases) -> Result<Txn, Grpc> {
+        if self.weight() > ALL_MOST {
+            return Err(too_many());
+        }
+        let Branches { compares, then, otherwise } = self.branches(leases)?;
+        Changed::by(&then)?;
+        Changed::by(&otherwise)?;
+        Ok(Txn::new(compares, then, otherwise, super::tell))
+    }
+
+    fn branches(self, leases: &Leases) -> Result<Branches, Grpc> {
         if [self.compare.len(), self.success.len(), self.failure.len()].into_iter().any(|n| n > OPS_MOST) {
-            return Err(invalid("etcdserver: too many operations in txn request"));
+            return Err(too_many());
         }
         let compares = self.compare.into_iter().map(CompareRequest::check).collect::<Result<_, _>>()?;
         let branch = |ops: Vec<RequestOp>| ops.into_iter().map(|op| op.check(leases)).collect::<Result<Vec<Op>, _>>();
-        let (then, otherwise) = (branch(self.success)?, branch(self.failure)?);
-        apart(&then)?;
-        apart(&otherwise)?;
-        Ok(Txn::new(compares, then, otherwise, super::tell))
+        Ok(Branches { compares, then: branch(self.success)?, otherwise: branch(self.failure)? })
     }
+}
+
+fn too_many() -> Grpc {
+    invalid("etcdserver: too many operations in txn request")
 }
 
 impl LeaseRequest {

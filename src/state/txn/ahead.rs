@@ -71,6 +71,7 @@ impl Txn {
             Op::Put(put) => put.before.then_some(put.key.as_slice()),
             Op::Delete(delete) => delete.keys.single().filter(|_| delete.before),
             Op::Get(range) => range.keys.single(),
+            Op::Txn(_) => None,
         });
         distinct(compared.filter_map(|c| c.keys.single()).chain(done).collect())
     }

@@ -10,6 +10,7 @@ use crate::kernel::{Refusal, problem};
 use crate::ledger::{Entry, Failure, Touch, Tx};
 
 use super::ahead::Ahead;
+use super::nested::Results;
 use super::standings::Standings;
 use super::{Delete, Lease, Op, Outcome, Put, Tell, Told};
 use crate::state::kv::KEY;
@@ -25,7 +26,7 @@ pub(super) const READ_MOST: i64 = 4 * 1024 * 1024;
 const KEYS_MOST: i64 = 100_000;
 
 /// Refuses puts that keep what is not there, or are to hang on what is not there or not their owner's; the first of them.
-async fn possible(conn: &mut PgConnection, branch: &[Op], owner: &str, known: &Known) -> Result<(), Failure> {
+async fn possible(conn: &mut PgConnection, branch: &[&Op], owner: &str, known: &Known) -> Result<(), Failure> {
     let puts = || branch.iter().filter_map(|op| if let Op::Put(put) = op { Some(put) } else { None });
     let on = |put: &Put| if let Lease::On(lease) = put.lease { lease } else { None };
     let wanted: Vec<Uuid> = puts().filter_map(on).collect();
@@ -59,7 +60,8 @@ impl Known {
         Self { standings, ..Self::default() }
     }
 
-    pub async fn load(conn: &mut PgConnection, branch: &[Op], owner: &str, head: i64) -> Result<Self, Failure> {
+    /// `branch`: what is done, one after the other, transactions inside taken apart.
+    pub async fn load(conn: &mut PgConnection, branch: &[&Op], owner: &str, head: i64) -> Result<Self, Failure> {
         let mut known = Self::default();
         let (mut changed, mut whole) = (Vec::new(), Vec::new());
         for op in branch {
@@ -71,7 +73,7 @@ impl Known {
                     }
                 }
                 Op::Delete(delete) => changed.extend(delete.keys.single().map(<[u8]>::to_vec)),
-                Op::Get(_) => {}
+                Op::Get(_) | Op::Txn(_) => {}
             }
         }
         if !changed.is_empty() {
@@ -100,7 +102,7 @@ impl Known {
     }
 }
 
-async fn past(conn: &mut PgConnection, branch: &[Op], head: i64) -> Result<HashMap<usize, Found>, Failure> {
+async fn past(conn: &mut PgConnection, branch: &[&Op], head: i64) -> Result<HashMap<usize, Found>, Failure> {
     let mut past = HashMap::new();
     for (i, op) in branch.iter().enumerate() {
         if let Op::Get(range) = op
@@ -124,7 +126,7 @@ pub(super) fn heavy() -> Refusal {
 }
 
 /// Refuses a branch that would give too much at once.
-async fn light(conn: &mut PgConnection, branch: &[Op]) -> Result<(), Failure> {
+async fn light(conn: &mut PgConnection, branch: &[&Op]) -> Result<(), Failure> {
     let (mut keys, mut bytes) = (0, 0);
     for op in branch {
         let (span, limit, values) = match op {
@@ -146,8 +148,7 @@ async fn light(conn: &mut PgConnection, branch: &[Op]) -> Result<(), Failure> {
 pub(super) struct Done {
     known: Known,
     index: i64,
-    tell: Tell,
-    results: Vec<Told>,
+    results: Results,
     /// Decided and not yet written.
     pending: Vec<Change>,
     touched: Vec<Touch>,
@@ -158,17 +159,43 @@ pub(super) struct Done {
 
 impl Done {
     pub fn new(known: Known, index: i64, tell: Tell) -> Self {
-        let (results, pending, touched) = (Vec::new(), Vec::new(), Vec::new());
+        let (results, pending, touched) = (Results::new(tell), Vec::new(), Vec::new());
         let (put, deleted, spans) = (Vec::new(), Vec::new(), Map::new());
-        Self { known, index, tell, results, pending, touched, put, deleted, spans }
+        Self { known, index, results, pending, touched, put, deleted, spans }
+    }
+
+    /// The index that its changes stand at so far.
+    fn stands(&self) -> i64 {
+        if self.touched.is_empty() { self.index - 1 } else { self.index }
     }
 
     fn tell(&mut self, outcome: &Outcome<'_>) {
-        let index = if self.touched.is_empty() { self.index - 1 } else { self.index };
-        self.results.push((self.tell)(outcome, index));
+        let index = self.stands();
+        self.results.push(outcome, index);
     }
 
-    pub fn put(&mut self, put: &Put) -> Result<(), Failure> {
+    /// A transaction inside begins.
+    pub fn begin(&mut self, succeeded: bool) {
+        self.results.begin(succeeded);
+    }
+
+    /// The one that began last ends.
+    pub fn end(&mut self) {
+        let index = self.stands();
+        self.results.end(index);
+    }
+
+    /// Does the operation at a place.
+    pub async fn op(&mut self, tx: &mut Tx<'_>, i: usize, op: &Op) -> Result<(), Failure> {
+        match op {
+            Op::Put(put) => self.put(put),
+            Op::Delete(delete) => self.delete(tx, delete).await,
+            Op::Get(range) => self.get(tx, i, range).await,
+            Op::Txn(_) => Err(Refusal::internal("a transaction inside was not taken apart").into()),
+        }
+    }
+
+    fn put(&mut self, put: &Put) -> Result<(), Failure> {
         let was = self.known.standings.get(&put.key);
         let before = self.known.items.remove(&put.key);
         let kept = || before.as_ref().ok_or_else(|| Refusal::internal("a key that is kept was not read"));
@@ -191,7 +218,7 @@ impl Done {
         Ok(())
     }
 
-    pub async fn delete(&mut self, tx: &mut Tx<'_>, delete: &Delete) -> Result<(), Failure> {
+    async fn delete(&mut self, tx: &mut Tx<'_>, delete: &Delete) -> Result<(), Failure> {
         let keys = &delete.keys;
         let mut before = Vec::new();
         if delete.before {
@@ -231,6 +258,7 @@ impl Done {
                 let item = range.keys.single().and_then(|key| ahead.item(key));
                 self.tell(&Outcome::Get { range, found: &range::alone(range, 0, item.map(|item| &**item)) });
             }
+            Op::Txn(_) => return Err(Refusal::internal("a transaction inside was decided in memory").into()),
         }
         Ok(())
     }
@@ -274,7 +302,7 @@ impl Done {
         Ok(deleted)
     }
 
-    pub async fn get(&mut self, tx: &mut Tx<'_>, i: usize, range: &Range) -> Result<(), Failure> {
+    async fn get(&mut self, tx: &mut Tx<'_>, i: usize, range: &Range) -> Result<(), Failure> {
         // It sees what those before it did.
         self.flush(tx).await?;
         let found = self.known.get(tx.read(), i, range).await?;
@@ -291,7 +319,7 @@ impl Done {
 
     pub fn entry(self, succeeded: bool) -> (Vec<Told>, Entry) {
         if self.touched.is_empty() {
-            return (self.results, Entry::nothing());
+            return (self.results.told(), Entry::nothing());
         }
         let one = match (&self.put[..], &self.deleted[..], self.spans.is_empty()) {
             ([key], [], true) | ([], [key], true) => format!("key/{}", key.as_str().unwrap_or_default()),
@@ -306,6 +334,6 @@ impl Done {
         if !self.spans.is_empty() {
             entry = entry.change("deleted_prefixes", self.spans);
         }
-        (self.results, self.touched.into_iter().fold(entry, Entry::touch))
+        (self.results.told(), self.touched.into_iter().fold(entry, Entry::touch))
     }
 }

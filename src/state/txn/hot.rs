@@ -23,6 +23,7 @@ impl Txn {
             Op::Put(put) => !put.keeps() && put.lease == Lease::On(None),
             Op::Delete(delete) => delete.keys.single().is_some(),
             Op::Get(range) => range.keys.single().is_some() && range.at.is_none(),
+            Op::Txn(_) => false,
         };
         self.compares.iter().all(|c| c.keys.single().is_some()) && self.then.iter().chain(&self.otherwise).all(single)
     }
@@ -87,6 +88,7 @@ fn told<'a>(op: &Op, ahead: &'a Ahead) -> Option<&'a Item> {
         Op::Put(put) => put.before,
         Op::Delete(delete) => delete.before,
         Op::Get(range) => range.values,
+        Op::Txn(_) => false,
     };
     ahead.item(op.key().filter(|_| tells)?).map(Arc::as_ref)
 }

@@ -174,7 +174,7 @@ fn branch(name: &str, operations: Vec<Operation>, faults: &mut Vec<Fault>) -> Ve
 
 fn clash(a: &Op, b: &Op) -> bool {
     match (a, b) {
-        (Op::Get(_), _) | (_, Op::Get(_)) => false,
+        (Op::Get(_) | Op::Txn(_), _) | (_, Op::Get(_) | Op::Txn(_)) => false,
         (Op::Put(a), Op::Put(b)) => a.key == b.key,
         (Op::Put(put), Op::Delete(delete)) | (Op::Delete(delete), Op::Put(put)) => delete.keys.contains(&put.key),
         (Op::Delete(a), Op::Delete(b)) => a.keys.overlaps(&b.keys),
@@ -267,6 +267,9 @@ fn tell(outcome: &Outcome<'_>, _: i64) -> Told {
         Outcome::Get { range, found } => {
             let items: Vec<_> = found.items.iter().map(|i| i.to_json(range.values)).collect();
             Told::Other(json!({"get": {"items": items, "more": found.more}}))
+        }
+        Outcome::Txn { succeeded, results } => {
+            Told::Other(json!({"txn": {"succeeded": succeeded, "results": results}}))
         }
     }
 }
