@@ -123,7 +123,7 @@ fn ranged(range: &Range, found: &Found) -> Map<String, Value> {
 }
 
 /// What an operation came to, as a transaction's answer has it.
-fn tell(outcome: &Outcome<'_>, index: i64) -> Told {
+fn tell(outcome: Outcome<'_>, index: i64) -> Told {
     let (name, mut m) = match outcome {
         Outcome::Put { before, .. } => {
             let m = before.map(|before| ("prev_kv".to_owned(), kv(before))).into_iter().collect();
@@ -131,13 +131,13 @@ fn tell(outcome: &Outcome<'_>, index: i64) -> Told {
         }
         Outcome::Delete { deleted, before, .. } => {
             let mut m = Map::new();
-            set(&mut m, "deleted", *deleted);
+            set(&mut m, "deleted", deleted);
             kvs(&mut m, "prev_kvs", before);
             ("response_delete_range", m)
         }
         Outcome::Get { range, found } => ("response_range", ranged(range, found)),
         Outcome::Txn { succeeded, results } => {
-            let mut m = answered(*succeeded, results.clone());
+            let mut m = answered(succeeded, results);
             m.insert("header".into(), json!({}));
             return Told::Other(json!({"response_txn": m}));
         }

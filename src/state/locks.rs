@@ -62,7 +62,7 @@ pub(super) struct Hold {
     pub terms: Terms,
     pub value: Option<Vec<u8>>,
     pub ttl_ms: i64,
-    /// Who waited for it and was not told yet.
+    /// Who waited for it, and gives it back should they go before they hear of it; `None`: nobody does.
     pub asker: Option<Uuid>,
 }
 
@@ -142,6 +142,7 @@ pub(super) fn refused(detail: impl Into<String>, holds: &[Hold], waiting: usize)
 }
 
 /// Asks for a lock.
+#[derive(Clone)]
 pub(super) struct Acquire {
     pub name: String,
     pub owner: String,
@@ -152,6 +153,8 @@ pub(super) struct Acquire {
     pub value: Option<Vec<u8>>,
     /// Wait for it, as this asker.
     pub asker: Option<Uuid>,
+    /// Only what is held or waited for by this lease already.
+    pub resumes: bool,
 }
 
 /// What asking for a lock came to; `held` is missing of who waits.
@@ -159,7 +162,7 @@ pub(super) struct Acquire {
 pub(super) struct Asked {
     /// By which lease.
     #[serde(default)]
-    pub lease: Uuid,
+    pub lease: Option<Uuid>,
     pub held: Option<Held>,
     pub ttl_ms: i64,
 }
@@ -209,7 +212,7 @@ impl Acquire {
     /// Whoever has it has it; a leader may say something else.
     async fn again(&self, tx: &mut Tx<'_>, mine: &Hold, ttl_ms: i64) -> Result<(Asked, Entry), Failure> {
         let hold = Hold { value: self.value.clone().or(mine.value.clone()), asker: None, ..mine.clone() };
-        let asked = Asked { lease: self.lease, held: Some(Held::new(&self.name, &hold)), ttl_ms };
+        let asked = Asked { lease: Some(self.lease), held: Some(Held::new(&self.name, &hold)), ttl_ms };
         let says = hold.value != mine.value;
         // Who waited for it may have gone without hearing of it, and be about to give it back.
         if !says && (mine.asker.is_none() || mine.asker == self.asker) {
@@ -219,7 +222,7 @@ impl Acquire {
         Ok((asked, self.entry(if says { "state:lock-proclaim" } else { "state:lock-keep" })))
     }
 
-    /// Whoever waits keeps the place; it is the last asker's.
+    /// Whoever waits keeps the place; it is the last asker's, who may want to say something else as well.
     async fn wait_again(
         &self,
         tx: &mut Tx<'_>,
@@ -229,11 +232,13 @@ impl Acquire {
         ttl_ms: i64,
     ) -> Result<(Asked, Entry), Failure> {
         let Some(asker) = self.asker else { return Err(taken(&self.name, holds, waiting).into()) };
-        let asked = Asked { lease: self.lease, held: None, ttl_ms };
-        if mine.asker == asker {
+        let asked = Asked { lease: Some(self.lease), held: None, ttl_ms };
+        let value = self.value.clone().or(mine.value.clone());
+        if mine.asker == asker && mine.value == value {
             return Ok((asked, Entry::nothing()));
         }
-        rows::take_over(tx.write(), &self.name, mine.place, asker).await?;
+        let waiter = Waiter { asker, value, ..mine.clone() };
+        rows::take_over(tx.write(), &self.name, &waiter).await?;
         Ok((asked, self.entry("state:lock-wait")))
     }
 }
@@ -242,14 +247,21 @@ impl Command for Acquire {
     type Out = Asked;
 
     async fn apply(&mut self, tx: &mut Tx<'_>) -> Result<(Asked, Entry), Failure> {
-        let ttl_ms = self.lease(tx).await?;
         let holds = rows::holds(tx.read(), &self.name).await?;
         let queue = rows::queue(tx.read(), &self.name).await?;
-        if let Some(mine) = holds.iter().find(|h| h.lease == self.lease) {
+        let own = |lease: Uuid, owner: &str| lease == self.lease && owner == self.owner;
+        let (held, waits) =
+            (holds.iter().find(|h| own(h.lease, &h.owner)), queue.iter().find(|w| own(w.lease, &w.owner)));
+        if self.resumes && held.is_none() && waits.is_none() {
+            let detail = "what was waited for under this idempotency key has ended; ask under another";
+            return Err(refused(detail, &holds, queue.len()).into());
+        }
+        let ttl_ms = self.lease(tx).await?;
+        if let Some(mine) = held {
             self.same(mine.terms, "held", &holds, queue.len())?;
             return self.again(tx, mine, ttl_ms).await;
         }
-        if let Some(mine) = queue.iter().find(|w| w.lease == self.lease) {
+        if let Some(mine) = waits {
             self.same(mine.terms, "waited for", &holds, queue.len())?;
             return self.wait_again(tx, mine, &holds, queue.len(), ttl_ms).await;
         }
@@ -265,14 +277,14 @@ impl Command for Acquire {
             let hold = Hold { lease, owner, token: index, terms, value, ttl_ms, asker: None };
             rows::hold(tx.write(), &self.name, &hold).await?;
             let held = Some(Held::new(&self.name, &hold));
-            return Ok((Asked { lease: self.lease, held, ttl_ms }, self.entry("state:lock-acquire")));
+            return Ok((Asked { lease: Some(self.lease), held, ttl_ms }, self.entry("state:lock-acquire")));
         }
         let Some(asker) = self.asker.filter(|_| queue.len() < QUEUE) else {
             return Err(taken(&self.name, &holds, queue.len()).into());
         };
         self.grant(tx).await?;
         rows::enqueue(tx.write(), &self.name, &Waiter { place: index, lease, owner, terms, value, asker }).await?;
-        Ok((Asked { lease: self.lease, held: None, ttl_ms }, self.entry("state:lock-wait")))
+        Ok((Asked { lease: Some(self.lease), held: None, ttl_ms }, self.entry("state:lock-wait")))
     }
 }
 
@@ -293,7 +305,7 @@ pub(super) enum Which {
     Any,
     /// What this asker waits for, or has been given and was not told of.
     Asked(Uuid),
-    /// The place of this asker: what came to be held meanwhile stays held.
+    /// The place of this asker. What is held stays held.
     Place(Uuid),
 }
 

@@ -2,6 +2,7 @@
 
 use std::collections::HashMap;
 use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
 use uuid::Uuid;
 
@@ -12,48 +13,75 @@ use crate::kernel::{Refusal, problem};
 use super::State;
 use super::locks::{Release, Which};
 
-/// A lock, and the lease it is waited for by.
-type Spot = (String, Uuid);
+/// Between the attempts to give up the place of who has gone.
+const ATTEMPTS: [Duration; 6] = [
+    Duration::ZERO,
+    Duration::from_millis(300),
+    Duration::from_secs(1),
+    Duration::from_secs(3),
+    Duration::from_secs(10),
+    Duration::from_secs(30),
+];
 
-/// Requests that wait here by one lease for one lock: what they call themselves, and how many they are.
+/// A lock, the lease it is waited for by, and whose that is.
+type Spot = (String, Uuid, String);
+
+/// Requests of one client that wait here by one lease for one lock.
+#[derive(Clone, Copy, Debug)]
+struct Group {
+    /// What they call themselves.
+    asker: Uuid,
+    /// How many they are.
+    waiting: usize,
+    /// Whether one of them has the place.
+    placed: bool,
+}
+
+/// All of them.
 #[derive(Default)]
-pub(super) struct Places(Mutex<HashMap<Spot, (Uuid, usize)>>);
+pub(super) struct Places(Mutex<HashMap<Spot, Group>>);
 
 impl Places {
-    fn all(&self) -> MutexGuard<'_, HashMap<Spot, (Uuid, usize)>> {
+    fn all(&self) -> MutexGuard<'_, HashMap<Spot, Group>> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn join(&self, spot: &Spot) -> Uuid {
         let mut all = self.all();
-        let (asker, waiting) = all.entry(spot.clone()).or_insert_with(|| (Uuid::new_v4(), 0));
-        *waiting += 1;
-        *asker
+        let new = || Group { asker: Uuid::new_v4(), waiting: 0, placed: false };
+        let group = all.entry(spot.clone()).or_insert_with(new);
+        group.waiting += 1;
+        group.asker
     }
 
-    /// One goes; whether it was the last, who gives the place up. Who asks after that is another asker.
-    fn leave(&self, spot: &Spot, asker: Uuid) -> bool {
-        let mut all = self.all();
-        let Some((_, waiting)) = all.get_mut(spot).filter(|(a, _)| *a == asker) else { return false };
-        *waiting -= 1;
-        let last = *waiting == 0;
-        if last {
-            all.remove(spot);
+    fn placed(&self, spot: &Spot, asker: Uuid) {
+        if let Some(group) = self.all().get_mut(spot).filter(|g| g.asker == asker) {
+            group.placed = true;
         }
-        last
+    }
+
+    /// One goes. Of the last, whether they have a place to give up; who asks after that is another asker.
+    fn leave(&self, spot: &Spot, asker: Uuid) -> Option<bool> {
+        let mut all = self.all();
+        let group = all.get_mut(spot).filter(|g| g.asker == asker)?;
+        group.waiting -= 1;
+        if group.waiting > 0 {
+            return None;
+        }
+        all.remove(spot).map(|g| g.placed)
     }
 
     /// One was told that it holds the lock: none of the others may take that back.
     fn told(&self, spot: &Spot, asker: Uuid) {
         let mut all = self.all();
-        if all.get(spot).is_some_and(|(a, _)| *a == asker) {
+        if all.get(spot).is_some_and(|g| g.asker == asker) {
             all.remove(spot);
         }
     }
 }
 
 /// What one has to do with its place.
-#[derive(Clone, Copy, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Stake {
     /// It is one of those who wait.
     Shared,
@@ -63,25 +91,50 @@ enum Stake {
     None,
 }
 
-/// A request's place in a queue. When it is dropped before it is settled, the caller has gone: the last gives the place up.
+/// What became of who waits no more.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Parted {
+    /// The place is given up.
+    Withdrawn,
+    /// Others have it, here or on another daemon.
+    Left,
+    /// The lock came to be held at the last moment.
+    Held,
+}
+
+/// A request's share of a place. When it is dropped before it is settled, the caller has gone: the last gives the place up.
 pub(super) struct Place {
     state: State,
-    owner: String,
     spot: Spot,
     asker: Uuid,
     stake: Stake,
+    /// What asking came to was heard.
+    heard: bool,
+    counted: bool,
 }
 
 impl Place {
+    /// To be taken before it is asked for: who goes while that is on its way gives it up as well.
     pub fn take(state: &State, name: &str, lease: Uuid, owner: &str) -> Self {
-        let spot = (name.to_owned(), lease);
+        let spot = (name.to_owned(), lease, owner.to_owned());
         let asker = state.places.join(&spot);
-        state.metrics.waiting.inc();
-        Self { state: state.clone(), owner: owner.to_owned(), spot, asker, stake: Stake::Shared }
+        Self { state: state.clone(), spot, asker, stake: Stake::Shared, heard: false, counted: false }
     }
 
     pub fn asker(&self) -> Uuid {
         self.asker
+    }
+
+    /// It is in the queue, and waits.
+    pub fn waits(&mut self) {
+        self.state.places.placed(&self.spot, self.asker);
+        self.state.metrics.waiting.inc();
+        (self.heard, self.counted) = (true, true);
+    }
+
+    /// It was refused, or another request's outcome was told again: nothing came of it.
+    pub fn refused(&mut self) {
+        self.heard = true;
     }
 
     /// Its caller is told that it holds the lock.
@@ -99,40 +152,58 @@ impl Place {
     /// Whether the place is to be given up, by who asks.
     fn parts(&mut self) -> bool {
         if self.stake == Stake::Shared {
-            let last = self.state.places.leave(&self.spot, self.asker);
+            let placed = self.state.places.leave(&self.spot, self.asker);
+            let last = placed.is_some_and(|placed| placed || !self.heard);
             self.stake = if last { Stake::Last } else { Stake::None };
         }
         self.stake == Stake::Last
     }
 
-    /// Waits no more. False: it came to be held at the last moment.
-    pub async fn withdraw(&mut self) -> Result<bool, Refusal> {
-        if self.parts() {
-            let release = self.release(Which::Place(self.asker));
-            match self.state.ledger.write(&Caller::daemon("state"), &[], release).await {
-                Err(r) if r.problem() == &problem::CONFLICT => return Ok(false),
-                // Others have it, on another daemon, or it is gone.
-                Err(r) if r.problem() == &problem::NOT_FOUND => {}
-                Err(r) => return Err(r),
-                Ok(_) => {}
-            }
-            self.stake = Stake::None;
+    /// Waits no more.
+    pub async fn withdraw(&mut self) -> Result<Parted, Refusal> {
+        if !self.parts() {
+            return Ok(Parted::Left);
         }
-        Ok(true)
+        let release = self.release(Which::Place(self.asker));
+        let parted = match self.state.ledger.write(&Caller::daemon("state"), &[], release).await {
+            Ok(_) => Parted::Withdrawn,
+            Err(r) if r.problem() == &problem::CONFLICT => return Ok(Parted::Held),
+            Err(r) if r.problem() == &problem::NOT_FOUND => Parted::Left,
+            Err(r) => return Err(r),
+        };
+        self.stake = Stake::None;
+        Ok(parted)
     }
 
     fn release(&self, which: Which) -> Release {
-        Release { name: self.spot.0.clone(), owner: self.owner.clone(), lease: self.spot.1, which }
+        let (name, lease, owner) = self.spot.clone();
+        Release { name, owner, lease, which }
     }
 }
 
 impl Drop for Place {
     fn drop(&mut self) {
-        self.state.metrics.waiting.dec();
+        if self.counted {
+            self.state.metrics.waiting.dec();
+        }
         if self.parts() {
             // If it holds the lock by now, nobody will hear of it.
-            let (state, release) = (self.state.clone(), self.release(Which::Asked(self.asker)));
-            supervisor::detach(async move { state.ledger.write(&Caller::daemon("state"), &[], release).await.is_ok() });
+            let (state, which, heard) = (self.state.clone(), Which::Asked(self.asker), self.heard);
+            let (name, lease, owner) = self.spot.clone();
+            supervisor::detach(async move {
+                for (attempt, after) in ATTEMPTS.into_iter().enumerate() {
+                    tokio::time::sleep(after).await;
+                    let release = Release { name: name.clone(), owner: owner.clone(), lease, which };
+                    match state.ledger.write(&Caller::daemon("state"), &[], release).await {
+                        // The database, or the queue of changes, is away for a moment.
+                        Err(r) if r.problem().status >= 429 => {}
+                        // What was still on its way may come yet.
+                        Err(r) if r.problem() == &problem::NOT_FOUND && !heard && attempt < 2 => {}
+                        done => return done.is_ok(),
+                    }
+                }
+                false
+            });
         }
     }
 }
@@ -144,17 +215,22 @@ mod tests {
     #[test]
     fn the_last_gives_a_place_up_and_nobody_takes_back_what_one_was_told() {
         let places = Places::default();
-        let spot = ("l".to_owned(), Uuid::new_v4());
+        let spot = ("l".to_owned(), Uuid::new_v4(), "c".to_owned());
         let one = places.join(&spot);
         assert_eq!(places.join(&spot), one);
-        assert!(!places.leave(&spot, one));
-        assert!(places.leave(&spot, one));
+        places.placed(&spot, one);
+        assert_eq!(places.leave(&spot, one), None);
+        assert_eq!(places.leave(&spot, one), Some(true));
         let two = places.join(&spot);
         assert_ne!(two, one, "who comes after the last is another");
-        assert!(!places.leave(&spot, one), "who has gone has no say");
+        assert_eq!(places.leave(&spot, one), None, "who has gone has no say");
+        let other = (spot.0.clone(), spot.1, "another".to_owned());
+        assert_ne!(places.join(&other), two, "nor has another client");
+        assert_eq!(places.leave(&other, two), None);
         assert_eq!(places.join(&spot), two);
         places.told(&spot, two);
-        assert!(!places.leave(&spot, two));
-        assert!(places.all().is_empty());
+        assert_eq!(places.leave(&spot, two), None);
+        let three = places.join(&spot);
+        assert_eq!(places.leave(&spot, three), Some(false), "nothing was placed");
     }
 }

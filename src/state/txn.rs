@@ -200,7 +200,7 @@ impl Told {
 }
 
 /// How it is told: of the operation, and the index its changes stand at so far.
-pub(super) type Tell = fn(&Outcome<'_>, i64) -> Told;
+pub(super) type Tell = fn(Outcome<'_>, i64) -> Told;
 
 /// A transaction.
 #[derive(Clone, Debug)]
@@ -318,7 +318,7 @@ impl Txn {
                 Step::Op(i) => {
                     if let Op::Get(range) = ops[i] {
                         let found = known.get(conn, i, range).await?;
-                        results.push(&Outcome::Get { range, found: &found }, index);
+                        results.push(Outcome::Get { range, found: &found }, index);
                     }
                 }
             }

@@ -11,7 +11,7 @@ use crate::ledger::Committed;
 
 use super::leases::{End, Ended, Grant, Lease, Renew, chosen, seconds};
 use super::locks::{Acquire, Asked, Held, Hold, Release, Released, Terms, Waiter, Which, refused, taken};
-use super::places::Place;
+use super::places::{Parted, Place};
 use super::store::{leases as lease_rows, locks as rows};
 use super::{State, model};
 
@@ -25,20 +25,27 @@ pub(super) struct Wish {
     pub wait: Duration,
 }
 
+impl Wish {
+    /// By a lease that is there.
+    fn by(&self, caller: &Caller, lease: Uuid) -> Acquire {
+        let (name, owner) = (self.name.clone(), caller.actor().to_owned());
+        let (terms, value) = (self.terms, self.value.clone());
+        Acquire { name, owner, lease, ttl_ms: None, terms, value, asker: None, resumes: false }
+    }
+}
+
 /// What asking came to.
 enum Got {
     /// It is held.
     Held(i64, Held),
-    /// It was asked for before, by this lease, and was waited for.
-    Replayed(Uuid),
+    /// It was asked for before, and was waited for.
+    Replayed(Began),
 }
 
-/// What is waited for, and until when by the daemon's own clock.
-struct Waiting<'a> {
-    name: &'a str,
-    lease: Uuid,
-    ttl_ms: i64,
-    until: Duration,
+/// A wait that began before.
+struct Began {
+    lease: Option<Uuid>,
+    _place: Option<Place>,
 }
 
 impl State {
@@ -103,65 +110,73 @@ impl State {
     /// Acquires a lock, and waits for it as long as is wished; the answer and its index.
     pub(super) async fn acquire(&self, caller: &Caller, wish: Wish) -> Result<(i64, Held), Refusal> {
         let until = self.clock.elapsed() + wish.wait;
-        let own = |lease: Uuid| (lease, wish.lease.is_none().then_some(wish.ttl_ms));
-        let by = own(wish.lease.unwrap_or_else(|| ids::new_id(self.clock.now())));
-        match self.ask(caller, &wish, by, until).await? {
+        let ask = [Ask::new("state:lock-acquire", "Lock", wish.name.clone())];
+        let lease = wish.lease.unwrap_or_else(|| ids::new_id(self.clock.now()));
+        let grant = wish.lease.is_none().then_some(wish.ttl_ms);
+        let acquire = Acquire { ttl_ms: grant, ..wish.by(caller, lease) };
+        let began = match self.ask(caller, &ask, &wish, acquire, until).await? {
+            Got::Held(index, held) => return Ok((index, held)),
+            Got::Replayed(began) => began,
+        };
+        // Somebody waited for this under the same idempotency key. What that has come to is found by its lease; it is not asked
+        // for once more, for it may have been held and let go of.
+        let resume = Acquire { resumes: true, ..wish.by(caller, began.lease.or(wish.lease).unwrap_or(lease)) };
+        // What was approved for that request was approved for this.
+        let approved = caller.request().proposing.is_some();
+        let ask = if approved { &[] } else { &ask[..] };
+        match self.ask(&caller.unvoiced(), ask, &wish, resume, until).await? {
             Got::Held(index, held) => Ok((index, held)),
-            // Somebody waited for this once, under the same idempotency key, by this lease: it is what is held or waited for by
-            // now. If it has ended, whoever waited has gone, and it is asked for anew; the next to ask finds it again.
-            Got::Replayed(lease) => {
-                let there = self.lease(lease).await?.is_some();
-                let by = if there { (lease, None) } else { own(lease) };
-                match self.ask(&caller.unvoiced(), &wish, by, until).await? {
-                    Got::Held(index, held) => Ok((index, held)),
-                    Got::Replayed(_) => Err(Refusal::internal("without a key nothing is replayed")),
-                }
-            }
+            Got::Replayed(_) => Err(Refusal::internal("without a key nothing is replayed")),
         }
     }
 
-    /// Asks once, by this lease, which is to be granted with a time to live if there is one given.
     async fn ask(
         &self,
         caller: &Caller,
+        asks: &[Ask],
         wish: &Wish,
-        (lease, grant): (Uuid, Option<i64>),
+        mut acquire: Acquire,
         until: Duration,
     ) -> Result<Got, Refusal> {
-        let ask = [Ask::new("state:lock-acquire", "Lock", wish.name.clone())];
-        let mut news = self.hub.locks.turn(lease);
-        // Taken before it is asked for: whoever goes while that is on its way gives it up as well.
-        let mut place = (!wish.wait.is_zero()).then(|| Place::take(self, &wish.name, lease, caller.actor()));
-        let acquire = Acquire {
-            name: wish.name.clone(),
-            owner: caller.actor().to_owned(),
-            lease,
-            ttl_ms: grant,
-            terms: wish.terms,
-            value: wish.value.clone(),
-            asker: place.as_ref().map(Place::asker),
-        };
-        let done = self.ledger.write(caller, &ask, acquire).await?;
+        let mut news = self.hub.locks.turn(acquire.lease);
+        let mut place = (!wish.wait.is_zero()).then(|| Place::take(self, &wish.name, acquire.lease, &acquire.owner));
+        acquire.asker = place.as_ref().map(Place::asker);
+        let again = acquire.clone();
+        let done = self.ledger.write(caller, asks, acquire).await.inspect_err(|refusal| {
+            if refusal.problem().status < 429 {
+                place.iter_mut().for_each(Place::refused);
+            }
+        })?;
         self.metrics.count("lock-acquire");
-        let Asked { lease: by, held, ttl_ms } = done.value;
-        if let Some(held) = held {
-            place.iter_mut().for_each(Place::won);
-            return Ok(Got::Held(done.index, held));
+        let replayed = done.replayed;
+        match (done.value, place) {
+            (Asked { held: Some(held), .. }, mut place) => {
+                place.iter_mut().for_each(if replayed { Place::refused } else { Place::won });
+                Ok(Got::Held(done.index, held))
+            }
+            (Asked { ttl_ms, .. }, Some(mut place)) if !replayed => {
+                place.waits();
+                let (held, index) = self.wait(caller, &again, ttl_ms, until, &mut place, &mut news).await?;
+                Ok(Got::Held(index, held))
+            }
+            // The share of the place is kept until what was begun is found.
+            (Asked { lease, .. }, mut place) => {
+                place.iter_mut().for_each(Place::refused);
+                Ok(Got::Replayed(Began { lease, _place: place }))
+            }
         }
-        let Some(mut place) = place.filter(|_| !done.replayed) else { return Ok(Got::Replayed(by)) };
-        let waiting = Waiting { name: &wish.name, lease, ttl_ms, until };
-        let got = self.wait(caller, &waiting, &mut place, &mut news).await;
-        got.map(|(index, held)| Got::Held(index, held))
     }
 
     async fn wait(
         &self,
         caller: &Caller,
-        waiting: &Waiting<'_>,
+        asked: &Acquire,
+        ttl_ms: i64,
+        until: Duration,
         place: &mut Place,
         news: &mut tokio::sync::watch::Receiver<()>,
-    ) -> Result<(i64, Held), Refusal> {
-        let Waiting { name, lease, ttl_ms, until } = *waiting;
+    ) -> Result<(Held, i64), Refusal> {
+        let (name, lease) = (asked.name.as_str(), asked.lease);
         let closing = self.ledger.closing();
         let pulse = Duration::from_millis(u64::try_from(ttl_ms / 3).unwrap_or(0));
         loop {
@@ -170,8 +185,18 @@ impl State {
             let holds = rows::holds(&mut conn, name).await.map_err(|e| self.store.refusal(e))?;
             drop(conn);
             if let Some(mine) = holds.iter().find(|h| h.lease == lease) {
-                place.won();
-                return Ok((mine.token.max(self.ledger.index()), Held::new(name, mine)));
+                if mine.asker.is_none_or(|asker| asker == place.asker()) {
+                    place.won();
+                    return Ok((Held::new(name, mine), mine.token.max(self.ledger.index())));
+                }
+                // Others who wait by this lease may be about to give it back: nobody is told of it before they cannot.
+                let kept = Acquire { ttl_ms: None, resumes: false, ..asked.clone() };
+                let done = self.ledger.write(&Caller::daemon("state"), &[], kept).await?;
+                if let Some(held) = done.value.held {
+                    place.won();
+                    return Ok((held, done.index));
+                }
+                continue;
             }
             let (holds, queue) = self.lock_stands(name).await?;
             if holds.iter().any(|h| h.lease == lease) {
@@ -187,10 +212,11 @@ impl State {
             }
             let left = until.saturating_sub(self.clock.elapsed());
             if left.is_zero() {
-                if place.withdraw().await? {
-                    return Err(taken(name, &holds, queue.len().saturating_sub(1)));
+                match place.withdraw().await? {
+                    Parted::Held => continue,
+                    Parted::Left => return Err(taken(name, &holds, queue.len())),
+                    Parted::Withdrawn => return Err(taken(name, &holds, queue.len().saturating_sub(1))),
                 }
-                continue;
             }
             tokio::select! {
                 () = closing.cancelled() => return Err(Refusal::unavailable("the daemon is stopping")),

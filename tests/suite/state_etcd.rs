@@ -444,7 +444,12 @@ async fn transactions_inside_a_transaction() {
         ])
     );
     let (_, entry) = client.get(&format!("/v1/audit/entries/{at}")).await;
-    assert_eq!(entry["details"]["change"]["put"], json!(["a", "b", "c"]), "one entry says all of it");
+    let change = &entry["details"]["change"];
+    assert_eq!(
+        (&change["put"], &change["inside"]),
+        (&json!(["a", "b", "c"]), &json!([true, true, false])),
+        "one entry"
+    );
     // What may be put and deleted together, whichever branches are taken.
     let all = |ops: Value| json!({"success": ops});
     let either = inside(there("a", 1), json!([put("a", "2")]), json!([put("a", "3")]));
@@ -466,17 +471,29 @@ async fn transactions_inside_a_transaction() {
     ] {
         assert_eq!(refused(&client, "/v3/kv/txn", all(ops.clone())).await, twice, "{ops}");
     }
-    // One that only reads takes no revision, and one that may not read is told so, whichever branch it would be in.
+    // One that only reads takes no revision.
     let before = client.last_entry().await;
     v3(&client, "/v3/kv/txn", all(json!([inside(there("a", 2), json!([get("a")]), json!([]))]))).await;
     assert_eq!(client.last_entry().await, before);
+    // Whoever may not do all of it, whichever branch it is in, does nothing; nor does who may not look.
     let reader = policy::client(&client, "state:read").await;
     let hidden = all(json!([inside(there("a", 2), json!([get("a")]), json!([delete("a")]))]));
     assert_eq!(refused(&reader, "/v3/kv/txn", hidden).await, etcd(403, 7, "permission denied"));
+    let nobody = policy::client(&client, "nexus").await;
+    for inner in [inside(there("a", 2), json!([]), json!([])), json!({"request_txn": {"failure": [get("a")]}})] {
+        let looks = all(json!([json!({"request_txn": {"success": [inner]}})]));
+        assert_eq!(refused(&nobody, "/v3/kv/txn", looks).await, etcd(403, 7, "permission denied"));
+    }
     let absent =
         all(json!([inside(there("a", 2), json!([{"request_put": {"key": b64("l"), "lease": "9"}}]), json!([]))]));
     assert_eq!(refused(&client, "/v3/kv/txn", absent).await, etcd(404, 5, "requested lease not found"));
-    v3(&client, "/v3/kv/txn", all(json!([inside(there("a", 2), json!([delete("a")]), json!([delete("b")]))]))).await;
+    let unwanted = json!({"request_put": {"key": b64("l"), "lease": "9"}});
+    v3(
+        &client,
+        "/v3/kv/txn",
+        all(json!([inside(there("a", 2), json!([delete("a")]), json!([delete("b"), unwanted]))])),
+    )
+    .await;
     assert_eq!(keys(&client, json!({"key": b64("a"), "range_end": b64("z")})).await, ["b", "c"]);
     record::check(&db).await;
 }

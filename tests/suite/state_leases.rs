@@ -134,7 +134,8 @@ async fn a_lease_ends_by_silence_never_early_and_soon_after() {
     }
     let last = Instant::now();
     until("it to end", || async { client.get("/v1/state/kv/s/a").await.0 == 404 }).await;
-    assert!(last.elapsed() >= Duration::from_millis(1400), "early: {:?}", last.elapsed());
+    let late = Duration::from_secs(15);
+    assert!(last.elapsed() >= Duration::from_millis(1400) && last.elapsed() < late, "{:?}", last.elapsed());
     let (_, page) = client.get("/v1/audit/entries?action=state:lease-expire").await;
     let ends = page["items"].as_array().unwrap();
     assert_eq!((ends.len(), ends[0]["actor"].as_str()), (1, Some("daemon:state")));
@@ -172,6 +173,7 @@ async fn the_death_or_freeze_of_the_daemon_that_watches_never_ends_a_lease_early
         there.get(&format!("/v1/state/leases/{doomed}")).await.0 == 404
     })
     .await;
+    assert!(began.elapsed() < Duration::from_secs(20), "{:?}", began.elapsed());
     println!("a lease of 2 s ended {:?} after the daemon that watched was killed", began.elapsed());
     record::check(&db).await;
 }

@@ -20,7 +20,7 @@ pub(super) const KEY_MOST: usize = 1024;
 const VALUE_MOST: usize = 1024 * 1024;
 /// Conditions, and operations of a branch, at most.
 const OPS_MOST: usize = 128;
-/// Operations of all branches, of transactions inside as well, at most.
+/// Conditions and operations of all branches, of transactions inside as well, at most.
 const ALL_MOST: usize = 1024;
 /// Keys in an answer at most; whoever wants more asks with a limit.
 pub(super) const KEYS_MOST: i64 = 100_000;
@@ -340,9 +340,10 @@ impl TxnRequest {
         self.ops().flat_map(of).filter(|n| *n != 0).collect()
     }
 
-    /// How many operations there are in all.
+    /// How many conditions and operations there are in all.
     fn weight(&self) -> usize {
-        self.ops().map(|op| 1 + op.request_txn.as_ref().map_or(0, |txn| txn.weight())).sum()
+        let ops = self.ops().map(|op| 1 + op.request_txn.as_ref().map_or(0, |txn| txn.weight()));
+        self.compare.len() + ops.sum::<usize>()
     }
 
     pub fn check(self, leases: &Leases) -> Result<Txn, Grpc> {

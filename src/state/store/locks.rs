@@ -102,17 +102,13 @@ pub(in crate::state) async fn enqueue(conn: &mut PgConnection, name: &str, w: &W
     Ok(())
 }
 
-/// A place comes to be another asker's.
-pub(in crate::state) async fn take_over(
-    conn: &mut PgConnection,
-    name: &str,
-    place: i64,
-    asker: Uuid,
-) -> Result<(), sqlx::Error> {
-    sqlx::query("UPDATE state.queue SET asker = $3 WHERE name = $1 AND place = $2")
+/// A place comes to be another asker's, and what they would say.
+pub(in crate::state) async fn take_over(conn: &mut PgConnection, name: &str, w: &Waiter) -> Result<(), sqlx::Error> {
+    sqlx::query("UPDATE state.queue SET asker = $3, value = $4 WHERE name = $1 AND place = $2")
         .bind(name)
-        .bind(place)
-        .bind(asker)
+        .bind(w.place)
+        .bind(w.asker)
+        .bind(&w.value)
         .execute(conn)
         .await
         .map(|_| ())

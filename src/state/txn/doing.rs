@@ -169,7 +169,7 @@ impl Done {
         if self.touched.is_empty() { self.index - 1 } else { self.index }
     }
 
-    fn tell(&mut self, outcome: &Outcome<'_>) {
+    fn tell(&mut self, outcome: Outcome<'_>) {
         let index = self.stands();
         self.results.push(outcome, index);
     }
@@ -213,7 +213,7 @@ impl Done {
         let item = Item { key, index, created_index, version, content_type, value, lease };
         self.touched.push(Touch::key(KEY, put.key.clone()));
         self.put.push(shown(&put.key).into());
-        self.tell(&Outcome::Put { item: &item, before: before.as_ref().filter(|_| put.before) });
+        self.tell(Outcome::Put { item: &item, before: before.as_ref().filter(|_| put.before) });
         self.pending.push(Change { item, deleted: false, previous: was.map_or(0, |w| w.index) });
         Ok(())
     }
@@ -229,7 +229,7 @@ impl Done {
             Some(key) => self.delete_key(key),
             None => (self.delete_span(tx, keys).await?, None),
         };
-        self.tell(&Outcome::Delete { keys, deleted, previous, before: &before });
+        self.tell(Outcome::Delete { keys, deleted, previous, before: &before });
         Ok(())
     }
 
@@ -251,12 +251,12 @@ impl Done {
                 let before: Vec<Item> =
                     ahead.item(key).filter(|_| delete.before).map(|item| (**item).clone()).into_iter().collect();
                 let (deleted, previous) = self.delete_key(key);
-                self.tell(&Outcome::Delete { keys, deleted, previous, before: &before });
+                self.tell(Outcome::Delete { keys, deleted, previous, before: &before });
                 ahead.set(key, || None);
             }
             Op::Get(range) => {
                 let item = range.keys.single().and_then(|key| ahead.item(key));
-                self.tell(&Outcome::Get { range, found: &range::alone(range, 0, item.map(|item| &**item)) });
+                self.tell(Outcome::Get { range, found: &range::alone(range, 0, item.map(|item| &**item)) });
             }
             Op::Txn(_) => return Err(Refusal::internal("a transaction inside was decided in memory").into()),
         }
@@ -306,7 +306,7 @@ impl Done {
         // It sees what those before it did.
         self.flush(tx).await?;
         let found = self.known.get(tx.read(), i, range).await?;
-        self.tell(&Outcome::Get { range, found: &found });
+        self.tell(Outcome::Get { range, found: &found });
         Ok(())
     }
 
@@ -333,6 +333,10 @@ impl Done {
         }
         if !self.spans.is_empty() {
             entry = entry.change("deleted_prefixes", self.spans);
+        }
+        let inside = self.results.inside();
+        if !inside.is_empty() {
+            entry = entry.change("inside", inside.to_vec());
         }
         (self.results.told(), self.touched.into_iter().fold(entry, Entry::touch))
     }

@@ -79,26 +79,33 @@ pub(super) struct Results {
     told: Vec<Told>,
     /// Of those that began and have not ended: whether their conditions held, and where their results begin.
     open: Vec<(bool, usize)>,
+    /// Of all that began, in order: whether their conditions held.
+    inside: Vec<bool>,
 }
 
 impl Results {
     pub fn new(tell: Tell) -> Self {
-        Self { tell, told: Vec::new(), open: Vec::new() }
+        Self { tell, told: Vec::new(), open: Vec::new(), inside: Vec::new() }
     }
 
-    pub fn push(&mut self, outcome: &Outcome<'_>, index: i64) {
+    pub fn push(&mut self, outcome: Outcome<'_>, index: i64) {
         self.told.push((self.tell)(outcome, index));
     }
 
     pub fn begin(&mut self, succeeded: bool) {
         self.open.push((succeeded, self.told.len()));
+        self.inside.push(succeeded);
     }
 
     pub fn end(&mut self, index: i64) {
         if let Some((succeeded, from)) = self.open.pop() {
             let results = self.told.split_off(from);
-            self.push(&Outcome::Txn { succeeded, results }, index);
+            self.push(Outcome::Txn { succeeded, results }, index);
         }
+    }
+
+    pub fn inside(&self) -> &[bool] {
+        &self.inside
     }
 
     pub fn told(self) -> Vec<Told> {

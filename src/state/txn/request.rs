@@ -245,7 +245,7 @@ impl PutOperation {
 }
 
 /// What an operation came to, as the answer has it.
-fn tell(outcome: &Outcome<'_>, _: i64) -> Told {
+fn tell(outcome: Outcome<'_>, _: i64) -> Told {
     match outcome {
         Outcome::Put { item, .. } => {
             let (key, lease) = (shown(&item.key), item.lease.map(|l| l.to_string()));
@@ -258,9 +258,9 @@ fn tell(outcome: &Outcome<'_>, _: i64) -> Told {
                 Some(key) => put_key(&mut answer, key),
                 None => drop(answer.insert("prefix".into(), shown(&keys.from).into())),
             }
-            answer.insert("deleted".into(), (*deleted).into());
+            answer.insert("deleted".into(), deleted.into());
             if let Some(previous) = previous {
-                answer.insert("previous_index".into(), (*previous).into());
+                answer.insert("previous_index".into(), previous.into());
             }
             Told::Other(json!({"delete": answer}))
         }
