@@ -64,13 +64,12 @@ pub(super) async fn admin(dir: &Path, url: &str, token: &Token) -> Result<(), St
             (uuid::Uuid::new_v4().to_string(), crypto::base64url(crypto::random::<32>().map_err(|e| e.to_string())?))
         }
     };
-    let new = !path.exists();
-    if new {
+    if !path.exists() {
         let text = format!("{}\n", json!({"url": url, "client_id": id, "client_secret": secret}));
         private(&path, text.as_bytes())?;
     }
     let made = token.ensure_admin(&id, &secret).await.map_err(|e| e.detail().to_owned())?;
-    if made && new {
+    if made {
         tracing::info!("the first administrator's credential is in {}", path.display());
     }
     if !made && !token.has_client(&id) {
