@@ -27,7 +27,7 @@ use super::leases::{number, seconds};
 use super::model::Item;
 use super::range::{Found, Range};
 use super::store::leases as lease_rows;
-use super::txn::{Lease, Op, Outcome, Put, Told, Txn};
+use super::txn::{Branches, Lease, Op, Outcome, Put, Told, Txn};
 use super::{State, kv, store};
 
 use messages::{
@@ -178,8 +178,8 @@ impl State {
 
     /// One operation as a transaction: the index, and its part of the answer.
     async fn alone(&self, caller: &Caller, op: Op) -> Result<(i64, Map<String, Value>), Refusal> {
-        let txn = Txn::new(Vec::new(), vec![op], Vec::new(), tell);
-        let (index, answered) = self.txn(caller, txn).await?;
+        let what = Branches { compares: Vec::new(), then: vec![op], otherwise: Vec::new() };
+        let (index, answered) = self.txn(caller, Txn::new(what, tell)).await?;
         let only = answered.results.into_iter().next().map(Told::into_json);
         let only = only.and_then(|r| r.as_object()?.values().next()?.as_object().cloned());
         Ok((index, only.unwrap_or_default()))

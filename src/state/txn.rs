@@ -205,9 +205,7 @@ pub(super) type Tell = fn(Outcome<'_>, i64) -> Told;
 /// A transaction.
 #[derive(Clone, Debug)]
 pub(super) struct Txn {
-    pub compares: Vec<Compare>,
-    pub then: Vec<Op>,
-    pub otherwise: Vec<Op>,
+    pub what: Branches,
     /// Whose leases its keys may hang on.
     pub owner: String,
     pub tell: Tell,
@@ -282,15 +280,13 @@ impl Op {
 }
 
 impl Txn {
-    pub fn new(compares: Vec<Compare>, then: Vec<Op>, otherwise: Vec<Op>, tell: Tell) -> Self {
-        Self { compares, then, otherwise, owner: String::new(), tell, ahead: None }
+    pub fn new(what: Branches, tell: Tell) -> Self {
+        Self { what, owner: String::new(), tell, ahead: None }
     }
 
     /// Each resource it names, in either branch, is decided on.
     pub fn asks(&self) -> Vec<Ask> {
-        let compared = self.compares.iter().map(Compare::ask);
-        let done = self.then.iter().chain(&self.otherwise).flat_map(Op::asks);
-        let all: Vec<Ask> = compared.chain(done).collect();
+        let all = self.what.asks();
         let mut seen = HashSet::with_capacity(all.len());
         let first: Vec<bool> = all.iter().map(|ask| seen.insert((ask.action, ask.name.as_str()))).collect();
         all.into_iter().zip(first).filter_map(|(ask, first)| first.then_some(ask)).collect()
@@ -298,17 +294,13 @@ impl Txn {
 
     /// Whether neither branch changes anything.
     pub fn reads(&self) -> bool {
-        self.then.iter().chain(&self.otherwise).all(Op::reads)
-    }
-
-    fn branch(&self, succeeded: bool) -> &[Op] {
-        if succeeded { &self.then } else { &self.otherwise }
+        self.what.reads()
     }
 
     /// Reads, in a snapshot of `conn`, what changes nothing.
     pub async fn read(&self, conn: &mut PgConnection, index: i64) -> Result<Answered, Failure> {
-        let succeeded = hold(&self.compares, conn).await?;
-        let (steps, ops) = resolve(conn, self.branch(succeeded)).await?;
+        let succeeded = hold(&self.what.compares, conn).await?;
+        let (steps, ops) = resolve(conn, self.what.branch(succeeded)).await?;
         let known = Known::load(conn, &ops, &self.owner, index).await?;
         let mut results = Results::new(self.tell);
         for step in steps {
@@ -332,8 +324,8 @@ impl Command for Txn {
 
     async fn apply(&mut self, tx: &mut Tx<'_>) -> Result<(Answered, Entry), Failure> {
         let index = tx.index();
-        let succeeded = hold(&self.compares, tx.read()).await?;
-        let (steps, ops) = resolve(tx.read(), self.branch(succeeded)).await?;
+        let succeeded = hold(&self.what.compares, tx.read()).await?;
+        let (steps, ops) = resolve(tx.read(), self.what.branch(succeeded)).await?;
         let known = Known::load(tx.read(), &ops, &self.owner, index - 1).await?;
         let mut done = Done::new(known, index, self.tell);
         for step in steps {

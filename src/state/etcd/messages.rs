@@ -350,10 +350,10 @@ impl TxnRequest {
         if self.weight() > ALL_MOST {
             return Err(too_many());
         }
-        let Branches { compares, then, otherwise } = self.branches(leases)?;
-        Changed::by(&then)?;
-        Changed::by(&otherwise)?;
-        Ok(Txn::new(compares, then, otherwise, super::tell))
+        let what = self.branches(leases)?;
+        Changed::by(&what.then)?;
+        Changed::by(&what.otherwise)?;
+        Ok(Txn::new(what, super::tell))
     }
 
     fn branches(self, leases: &Leases) -> Result<Branches, Grpc> {

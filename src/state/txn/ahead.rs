@@ -60,14 +60,14 @@ fn distinct(mut keys: Vec<&[u8]>) -> Vec<&[u8]> {
 impl Txn {
     /// All keys that it names.
     fn names(&self) -> Vec<&[u8]> {
-        let compared = self.compares.iter().filter_map(|c| c.keys.single());
-        distinct(compared.chain(self.then.iter().chain(&self.otherwise).filter_map(Op::key)).collect())
+        let compared = self.what.compares.iter().filter_map(|c| c.keys.single());
+        distinct(compared.chain(self.what.ops().filter_map(Op::key)).collect())
     }
 
     /// Keys of which it has to know more than where they stand.
     fn looks_at(&self) -> Vec<&[u8]> {
-        let compared = self.compares.iter().filter(|c| matches!(c.target, Target::Value | Target::Lease));
-        let done = self.then.iter().chain(&self.otherwise).filter_map(|op| match op {
+        let compared = self.what.compares.iter().filter(|c| matches!(c.target, Target::Value | Target::Lease));
+        let done = self.what.ops().filter_map(|op| match op {
             Op::Put(put) => put.before.then_some(put.key.as_slice()),
             Op::Delete(delete) => delete.keys.single().filter(|_| delete.before),
             Op::Get(range) => range.keys.single(),

@@ -25,7 +25,7 @@ impl Txn {
             Op::Get(range) => range.keys.single().is_some() && range.at.is_none(),
             Op::Txn(_) => false,
         };
-        self.compares.iter().all(|c| c.keys.single().is_some()) && self.then.iter().chain(&self.otherwise).all(single)
+        self.what.compares.iter().all(|c| c.keys.single().is_some()) && self.what.ops().all(single)
     }
 
     /// Where its keys stand, if that and what was read ahead is all it has to know.
@@ -52,8 +52,8 @@ impl Txn {
         let holds = |c: &Compare| {
             c.holds(&c.keys.single().map_or_else(Compared::default, |key| compared(c, &done, &ahead, key)))
         };
-        let succeeded = self.compares.iter().all(holds);
-        let branch = self.branch(succeeded);
+        let succeeded = self.what.compares.iter().all(holds);
+        let branch = self.what.branch(succeeded);
         if branch.iter().filter_map(|op| told(op, &ahead)).map(|item| item.value.len()).sum::<usize>() as i64
             > READ_MOST
         {

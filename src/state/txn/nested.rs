@@ -8,7 +8,7 @@ use crate::kernel::web::Ask;
 
 use super::{Compare, Op, Outcome, Tell, Told, hold};
 
-/// A transaction inside another.
+/// Conditions, and what is done if all of them hold, or if not.
 #[derive(Clone, Debug)]
 pub(in crate::state) struct Branches {
     pub compares: Vec<Compare>,
@@ -17,14 +17,20 @@ pub(in crate::state) struct Branches {
 }
 
 impl Branches {
-    fn ops(&self) -> impl Iterator<Item = &Op> {
+    pub(super) fn ops(&self) -> impl Iterator<Item = &Op> {
         self.then.iter().chain(&self.otherwise)
     }
 
+    /// What either branch asks for.
     pub(super) fn asks(&self) -> Vec<Ask> {
         self.compares.iter().map(Compare::ask).chain(self.ops().flat_map(Op::asks)).collect()
     }
 
+    pub(super) fn branch(&self, succeeded: bool) -> &[Op] {
+        if succeeded { &self.then } else { &self.otherwise }
+    }
+
+    /// Whether neither branch changes anything.
     pub(super) fn reads(&self) -> bool {
         self.ops().all(Op::reads)
     }
@@ -66,7 +72,7 @@ fn inside<'a: 'f, 'f>(
             };
             let succeeded = hold(&txn.compares, conn).await?;
             steps.push(Step::Begin(succeeded));
-            inside(conn, if succeeded { &txn.then } else { &txn.otherwise }, steps, ops).await?;
+            inside(conn, txn.branch(succeeded), steps, ops).await?;
             steps.push(Step::End);
         }
         Ok(())

@@ -14,7 +14,7 @@ use crate::kernel::{Fault, Refusal};
 use super::super::model::{Written, key_fault, prefix_fault, put_key};
 use super::super::range::Range;
 use super::super::span::{Span, shown};
-use super::{Compare, Delete, Lease, Op, Operand, Outcome, Put, Relation, Target, Told, Txn};
+use super::{Branches, Compare, Delete, Lease, Op, Operand, Outcome, Put, Relation, Target, Told, Txn};
 
 /// Conditions, and operations of a branch, at most.
 pub(super) const MOST: usize = 128;
@@ -123,7 +123,7 @@ impl Request {
         }
         let compares = self.conditions.into_iter().enumerate().filter_map(|(i, c)| c.check(i, &mut faults)).collect();
         let (then, otherwise) = (branch("then", self.then, &mut faults), branch("else", self.otherwise, &mut faults));
-        let txn = Txn::new(compares, then, otherwise, tell);
+        let txn = Txn::new(Branches { compares, then, otherwise }, tell);
         faulty(faults).map_or(Ok(txn), Err)
     }
 }
@@ -317,11 +317,11 @@ mod tests {
     fn json_is_kept_as_it_was_written() {
         let body = br#"{"then": [{"put": {"key": "a", "json": {"b": 1.50, "a":  null}}}, {"put": {"key": "b", "json": null}}]}"#;
         let txn = crate::kernel::web::parse_json::<Request>(body).unwrap().check().unwrap();
-        let Op::Put(put) = &txn.then[0] else { panic!("a put") };
+        let Op::Put(put) = &txn.what.then[0] else { panic!("a put") };
         let (value, content_type) = put.value.clone().unwrap();
         assert_eq!(value, br#"{"b": 1.50, "a":  null}"#);
         assert_eq!(content_type, "application/json");
-        let Op::Put(put) = &txn.then[1] else { panic!("a put") };
+        let Op::Put(put) = &txn.what.then[1] else { panic!("a put") };
         assert_eq!(put.value.as_ref().unwrap().0, b"null");
     }
 }
