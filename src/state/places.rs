@@ -13,7 +13,7 @@ use crate::kernel::{Refusal, problem};
 use super::State;
 use super::locks::{Release, Which};
 
-/// Between the attempts to give up the place of who has gone.
+/// Before each attempt to give up the place of who has gone.
 const ATTEMPTS: [Duration; 6] = [
     Duration::ZERO,
     Duration::from_millis(300),

@@ -8,6 +8,7 @@ use serde_json::{Value, json};
 use tokio::task::JoinHandle;
 
 use crate::ledger::metric;
+use crate::state_etcd::start;
 use crate::state_leases::{grant, other};
 use crate::state_locks::{lock, token, unlock};
 use crate::support::client::Client;
@@ -42,9 +43,7 @@ async fn entries(client: &Client, name: &str, action: &str) -> usize {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn by_one_lease_a_lock_is_had_on_one_set_of_terms() {
-    let db = database().await;
-    let daemon = Launch::on(db.url()).start().await;
-    let a = Client::of(&daemon);
+    let (db, _daemon, a) = start().await;
     let b = other(&a, "state").await;
     let (ours, theirs) = (grant(&a, 600.0).await, grant(&b, 600.0).await);
     let (_, first) = lock(&a, "rw", json!({"lease": ours, "mode": "read"})).await;
@@ -125,9 +124,7 @@ async fn a_place_stays_while_one_waits_in_it_here_or_on_another_daemon() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn all_who_wait_by_a_lease_hear_of_its_turn_and_none_takes_it_back() {
-    let db = database().await;
-    let daemon = Launch::on(db.url()).start().await;
-    let client = Client::of(&daemon);
+    let (db, _daemon, client) = start().await;
     let lease = grant(&client, 600.0).await;
     let (_, held) = lock(&client, "t", json!({"ttl": 600})).await;
     let three = [(); 3].map(|()| waits(&client, "t", json!({"lease": lease, "wait": 60})));
@@ -147,9 +144,7 @@ async fn all_who_wait_by_a_lease_hear_of_its_turn_and_none_takes_it_back() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn whose_wait_is_ended_by_others_is_told_why_and_who_holds_it() {
-    let db = database().await;
-    let daemon = Launch::on(db.url()).start().await;
-    let client = Client::of(&daemon);
+    let (db, _daemon, client) = start().await;
     let (_, held) = lock(&client, "e", json!({"ttl": 600})).await;
     for (path, why) in [("/v1/state/leases/", "the lease ended"), ("/v1/state/locks/e?lease=", "was given up")] {
         let lease = grant(&client, 600.0).await;
@@ -167,9 +162,7 @@ async fn whose_wait_is_ended_by_others_is_told_why_and_who_holds_it() {
 /// Under an idempotency key a wait is found again as long as it goes on or has what it waited for; it is begun once.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_wait_is_found_again_under_its_idempotency_key() {
-    let db = database().await;
-    let daemon = Launch::on(db.url()).start().await;
-    let client = Client::of(&daemon);
+    let (db, _daemon, client) = start().await;
     let lease = grant(&client, 600.0).await;
     for (name, body) in [("i", json!({"ttl": 600, "wait": 60})), ("j", json!({"lease": lease, "wait": 60}))] {
         let (_, held) = lock(&client, name, json!({"ttl": 600})).await;
@@ -204,9 +197,7 @@ async fn a_wait_is_found_again_under_its_idempotency_key() {
 /// A place is its client's: others who name the lease, which they may see, have no part in it.
 #[tokio::test(flavor = "multi_thread")]
 async fn nobody_else_has_a_part_in_a_place() {
-    let db = database().await;
-    let daemon = Launch::on(db.url()).start().await;
-    let client = Client::of(&daemon);
+    let (db, _daemon, client) = start().await;
     let (stranger, reader) = (other(&client, "state").await, other(&client, "state:read").await);
     let lease = grant(&client, 600.0).await;
     let (_, held) = lock(&client, "s", json!({"ttl": 600})).await;
@@ -226,9 +217,7 @@ async fn nobody_else_has_a_part_in_a_place() {
 /// The outcome of another request, told again under its key, is no answer to those who wait now.
 #[tokio::test(flavor = "multi_thread")]
 async fn an_old_outcome_told_again_leaves_a_place_to_those_who_wait() {
-    let db = database().await;
-    let daemon = Launch::on(db.url()).start().await;
-    let client = Client::of(&daemon);
+    let (db, _daemon, client) = start().await;
     let lease = grant(&client, 600.0).await;
     let keyed = async || {
         let request = client.request(Method::POST, "/v1/state/locks/o").await.header("idempotency-key", "o");
