@@ -9,7 +9,7 @@ use crate::kernel::crypto::{self, Hash};
 use crate::kernel::problem::{self, Problem};
 use crate::kernel::web::Caller;
 use crate::ledger::{Committed, Entry, Ledger, Permit, merkle};
-use crate::store::Store;
+use crate::store::{MOMENT, Store};
 
 use super::keys;
 use super::note::Checkpoint;
@@ -136,7 +136,7 @@ async fn connection(store: &Store) -> Result<PgConnection, String> {
 
 /// All that is compared is of one moment: other daemons write and publish meanwhile.
 async fn still(conn: &mut PgConnection) -> Result<Transaction<'_, Postgres>, String> {
-    conn.begin_with("BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY").await.map_err(failed)
+    conn.begin_with(MOMENT).await.map_err(failed)
 }
 
 fn failed(e: sqlx::Error) -> String {

@@ -12,6 +12,7 @@ use tokio::sync::{mpsc, watch};
 
 use crate::kernel::BoxFuture;
 use crate::kernel::supervisor::{Stop, TaskError};
+use crate::store::MOMENT;
 
 use super::touch::Touch;
 use super::{Shared, store};
@@ -77,7 +78,7 @@ impl Follower {
     pub async fn load(&mut self) -> Result<(), sqlx::Error> {
         let began = self.shared.clock.elapsed();
         let mut conn = self.shared.store.dedicated("follower").await?;
-        let mut tx = conn.begin_with("BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY").await?;
+        let mut tx = conn.begin_with(MOMENT).await?;
         store::unhurried(&mut tx).await?;
         let at = store::head_index(&mut tx).await?;
         for p in &self.projections {

@@ -33,7 +33,6 @@ mod watch;
 use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
-use sqlx::Connection as _;
 
 use crate::config::History;
 use crate::kernel::supervisor::Supervisor;
@@ -271,9 +270,7 @@ impl State {
     /// Reads a transaction that changes nothing, of one moment.
     async fn snapshot(&self, txn: &Txn) -> Result<Answered, Refusal> {
         let refusal = |e| self.store.refusal(e);
-        let mut conn = self.connection().await?;
-        let begin = "BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY";
-        let mut tx = conn.begin_with(begin).await.map_err(refusal)?;
+        let mut tx = self.store.moment().await.map_err(refusal)?;
         let index = store::head(&mut tx).await.map_err(refusal)?;
         let answered = match txn.read(&mut tx, index).await {
             Ok(answered) => answered,

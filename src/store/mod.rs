@@ -1,7 +1,7 @@
 //! PostgreSQL: the private cluster or a given one, connections, migrations, and whether there is room on the disk.
 //!
 //! **Invariants.** A database newer than this binary is never touched. The private cluster listens on a unix socket only and is
-//! never run as root. A data folder has one daemon.
+//! never run as root. A data folder has one daemon. No connection goes back to the readers inside a transaction.
 //!
 //! **Not here.** Any statement on a room's tables: those are in each room's `store.rs`.
 //!
@@ -22,10 +22,10 @@ use std::time::Duration;
 use prometheus::IntGauge;
 use rustix::process::Pid;
 use sqlx::postgres::{PgConnectOptions, PgListener, PgPoolOptions};
-use sqlx::{Connection as _, PgConnection, PgPool};
+use sqlx::{Connection as _, PgConnection, PgPool, Postgres, SqlStr, Transaction};
 
 use crate::config::Config;
-use crate::kernel::supervisor::{Supervisor, Task, give_way};
+use crate::kernel::supervisor::{self, Supervisor, Task, give_way};
 use crate::kernel::{Clock, Refusal, crypto};
 
 pub use lock::DataLock;
@@ -33,6 +33,9 @@ pub use migrate::Pending;
 
 use cluster::Cluster;
 use hosts::Hosts;
+
+/// Begins a transaction that sees all of one moment and changes nothing.
+pub const MOMENT: &str = "BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY";
 
 /// The name of the database in the private cluster.
 const DATABASE: &str = "sop";
@@ -94,10 +97,23 @@ impl Store {
         &self.0.daemon
     }
 
-    /// Connections for reading.
+    /// Connections for reading. A transaction on one is begun by [`moment`](Self::moment).
     #[must_use]
     pub fn reader(&self) -> &PgPool {
         &self.0.reader
+    }
+
+    /// A reader's transaction that sees all of one moment.
+    ///
+    /// It is begun apart from the caller: a `BEGIN` of sqlx that is dropped on its way (a client that hangs up) is not rolled back
+    /// (sqlx issue 4385, in 0.9.0), and its snapshot would be what whoever has the connection next reads of.
+    ///
+    /// # Errors
+    /// When there is no connection, or it breaks.
+    pub async fn moment(&self) -> Result<Transaction<'static, Postgres>, sqlx::Error> {
+        let conn = self.0.reader.acquire().await?;
+        let begun = supervisor::detach(Transaction::begin(conn, Some(SqlStr::from_static(MOMENT))));
+        begun.await.unwrap_or(Err(sqlx::Error::WorkerCrashed))
     }
 
     /// A connection of one's own to the writable host.

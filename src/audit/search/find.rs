@@ -3,7 +3,7 @@
 use std::collections::HashMap;
 use std::time::Duration;
 
-use sqlx::{Connection as _, PgConnection};
+use sqlx::PgConnection;
 
 use crate::audit::model::{Filter, Stored};
 use crate::audit::{Audit, store as entries};
@@ -16,8 +16,6 @@ use super::shelf::{BLOCKS, Spot};
 use super::tokens::{self, Token};
 use super::{BLOCK, TAIL, store};
 
-/// A search is of one moment: a block that goes onto its shelf meanwhile would be found in neither place.
-const MOMENT: &str = "BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY";
 /// How long a page may look for what is rare before it answers with what it has, and how to go on.
 const PATIENCE: Duration = Duration::from_millis(400);
 /// How long counting may take.
@@ -103,15 +101,14 @@ impl Audit {
     ) -> Result<Page, Refusal> {
         let permit = self.ledger.permit(caller, &[Ask::new("audit:read", "Entry", "")]).await?;
         let upto = self.searched(upto).await?;
-        let mut conn = self.connection().await?;
         let refusal = |e| self.store.refusal(e);
-        let mut moment = conn.begin_with(MOMENT).await.map_err(refusal)?;
+        // Of one moment: a block that goes onto its shelf meanwhile would be found in neither place.
+        let mut moment = self.store.moment().await.map_err(refusal)?;
         let mut search = Search::new(&mut moment, filter, upto, after).await.map_err(refusal)?;
         let (found, next) = search.page(limit, &self.clock).await.map_err(refusal)?;
         let mut entries = entries::entries(&mut moment, &found).await.map_err(refusal)?;
         moment.commit().await.map_err(refusal)?;
         entries.sort_by_key(|e| if filter.ascending { e.index } else { -e.index });
-        drop(conn);
         let entry = Entry::ok("audit:read", "entry").change("found", entries.len()).change("upto", upto);
         self.ledger.record(caller, permit, entry).await?;
         Ok(Page { upto, entries, next })
@@ -124,13 +121,12 @@ impl Audit {
     pub async fn facets(&self, caller: &Caller, filter: &Filter) -> Result<Counted, Refusal> {
         let permit = self.ledger.permit(caller, &[Ask::new("audit:read", "Entry", "")]).await?;
         let upto = self.searched(None).await?;
-        let mut conn = self.connection().await?;
         let refusal = |e| self.store.refusal(e);
-        let mut moment = conn.begin_with(MOMENT).await.map_err(refusal)?;
+        // Of one moment: a block that goes onto its shelf meanwhile would be found in neither place.
+        let mut moment = self.store.moment().await.map_err(refusal)?;
         let mut search = Search::new(&mut moment, filter, upto, None).await.map_err(refusal)?;
         let counted = search.count(&self.clock).await.map_err(refusal)?;
         moment.commit().await.map_err(refusal)?;
-        drop(conn);
         let entry = Entry::ok("audit:read", "entry").change("counted", counted.entries).change("upto", upto);
         self.ledger.record(caller, permit, entry).await?;
         Ok(Counted { upto, ..counted })
