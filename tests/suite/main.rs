@@ -28,6 +28,7 @@ mod failover;
 mod foureyes;
 mod front;
 mod governance;
+mod hangups;
 mod health;
 mod history;
 mod hostile;

@@ -1,0 +1,137 @@
+//! Clients that hang up, anywhere: what they leave behind is nothing.
+
+use std::time::Duration;
+
+use futures_util::future::join_all;
+use reqwest::Method;
+use serde_json::{Value, json};
+
+use crate::ledger::metric;
+use crate::support::client::Client;
+use crate::support::daemon::Launch;
+use crate::support::dice::Dice;
+use crate::support::postgres::{Database, database};
+use crate::support::{record, until};
+
+const CLIENTS: u64 = 12;
+const REQUESTS: usize = 250;
+/// A request is given up after so many milliseconds, at most; most are answered in one or two.
+const MOST: usize = 6;
+
+/// What goes up with a request and comes down with its end, and how far; reading it is a request.
+const GAUGES: [(&str, f64); 4] = [
+    ("sop_api_requests_in_flight", 1.0),
+    ("sop_state_lock_waits_count", 0.0),
+    ("sop_state_watchers_count", 0.0),
+    ("sop_nexus_watchers_count", 0.0),
+];
+
+type Ask = (Method, String, Value);
+
+/// Requests that change or wait for something, and every `GET` of the document.
+async fn asks(client: &Client) -> Vec<Ask> {
+    let event = json!({"specversion": "1.0", "id": "1", "source": "/hangs-up", "type": "t"});
+    let question = json!({"subject": {"type": "Sop::Client", "id": client.credential().0},
+        "action": {"name": "state:get"}, "resource": {"type": "Sop::Key", "id": "k"}});
+    let mut all: Vec<Ask> = [
+        ("PUT", "/v1/state/kv/k", json!("v")),
+        ("DELETE", "/v1/state/kv/k", Value::Null),
+        ("GET", "/v1/state/watch?prefix=", Value::Null),
+        ("GET", "/v1/state/watch?prefix=&wait=5", Value::Null),
+        ("POST", "/v1/state/txn", json!({"then": [{"get": {"prefix": ""}}]})),
+        ("POST", "/v1/state/txn", json!({"then": [{"put": {"key": "k", "json": 1}}, {"get": {"key": "l"}}]})),
+        ("POST", "/v1/state/txn", json!({"then": [{"delete": {"prefix": "k"}}, {"put": {"key": "l", "json": 1}}]})),
+        (
+            "POST",
+            "/v1/tx",
+            json!({"operations": [{"state:put": {"key": "t", "json": 1}}, {"audit:event": {"event": event}}]}),
+        ),
+        ("POST", "/v1/state/leases", json!({"ttl": 30})),
+        ("POST", "/v1/state/locks/one", json!({"ttl": 30})),
+        ("POST", "/v1/state/locks/one", json!({"ttl": 30, "wait": 5})),
+        ("POST", "/v1/state/locks/many", json!({"ttl": 30, "wait": 5, "mode": "read"})),
+        ("POST", "/v1/state/elections/e/campaign", json!({"ttl": 30, "wait": 5, "value": 1})),
+        ("GET", "/v1/state/elections/e/observe", Value::Null),
+        ("PUT", "/v1/nexus/topics/t", json!({"retention": 60})),
+        ("PUT", "/v1/nexus/topics/t/groups/g", json!({})),
+        ("POST", "/v1/nexus/topics/t/groups/g/pull", json!({"max": 3, "wait": 5})),
+        ("PUT", "/v1/nexus/services/s/instances/1", json!({"address": "127.0.0.1:9", "ttl": 30})),
+        ("GET", "/v1/nexus/services/s/watch", Value::Null),
+        ("GET", "/v1/audit/stream", Value::Null),
+        ("GET", "/v1/audit/entries?text=put", Value::Null),
+        ("POST", "/access/v1/evaluation", question),
+        ("POST", "/v3/kv/range", json!({"key": "aw==", "range_end": "bA=="})),
+        ("POST", "/v3/watch", json!({"create_request": {"key": "aw=="}})),
+    ]
+    .into_iter()
+    .map(|(method, path, body)| (method.parse().unwrap(), path.to_owned(), body))
+    .collect();
+    let (_, document) = client.get("/openapi.json").await;
+    for (path, item) in document["paths"].as_object().unwrap() {
+        if item["get"].is_object() {
+            let part = |piece: &str| if piece.starts_with('{') { "1".to_owned() } else { piece.to_owned() };
+            let path = path.split('/').map(part).collect::<Vec<_>>().join("/");
+            all.push((Method::GET, path, Value::Null));
+        }
+    }
+    all
+}
+
+/// Sends requests and gives each up at some moment of it.
+async fn hang_up(client: Client, asks: &[Ask], mut dice: Dice) {
+    for _ in 0..REQUESTS {
+        let (method, path, body) = &asks[dice.up_to(asks.len())];
+        let request = client.request(method.clone(), path).await;
+        let request = if body.is_null() { request } else { request.json(body) };
+        let whole = async { request.send().await.unwrap().bytes().await.unwrap() };
+        let _ = tokio::time::timeout(Duration::from_millis(dice.up_to(MOST) as u64), whole).await;
+    }
+}
+
+/// Sessions of daemons that are in a transaction and do nothing, and those of readers.
+async fn sessions(db: &Database) -> (i64, i64) {
+    let sql = "SELECT count(*) FILTER (WHERE state LIKE 'idle in transaction%'),
+                      count(*) FILTER (WHERE application_name LIKE '%/reader')
+               FROM pg_stat_activity WHERE datname = $1 AND application_name LIKE 'sop/%'";
+    sqlx::query_as(sql).bind(&db.name).fetch_one(&mut db.connect().await).await.unwrap()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn who_hangs_up_anywhere_leaves_nothing_behind() {
+    let db = database().await;
+    let daemon = Launch::on(db.url()).env("SOP__DATABASE__READERS", "4").start().await;
+    let client = Client::of(&daemon);
+    let asks = asks(&client).await;
+    assert!(asks.len() > 60, "{}", asks.len());
+    let one = |n: u64| hang_up(client.clone_at_self(), &asks, Dice::new(n));
+    join_all((0..CLIENTS).map(one)).await;
+    for (gauge, least) in GAUGES {
+        until(&format!("{gauge} to come down"), async || metric(&client, gauge).await <= least).await;
+    }
+    until("every session to be out of its transaction", async || sessions(&db).await.0 == 0).await;
+    assert!(sessions(&db).await.1 <= 4, "readers");
+    // Every reader's connection shows what is.
+    for n in 0..4 {
+        client.put(&format!("after/{n}"), "v").await.unwrap();
+        let lists = join_all((0..16).map(|_| client.get("/v1/state/kv?prefix=after/"))).await;
+        for (status, list) in lists {
+            assert_eq!((status, list["items"].as_array().map(Vec::len)), (200, Some(n + 1)), "{list}");
+        }
+    }
+    // What was granted to them, even now, goes with its lease, and nobody is left in a queue.
+    until("the locks to be free", async || {
+        let (_, leases) = client.get("/v1/state/leases?limit=1000").await;
+        for lease in leases["items"].as_array().unwrap() {
+            let path = format!("/v1/state/leases/{}", lease["id"].as_str().unwrap());
+            client.request(Method::DELETE, &path).await.send().await.unwrap();
+        }
+        let lock =
+            async |name| client.json(Method::POST, &format!("/v1/state/locks/{name}"), &json!({"ttl": 30})).await;
+        let (one, many) = (lock("one").await, lock("many").await);
+        one.0 == 200 && many.0 == 200
+    })
+    .await;
+    let said = daemon.log();
+    assert!(!said.contains("\"ERROR\"") && !said.contains("panicked"), "{said}");
+    record::check(&db).await;
+}
