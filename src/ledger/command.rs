@@ -55,6 +55,12 @@ pub trait Command: Send + 'static {
             _ => Err(Refusal::internal("a command of one fact was asked to decide on several")),
         }
     }
+
+    /// Whether it is made although whoever asked for it is gone before its turn comes. What is asked for is not; what has
+    /// happened is recorded.
+    fn has_happened(&self) -> bool {
+        false
+    }
 }
 
 /// Why a command did not happen.
@@ -162,5 +168,9 @@ impl Command for Record {
 
     fn decide(&mut self, _: Option<&Fact>, _: At) -> Result<Decided<()>, Refusal> {
         Ok(Decided { value: (), entry: self.0.clone(), after: None, row: None })
+    }
+
+    fn has_happened(&self) -> bool {
+        true
     }
 }

@@ -36,6 +36,8 @@ pub(super) struct Means {
 pub(super) trait Job: Send {
     /// What was decided for it, and at which index.
     fn permit(&self) -> &Permit;
+    /// Whether nobody waits for it any more, and it need not be made.
+    fn is_given_up(&self) -> bool;
     /// Runs it. `Ok(None)` took no index: it was refused, or its outcome was stored before.
     fn run<'a>(&'a mut self, tx: &'a mut Tx<'_>, means: &'a Means) -> BoxFuture<'a, Result<Option<Sealed>, Failure>>;
     /// The facts it decides on, if it is hot.
@@ -209,6 +211,10 @@ fn storable(refusal: &Refusal) -> bool {
 impl<C: Command> Job for Ticket<C> {
     fn permit(&self) -> &Permit {
         &self.permit
+    }
+
+    fn is_given_up(&self) -> bool {
+        self.reply.is_closed() && !self.command.has_happened()
     }
 
     fn run<'a>(&'a mut self, tx: &'a mut Tx<'_>, means: &'a Means) -> BoxFuture<'a, Result<Option<Sealed>, Failure>> {

@@ -20,6 +20,7 @@ pub(super) struct Metrics {
     pub singled: IntCounter,
     pub ended: IntCounter,
     pub refused_full: IntCounter,
+    pub given_up: IntCounter,
     pub fenced: IntCounter,
     pub stale: IntCounter,
     pub operations: IntCounterVec,
@@ -73,6 +74,10 @@ impl Metrics {
             away: counter("sop_ledger_away_total", "Times the database could not be reached for writing")?,
             singled: counter("sop_ledger_singled_batches_total", "Batches run again one command at a time")?,
             ended: counter("sop_ledger_ended_sessions_total", "Sessions ended because they kept the head too long")?,
+            given_up: counter(
+                "sop_ledger_given_up_total",
+                "Changes that were not begun, for their callers were gone before their turn came",
+            )?,
             refused_full: counter("sop_ledger_overloaded_total", "Commands refused because the queue was full")?,
             fenced: counter(
                 "sop_ledger_fenced_total",

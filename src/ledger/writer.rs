@@ -25,6 +25,7 @@ use tokio::sync::{Mutex, mpsc};
 
 use crate::kernel::supervisor::{Stop, TaskError};
 use crate::kernel::{Refusal, Timestamp, problem};
+use crate::store::broke_off;
 
 use super::Shared;
 use super::command::Failure;
@@ -136,9 +137,9 @@ impl Writer {
         loop {
             let mut waiting = std::mem::take(&mut self.waiting);
             if waiting.is_empty() && self.unknown.is_none() {
-                match self.queue.try_recv() {
-                    Ok(job) => waiting.push(job),
-                    Err(_) => return,
+                match self.next() {
+                    Some(job) => waiting.push(job),
+                    None => return,
                 }
             }
             self.gather.wait(&self.queue, &self.shared.clock);
@@ -246,9 +247,21 @@ impl Writer {
 
     fn drain(&mut self, jobs: &mut Vec<Box<dyn Job>>) {
         while jobs.len() < self.shared.batch
-            && let Ok(job) = self.queue.try_recv()
+            && let Some(job) = self.next()
         {
             jobs.push(job);
+        }
+    }
+
+    /// The next of the queue. A change whose caller has hung up, or has waited for as long as is waited, is not begun: callers who
+    /// try again would make the queue longer with each attempt, and those who still wait would wait for them all.
+    fn next(&mut self) -> Option<Box<dyn Job>> {
+        loop {
+            let job = self.queue.try_recv().ok()?;
+            if !job.is_given_up() {
+                return Some(job);
+            }
+            self.shared.metrics.given_up.inc();
         }
     }
 
@@ -405,10 +418,7 @@ fn again(mut jobs: Vec<Box<dyn Job>>, e: sqlx::Error) -> Turn {
 /// Whether the connection, and not the statement, is at fault.
 fn is_broken(e: &sqlx::Error) -> bool {
     match e {
-        sqlx::Error::Database(db) => {
-            // Class 57: operator intervention (terminated, shut down); 08: connection; 25P03: idle in transaction too long.
-            db.code().is_some_and(|c| c.starts_with("57") || c.starts_with("08") || c == "25P03")
-        }
+        sqlx::Error::Database(db) => broke_off(&**db),
         sqlx::Error::Io(_) | sqlx::Error::Tls(_) | sqlx::Error::Protocol(_) | sqlx::Error::WorkerCrashed => true,
         _ => false,
     }

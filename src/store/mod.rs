@@ -21,6 +21,7 @@ use std::time::Duration;
 
 use prometheus::IntGauge;
 use rustix::process::Pid;
+use sqlx::error::DatabaseError;
 use sqlx::postgres::{PgConnectOptions, PgListener, PgPoolOptions};
 use sqlx::{Connection as _, PgConnection, PgPool, Postgres, SqlStr, Transaction};
 
@@ -184,7 +185,7 @@ impl Store {
                 tracing::warn!(error = %e, "the database cannot be reached");
                 Refusal::unavailable("the database cannot be reached; nothing was changed")
             }
-            sqlx::Error::Database(db) if db.code().is_some_and(|c| c.starts_with("57") || c.starts_with("08")) => {
+            sqlx::Error::Database(db) if broke_off(&*db) => {
                 tracing::warn!(error = %db, "the database broke off");
                 Refusal::unavailable("the database broke off; nothing was changed")
             }
@@ -308,6 +309,13 @@ impl Moved {
     }
 }
 
+/// Whether the server ended the session or is going down, and not the statement is at fault: class 57, operator intervention
+/// (terminated, shut down); 08, the connection; 25P03, idle in a transaction too long.
+#[must_use]
+pub fn broke_off(e: &dyn DatabaseError) -> bool {
+    e.code().is_some_and(|c| c.starts_with("57") || c.starts_with("08") || c == "25P03")
+}
+
 /// How long a server may take to start, and the SQLSTATE by which it says that it does (`cannot_connect_now`).
 const START: Duration = Duration::from_secs(30);
 const STARTING: &str = "57P03";
@@ -332,10 +340,9 @@ fn session(options: PgConnectOptions, daemon: &str, purpose: &str, statement: Op
         ("tcp_keepalives_count", "3"),
         ("tcp_user_timeout", "10000"),
     ]);
-    match statement {
-        Some(limit) => options.options([("statement_timeout", limit.as_millis().to_string())]),
-        None => options,
-    }
+    let Some(limit) = statement.map(|limit| limit.as_millis().to_string()) else { return options };
+    // Whoever stops in the midst of reading (a frozen daemon) does not keep its moment, and with it all that is dead since.
+    options.options([("statement_timeout", limit.clone()), ("idle_in_transaction_session_timeout", limit)])
 }
 
 /// Takes the data folder for this process.

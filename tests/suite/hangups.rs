@@ -1,5 +1,6 @@
 //! Clients that hang up, anywhere: what they leave behind is nothing.
 
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use futures_util::future::join_all;
@@ -7,15 +8,17 @@ use reqwest::Method;
 use serde_json::{Value, json};
 
 use crate::ledger::metric;
+use crate::state_leases::other;
 use crate::support::client::Client;
 use crate::support::daemon::Launch;
 use crate::support::dice::Dice;
 use crate::support::postgres::{Database, database};
+use crate::support::proxy::{Fault, Proxy};
 use crate::support::{record, until};
 
 const CLIENTS: u64 = 12;
-const REQUESTS: usize = 250;
-/// A request is given up after so many milliseconds, at most; most are answered in one or two.
+const REQUESTS: usize = 400;
+/// A request is given up after so many milliseconds, at most; most are answered in a few.
 const MOST: usize = 6;
 
 /// What goes up with a request and comes down with its end, and how far; reading it is a request.
@@ -33,12 +36,15 @@ async fn asks(client: &Client) -> Vec<Ask> {
     let event = json!({"specversion": "1.0", "id": "1", "source": "/hangs-up", "type": "t"});
     let question = json!({"subject": {"type": "Sop::Client", "id": client.credential().0},
         "action": {"name": "state:get"}, "resource": {"type": "Sop::Key", "id": "k"}});
+    let moment = json!({"then": [{"get": {"prefix": ""}}]});
     let mut all: Vec<Ask> = [
         ("PUT", "/v1/state/kv/k", json!("v")),
         ("DELETE", "/v1/state/kv/k", Value::Null),
         ("GET", "/v1/state/watch?prefix=", Value::Null),
         ("GET", "/v1/state/watch?prefix=&wait=5", Value::Null),
-        ("POST", "/v1/state/txn", json!({"then": [{"get": {"prefix": ""}}]})),
+        ("POST", "/v1/state/txn", moment.clone()),
+        ("POST", "/v1/state/txn", moment.clone()),
+        ("POST", "/v1/state/txn", moment),
         ("POST", "/v1/state/txn", json!({"then": [{"put": {"key": "k", "json": 1}}, {"get": {"key": "l"}}]})),
         ("POST", "/v1/state/txn", json!({"then": [{"delete": {"prefix": "k"}}, {"put": {"key": "l", "json": 1}}]})),
         (
@@ -88,6 +94,18 @@ async fn hang_up(client: Client, asks: &[Ask], mut dice: Dice) {
     }
 }
 
+/// Reads its own writes, by whichever of the readers' connections, until told to stop; how often.
+async fn look(client: Client, n: u64, stop: &AtomicBool) -> u64 {
+    let mut looked = 0;
+    while !stop.load(Ordering::Acquire) {
+        let index = client.put(&format!("looks/{n}/k"), "v").await.unwrap();
+        let (status, list) = client.get(&format!("/v1/state/kv?prefix=looks/{n}/")).await;
+        assert_eq!((status, list["items"][0]["index"].as_i64()), (200, Some(index)), "{list}");
+        looked += 1;
+    }
+    looked
+}
+
 /// Sessions of daemons that are in a transaction and do nothing, and those of readers.
 async fn sessions(db: &Database) -> (i64, i64) {
     let sql = "SELECT count(*) FILTER (WHERE state LIKE 'idle in transaction%'),
@@ -104,7 +122,13 @@ async fn who_hangs_up_anywhere_leaves_nothing_behind() {
     let asks = asks(&client).await;
     assert!(asks.len() > 60, "{}", asks.len());
     let one = |n: u64| hang_up(client.clone_at_self(), &asks, Dice::new(n));
-    join_all((0..CLIENTS).map(one)).await;
+    let stop = AtomicBool::new(false);
+    let all = async {
+        join_all((0..CLIENTS).map(one)).await;
+        stop.store(true, Ordering::Release);
+    };
+    let ((), looked) = tokio::join!(all, join_all((0..2).map(|n| look(client.clone_at_self(), n, &stop))));
+    assert!(looked.iter().sum::<u64>() >= 4, "{looked:?}");
     for (gauge, least) in GAUGES {
         until(&format!("{gauge} to come down"), async || metric(&client, gauge).await <= least).await;
     }
@@ -134,4 +158,70 @@ async fn who_hangs_up_anywhere_leaves_nothing_behind() {
     let said = daemon.log();
     assert!(!said.contains("\"ERROR\"") && !said.contains("panicked"), "{said}");
     record::check(&db).await;
+}
+
+/// While one change is on its way, others wait for their turn; those whose clients are gone when it comes are not begun. That one of
+/// them was denied has happened, and is recorded.
+#[tokio::test(flavor = "multi_thread")]
+async fn who_hangs_up_before_its_turn_changes_nothing() {
+    let db = database().await;
+    let proxy = Proxy::before(&db);
+    let daemon = Launch::on(db.url_via(&proxy)).start().await;
+    let client = Client::of(&daemon);
+    let reader = other(&client, "state:read").await;
+    let put = |client: &Client, key: String| {
+        let client = client.clone_at_self();
+        tokio::spawn(async move { client.put(&key, "v").await })
+    };
+    put(&client, "first".to_owned()).await.unwrap().unwrap();
+    assert_eq!(reader.get("/v1/state/kv").await.0, 200);
+    let turn = proxy.arm(Fault::hold_before().committing("state.history"));
+    let ahead = put(&client, "ahead".to_owned());
+    turn.hit().await;
+    let gone: Vec<_> = (0..20).map(|n| put(&client, format!("gone/{n}"))).collect();
+    let denied = put(&reader, "denied".to_owned());
+    let kept = put(&client, "kept".to_owned());
+    let up = async |least: f64| metric(&client, "sop_api_requests_in_flight").await >= least;
+    until("all to be on their way", async || up(24.0).await).await;
+    gone.iter().chain([&denied]).for_each(|put| put.abort());
+    until("the daemon to have noticed", async || !up(4.0).await).await;
+    turn.release();
+    let (ahead, kept) = (ahead.await.unwrap().unwrap(), kept.await.unwrap().unwrap());
+    assert!(kept > ahead);
+    let (_, all) = client.get("/v1/state/kv?keys_only=true").await;
+    let keys: Vec<&str> = all["items"].as_array().unwrap().iter().map(|i| i["key"].as_str().unwrap()).collect();
+    assert_eq!(keys, ["ahead", "first", "kept"]);
+    assert!(metric(&client, "sop_ledger_given_up_total").await >= 1.0);
+    until("the denial to be recorded", async || {
+        let (_, found) = client.get("/v1/audit/entries?outcome=denied&action=state:put").await;
+        found["items"].as_array().is_some_and(|items| items.len() == 1)
+    })
+    .await;
+    record::check(&db).await;
+}
+
+/// A daemon that stops in the midst of reading holds its moment, and all that is dead since with it, no longer than a statement
+/// may take.
+#[tokio::test(flavor = "multi_thread")]
+async fn who_stops_in_the_midst_of_reading_does_not_keep_its_moment() {
+    let db = database().await;
+    let proxy = Proxy::before(&db);
+    let launch = Launch::on(db.url_via(&proxy)).env("SOP__DATABASE__STATEMENT_TIMEOUT", "1s");
+    let daemon = launch.env("SOP__DATABASE__READERS", "1").start().await;
+    let client = Client::of(&daemon);
+    client.put("k", "v").await.unwrap();
+    // Of three statements the second: how large what it reads is.
+    let stops = proxy.arm(Fault::hold_after().on("as sizes"));
+    let body = json!({"then": [{"get": {"prefix": ""}}]});
+    let read = tokio::spawn({
+        let (client, body) = (client.clone_at_self(), body.clone());
+        async move { client.json(Method::POST, "/v1/state/txn", &body).await }
+    });
+    assert!(stops.hit().await.application.ends_with("/reader"));
+    assert_eq!(sessions(&db).await.0, 1);
+    until("its moment to be given up", async || sessions(&db).await.0 == 0).await;
+    stops.release();
+    assert_eq!(read.await.unwrap().0, 503, "whoever waited is told");
+    let (status, read) = client.json(Method::POST, "/v1/state/txn", &body).await;
+    assert_eq!((status, &read["results"][0]["get"]["items"][0]["key"]), (200, &"k".into()), "{read}");
 }
