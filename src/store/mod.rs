@@ -98,7 +98,8 @@ impl Store {
         &self.0.daemon
     }
 
-    /// Connections for reading. A transaction on one is begun by [`moment`](Self::moment).
+    /// Connections for reading. Whoever may be dropped on its way, as a request may, begins a transaction on one by
+    /// [`moment`](Self::moment) only.
     #[must_use]
     pub fn reader(&self) -> &PgPool {
         &self.0.reader

@@ -29,6 +29,9 @@ const GAUGES: [(&str, f64); 4] = [
     ("sop_nexus_watchers_count", 0.0),
 ];
 
+/// A transaction that reads all of one moment.
+const MOMENT: &str = r#"{"then": [{"get": {"prefix": ""}}]}"#;
+
 type Ask = (Method, String, Value);
 
 /// Requests that change or wait for something, and every `GET` of the document.
@@ -36,7 +39,7 @@ async fn asks(client: &Client) -> Vec<Ask> {
     let event = json!({"specversion": "1.0", "id": "1", "source": "/hangs-up", "type": "t"});
     let question = json!({"subject": {"type": "Sop::Client", "id": client.credential().0},
         "action": {"name": "state:get"}, "resource": {"type": "Sop::Key", "id": "k"}});
-    let moment = json!({"then": [{"get": {"prefix": ""}}]});
+    let moment: Value = serde_json::from_str(MOMENT).unwrap();
     let mut all: Vec<Ask> = [
         ("PUT", "/v1/state/kv/k", json!("v")),
         ("DELETE", "/v1/state/kv/k", Value::Null),
@@ -160,6 +163,50 @@ async fn who_hangs_up_anywhere_leaves_nothing_behind() {
     record::check(&db).await;
 }
 
+/// A client hangs up in the moment in which the transaction that would have read for it begins: the connection goes back to the
+/// others, and a snapshot left on it would be what everybody reads from then on.
+#[tokio::test(flavor = "multi_thread")]
+async fn who_hangs_up_as_its_reading_begins_leaves_no_old_moment_to_others() {
+    const READING: [(Method, &str, &str); 3] = [
+        (Method::POST, "/v1/state/txn", MOMENT),
+        (Method::GET, "/v1/audit/entries?action=state:put", ""),
+        (Method::GET, "/v1/audit/facets?action=state:put", ""),
+    ];
+    let db = database().await;
+    let proxy = Proxy::before(&db);
+    let daemon = Launch::on(db.url_via(&proxy)).env("SOP__DATABASE__READERS", "1").start().await;
+    let client = Client::of(&daemon);
+    client.put("a", "0").await.unwrap();
+    let gauge = "sop_api_requests_in_flight";
+    let alone = metric(&client, gauge).await;
+    let asked = |(method, path, body): &(Method, &'static str, &'static str)| {
+        let (client, method, path, body) = (client.clone_at_self(), method.clone(), *path, *body);
+        async move {
+            let request = client.request(method, path).await.header("content-type", "application/json").body(body);
+            request.send().await.unwrap().json::<Value>().await.unwrap()
+        }
+    };
+    for (round, reading) in READING.iter().enumerate() {
+        let begins = proxy.arm(Fault::hold_before().on("begin isolation level repeatable read read only"));
+        let hangs_up = tokio::spawn(asked(reading));
+        begins.hit().await;
+        hangs_up.abort();
+        until("the daemon to have noticed", async || metric(&client, gauge).await <= alone).await;
+        begins.release();
+        // By the one connection there is: what the first reads would be the moment of the others.
+        for n in 0..3 {
+            let (status, all) = client.get(&format!("/v1/state/kv?prefix=b/{round}/")).await;
+            assert_eq!((status, all["items"].as_array().map(Vec::len)), (200, Some(n)), "{reading:?}: {all}");
+            client.put(&format!("b/{round}/{n}"), "v").await.unwrap();
+        }
+        let read = asked(&READING[0]).await;
+        assert_eq!(read["results"][0]["get"]["items"].as_array().map(Vec::len), Some(4 + round * 3), "{read}");
+        let counted = asked(&READING[2]).await;
+        assert_eq!(counted["entries"], 4 + round * 3, "{counted}");
+    }
+    record::check(&db).await;
+}
+
 /// While one change is on its way, others wait for their turn; those whose clients are gone when it comes are not begun. That one of
 /// them was denied has happened, and is recorded.
 #[tokio::test(flavor = "multi_thread")]
@@ -212,7 +259,7 @@ async fn who_stops_in_the_midst_of_reading_does_not_keep_its_moment() {
     client.put("k", "v").await.unwrap();
     // Of three statements the second: how large what it reads is.
     let stops = proxy.arm(Fault::hold_after().on("as sizes"));
-    let body = json!({"then": [{"get": {"prefix": ""}}]});
+    let body: Value = serde_json::from_str(MOMENT).unwrap();
     let read = tokio::spawn({
         let (client, body) = (client.clone_at_self(), body.clone());
         async move { client.json(Method::POST, "/v1/state/txn", &body).await }

@@ -13,13 +13,11 @@ use sqlx::postgres::PgConnectOptions;
 use sqlx::{AssertSqlSafe, Connection as _, PgConnection, Row as _};
 use tokio::sync::watch;
 
-use crate::ledger::metric;
 use crate::state::problem;
 use crate::support::client::Client;
 use crate::support::daemon::{Daemon, Launch};
 use crate::support::dice::Dice;
 use crate::support::postgres::{Database, database, database_alone};
-use crate::support::proxy::{Fault, Proxy};
 use crate::support::{record, soon, until};
 
 /// A change as a watcher hears of it and as history has it: its index, the key, and whether it was put.
@@ -402,49 +400,5 @@ async fn very_many_keys_go_by_one_prefix_at_one_index() {
         .json(Method::POST, "/v1/state/txn", &json!({"then": [{"put": {"key": "many/000001", "json": 1}}]}))
         .await;
     assert_eq!(again["results"][0]["put"]["version"], 1);
-    record::check(&db).await;
-}
-
-/// A client hangs up in the moment in which the transaction that would have read for it begins: the connection goes back to the
-/// others, and a snapshot left on it would be what everybody reads from then on.
-#[tokio::test(flavor = "multi_thread")]
-async fn who_hangs_up_as_its_reading_begins_leaves_no_old_moment_to_others() {
-    const READING: [(Method, &str, &str); 3] = [
-        (Method::POST, "/v1/state/txn", r#"{"then": [{"get": {"prefix": ""}}]}"#),
-        (Method::GET, "/v1/audit/entries?action=state:put", ""),
-        (Method::GET, "/v1/audit/facets?action=state:put", ""),
-    ];
-    let db = database().await;
-    let proxy = Proxy::before(&db);
-    let daemon = Launch::on(db.url_via(&proxy)).env("SOP__DATABASE__READERS", "1").start().await;
-    let client = Client::of(&daemon);
-    client.put("a", "0").await.unwrap();
-    let gauge = "sop_api_requests_in_flight";
-    let alone = metric(&client, gauge).await;
-    let asked = |(method, path, body): &(Method, &'static str, &'static str)| {
-        let (client, method, path, body) = (client.clone_at_self(), method.clone(), *path, *body);
-        async move {
-            let request = client.request(method, path).await.header("content-type", "application/json").body(body);
-            request.send().await.unwrap().json::<Value>().await.unwrap()
-        }
-    };
-    for (round, reading) in READING.iter().enumerate() {
-        let begins = proxy.arm(Fault::hold_before().on("begin isolation level repeatable read read only"));
-        let hangs_up = tokio::spawn(asked(reading));
-        begins.hit().await;
-        hangs_up.abort();
-        until("the daemon to have noticed", async || metric(&client, gauge).await <= alone).await;
-        begins.release();
-        // By the one connection there is: what the first reads would be the moment of the others.
-        for n in 0..3 {
-            let (status, all) = client.get(&format!("/v1/state/kv?prefix=b/{round}/")).await;
-            assert_eq!((status, all["items"].as_array().map(Vec::len)), (200, Some(n)), "{reading:?}: {all}");
-            client.put(&format!("b/{round}/{n}"), "v").await.unwrap();
-        }
-        let read = asked(&READING[0]).await;
-        assert_eq!(read["results"][0]["get"]["items"].as_array().map(Vec::len), Some(4 + round * 3), "{read}");
-        let counted = asked(&READING[2]).await;
-        assert_eq!(counted["entries"], 4 + round * 3, "{counted}");
-    }
     record::check(&db).await;
 }
